@@ -1,0 +1,42 @@
+# EoRA Lab. `make help` lists the commands; the first one also makes the environment (.venv).
+
+PYTHON ?= python3
+BIN := .venv/bin
+EXTRAS := eval,lab,dev
+
+help: ## list the commands
+	@grep -hE '^[a-z.]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
+
+demo: $(BIN)/eora-lab ## compress and compensate a real language model, with a table and a figure
+	$(BIN)/eora-lab demo
+
+test: lint unit ## all tests
+	$(BIN)/pytest -m real
+
+unit: $(BIN)/eora-lab ## the tests that need no language model
+	$(BIN)/pytest -m "not real"
+
+lab: $(BIN)/eora-lab ## open JupyterLab (ARGS="..." is passed on)
+	$(BIN)/jupyter lab $(ARGS)
+
+lint: $(BIN)/eora-lab ## check style
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+environment.yml: constraints.txt ## rewrite the conda environment from constraints.txt
+	@{ echo 'name: eora-lab'; echo 'channels: [conda-forge]'; echo 'dependencies:'; \
+	echo '  - python>=3.11,<3.14'; echo '  - pip'; echo '  - pip:'; \
+	sed 's/.*/      - "&"/' constraints.txt; echo '      - --editable .[$(EXTRAS)]'; } > $@
+
+# The environment: remade when the package list changes. Built aside the name that counts, so that an interrupted
+# install is done again.
+$(BIN)/eora-lab: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+	{ echo "EoRA Lab needs Python 3.11, 3.12 or 3.13; try: make PYTHON=python3.12 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@rm -f $@
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
+	@touch $@
+
+.PHONY: help demo test unit lab lint
+.DELETE_ON_ERROR:
