@@ -1,0 +1,130 @@
+"""Rows of a public dataset: from a local mirror in the hub's layout, else from the hub, else one clear error.
+
+The mirror is the folder in the environment variable EORA_LAB_DATA: <owner>/<dataset>/<config>/<split>-*.parquet.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from eora_lab.errors import EoraLabError
+
+PROBE_SECONDS = 5.0
+
+
+def rows(
+    dataset: str,
+    config: str,
+    split: str,
+    columns: Sequence[str],
+    mirror_configs: Sequence[str] = (),
+    hub_id: str | None = None,
+    data_file: str | None = None,
+    limit: int | None = None,
+) -> list[dict]:
+    """The rows of one split, in their stored order.
+
+    Args:
+        dataset, config: owner/name and configuration, as on the hub.
+        columns: fields that every row must have; others are returned too.
+        mirror_configs: folders of the mirror that serve when it has no `config`, first match first ("*": all together).
+        hub_id: the name to ask the hub for where it differs from `dataset`.
+        data_file: one file of the hub's repository that holds the split, instead of the whole configuration.
+        limit: at most this many rows, from the start.
+
+    Raises:
+        EoraLabError: neither place has the split, a file is damaged, or a column is missing.
+    """
+    files, missing = _mirror_files(dataset, (config, *mirror_configs), split)
+    found = _read_parquet(files, limit) if files else None
+    if found is None:
+        found, reason = _from_hub(hub_id or dataset, config, split, data_file, limit)
+    if found is None:
+        raise EoraLabError(
+            f"no data for {dataset} (config {config}, split {split}): {missing}, and the hub gave none ({reason}); "
+            f"set EORA_LAB_DATA to a folder with {dataset}/{config}/{split}-*.parquet, "
+            "or allow network access to the hub"
+        )
+    absent = sorted(set(columns) - set(found[0])) if found else []
+    if absent:
+        raise EoraLabError(f"{dataset} (config {config}, split {split}) lacks the column {', '.join(absent)}")
+    return found
+
+
+def _mirror_files(dataset: str, configs: Sequence[str], split: str) -> tuple[list[Path], str]:
+    """The mirror's files of the split, and what to say if there are none."""
+    if not os.environ.get("EORA_LAB_DATA"):
+        return [], "EORA_LAB_DATA is not set"
+    root = Path(os.environ["EORA_LAB_DATA"]).expanduser()
+    if not root.is_dir():
+        return [], f"EORA_LAB_DATA is {root}, which is not a folder"
+    splits: dict[str, None] = {}  # a set in the order seen
+    for config in configs:
+        files = sorted((root / dataset).glob(f"{config}/*-*.parquet"))
+        if of_split := [file for file in files if file.name.partition("-")[0] == split]:
+            return of_split, ""
+        splits.update(dict.fromkeys(file.name.partition("-")[0] for file in files))
+    if splits:
+        return [], f"the mirror {root} has only the splits {', '.join(splits)}"
+    return [], f"the mirror {root} has no {dataset}/{configs[0]}"
+
+
+def _read_parquet(files: list[Path], limit: int | None) -> list[dict]:
+    import pyarrow
+    import pyarrow.dataset
+
+    try:
+        table = pyarrow.dataset.dataset([str(file) for file in files], format="parquet")
+        return (table.to_table() if limit is None else table.head(limit)).to_pylist()
+    except (OSError, pyarrow.ArrowException) as error:
+        raise EoraLabError(f"cannot read {files[0].parent}: {_line(error)}; fetch its files again") from error
+
+
+def _from_hub(
+    hub_id: str, config: str, split: str, data_file: str | None, limit: int | None
+) -> tuple[list[dict] | None, str]:
+    """Rows from the hub (or its local cache), or None and the reason."""
+    import datasets
+
+    unreachable = _why_unreachable(hub_id)
+    what = {"data_files": {split: data_file}} if data_file else {"name": config}
+    try:
+        with _offline() if unreachable else nullcontext():  # its cache on this machine may still have the dataset
+            found = datasets.load_dataset(hub_id, split=split, **what)
+        return found.select(range(min(len(found), limit or len(found)))).to_list(), ""
+    except Exception as error:  # of many kinds; each means "not from here"
+        return None, unreachable or _line(error)
+
+
+def _why_unreachable(hub_id: str) -> str:
+    """Empty if the hub answers. One quick question, because load_dataset tries for 24 s on a closed network."""
+    import huggingface_hub
+
+    # the libraries read this variable only when imported
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "TRUE", "YES", "ON"}:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        huggingface_hub.HfApi().dataset_info(hub_id, timeout=PROBE_SECONDS)
+    except Exception as error:
+        return _line(error)
+    return ""
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Both libraries offline for a while."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    before = huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    huggingface_hub.constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        huggingface_hub.constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = before
+
+
+def _line(error: Exception) -> str:
+    first = (str(error).strip() or "no message").splitlines()[0]
+    return f"{type(error).__name__}: {first[:160]}"
