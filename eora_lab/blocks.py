@@ -1,0 +1,144 @@
+"""Walk a decoder block by block: find the blocks and their linears, and stream hidden states through them.
+
+Only module structure is used (the list of blocks, `nn.Linear`, which linears are handed the same tensor), so any
+decoder-only transformers model works and no architecture is named here.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from eora_lab.errors import EoraLabError
+from eora_lab.statistics import InputStatistics
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> decoder block, in order. Raises EoraLabError when the model has none that hold linears."""
+    stacks = [
+        (name, stack)
+        for name, stack in model.named_modules()
+        if isinstance(stack, nn.ModuleList) and len(stack) and linears(stack[0])
+    ]
+    if not stacks:
+        raise EoraLabError(f"{type(model).__name__}: no list of decoder blocks with nn.Linear layers was found")
+    name, stack = max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return {f"{name}.{i}": block for i, block in enumerate(stack)}
+
+
+def linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """Name within the block -> linear layer."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+class _AllBlocksSeen(Exception):
+    pass
+
+
+class BlockStream:
+    """Hidden states of a token set on their way through the decoder.
+
+    tokens:     (nsamples, seqlen) token ids; they travel in mini-batches of `batch_size`.
+    hidden:     the input of the next block, one (batch, seqlen, hidden_size) tensor a mini-batch.
+    """
+
+    def __init__(self, model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"], batch_size: int = 4):
+        self.blocks = decoder_blocks(model)
+        device = next(model.parameters()).device
+        self.hidden: list[Tensor] = []
+        self._calls: dict[int, list[tuple]] = {}  # mini-batch size -> what each block is called with beside the states
+        for part in tokens.to(device).split(batch_size):
+            hidden, calls = self._enter(model, part)
+            self.hidden.append(hidden)
+            self._calls[len(part)] = calls
+
+    @torch.no_grad()
+    def _enter(self, model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[tuple]]:
+        """Embed tokens. Blocks pass their input on meanwhile, and note their masks and positions."""
+        states, calls = [], []
+
+        def note(hidden_states, *args, **kwargs):
+            states.append(hidden_states)
+            calls.append((args, kwargs))
+            if len(calls) == len(self.blocks):
+                raise _AllBlocksSeen
+            return hidden_states
+
+        for block in self.blocks.values():
+            block.forward = note
+        try:
+            model(tokens, use_cache=False)
+        except _AllBlocksSeen:
+            pass
+        finally:
+            for block in self.blocks.values():
+                del block.forward
+        return states[0], calls
+
+    @torch.no_grad()
+    def outputs(self, index: int) -> Iterator[Tensor]:
+        """Run block `index` on the current hidden states, a mini-batch at a time."""
+        block = list(self.blocks.values())[index]
+        for hidden in self.hidden:
+            args, kwargs = self._calls[len(hidden)][index]
+            output = block(hidden, *args, **kwargs)
+            yield output[0] if isinstance(output, tuple) else output
+
+    def statistics(self, index: int, keep_outputs: bool) -> dict[str, InputStatistics]:
+        """Run block `index` and measure the input of each of its linears; full module name -> statistics.
+
+        Linears that are handed the same tensor (q, k and v; gate and up) share one object.
+        keep_outputs: let the outputs be the next block's input, as when the block is used uncompressed.
+        Raises EoraLabError on NaN or Inf, naming the layer.
+        """
+        prefix = list(self.blocks)[index]
+        found: dict[str, InputStatistics] = {}
+        seen: list[tuple[Tensor, InputStatistics]] = []  # inputs of this mini-batch; held so that no id is reused
+
+        def watch(name: str):
+            def hook(module, args):
+                x = args[0]
+                shared = next((statistics for tensor, statistics in seen if tensor is x), None)
+                if name not in found:
+                    found[name] = shared or InputStatistics(x.shape[-1], x.device, name)
+                if found[name] is not shared:
+                    found[name].update(x)
+                    seen.append((x, found[name]))
+
+            return hook
+
+        block = self.blocks[prefix]
+        handles = [
+            linear.register_forward_pre_hook(watch(f"{prefix}.{name}")) for name, linear in linears(block).items()
+        ]
+        try:
+            for i, output in enumerate(self.outputs(index)):
+                seen.clear()
+                if keep_outputs:
+                    self.hidden[i] = output
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    def advance(self, index: int) -> None:
+        """Let the outputs of block `index`, as it is now, be the next block's input."""
+        for i, output in enumerate(self.outputs(index)):
+            self.hidden[i] = output
+
+
+def collect_statistics(
+    model: nn.Module, batches: Int[Tensor, "nsamples seqlen"], progress: bool = True
+) -> dict[str, InputStatistics]:
+    """Statistics of every block linear of the model as it is; module name -> InputStatistics.
+
+    Shared inputs share one object. Holds the statistics of all blocks; `compress_model` needs one block's at a time.
+    """
+    from tqdm.auto import tqdm
+
+    stream = BlockStream(model, batches)
+    found: dict[str, InputStatistics] = {}
+    for index in tqdm(range(len(stream.blocks)), desc="statistics", unit="block", disable=not progress, leave=False):
+        found |= stream.statistics(index, keep_outputs=True)
+    return found

@@ -1,0 +1,104 @@
+"""Streaming statistics of a linear layer's input: the one measurement that everything else uses.
+
+S = E[x xᵀ] and m = E|x| serve the GPTQ Hessian (2S), the scales of the diagonal rivals, EoRA's projection and the
+error of any candidate. Linears that read the same input share one object.
+"""
+
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from eora_lab.errors import EoraLabError
+
+
+class InputStatistics:
+    """Running means over tokens of one input.
+
+    second_moment: S = E[x xᵀ], (in_features, in_features) float32, not centred.
+    mean_abs:      m = E|x|, (in_features,) float32.
+    tokens:        how many tokens were seen; every token weighs the same, however they were batched.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str = "cpu", name: str = "input"):
+        self.name = name
+        self.tokens = 0
+        self.second_moment = torch.zeros(in_features, in_features, device=device)
+        self.mean_abs = torch.zeros(in_features, device=device)
+        self._root: Tensor | None = None
+
+    @classmethod
+    def from_second_moment(cls, second_moment: Float[Tensor, "rows columns"]) -> "InputStatistics":
+        """Wrap a plain S. E|x| is then that of centred Gaussian channels, sqrt(2 S_ii / pi)."""
+        check_second_moment(second_moment)
+        statistics = cls(0)
+        statistics.second_moment = second_moment
+        statistics.mean_abs = (second_moment.diagonal().clamp_min(0) * (2 / torch.pi)).sqrt()
+        statistics.tokens = 1
+        return statistics
+
+    @property
+    def in_features(self) -> int:
+        return len(self.mean_abs)
+
+    @torch.no_grad()
+    def update(self, x: Float[Tensor, "... in"]) -> None:
+        """Add the tokens of one batch. Raises EoraLabError on NaN or Inf, naming the layer."""
+        x = x.reshape(-1, x.shape[-1]).float()  # (tokens, in)
+        if not torch.isfinite(x).all():
+            raise EoraLabError(f"{self.name}: NaN or Inf in its input after {self.tokens} tokens")
+        new = self.tokens + len(x)
+        if new == 0:
+            return
+        kept, added = self.tokens / new, 1 / new
+        self.second_moment.addmm_(x.T, x, beta=kept, alpha=added)
+        self.mean_abs.mul_(kept).add_(x.abs().sum(0), alpha=added)
+        self.tokens, self._root = new, None
+
+    def merge(self, other: "InputStatistics") -> "InputStatistics":
+        """Statistics of both token sets together, for passes split over processes."""
+        merged = InputStatistics(self.in_features, self.second_moment.device, self.name)
+        merged.tokens = self.tokens + other.tokens
+        share = other.tokens / max(merged.tokens, 1)
+        merged.second_moment = torch.lerp(self.second_moment, other.second_moment, share)
+        merged.mean_abs = torch.lerp(self.mean_abs, other.mean_abs, share)
+        return merged
+
+    def root(self) -> Float[Tensor, "in in"]:
+        """T with T Tᵀ = S, float64, from the eigendecomposition, so that a singular S is no special case. Kept."""
+        if self._root is None:
+            values, vectors = torch.linalg.eigh(self.second_moment.double())
+            self._root = vectors * values.clamp_min(0).sqrt()
+        return self._root
+
+    def save(self, path: Path | str) -> None:
+        """Write to a safetensors file."""
+        tensors = {"second_moment": self.second_moment, "mean_abs": self.mean_abs}
+        save_file(tensors, path, metadata={"tokens": str(self.tokens), "name": self.name})
+
+    @classmethod
+    def load(cls, path: Path | str) -> "InputStatistics":
+        """Read what `save` wrote. Raises EoraLabError when the file is missing or is something else."""
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                statistics = cls(0, name=metadata["name"])
+                statistics.tokens = int(metadata["tokens"])
+                statistics.second_moment = file.get_tensor("second_moment")
+                statistics.mean_abs = file.get_tensor("mean_abs")
+        except (OSError, KeyError, SafetensorError) as error:
+            raise EoraLabError(f"{path}: not a statistics file ({error})") from error
+        return statistics
+
+
+def check_second_moment(second_moment: Tensor) -> None:
+    """Raise EoraLabError unless S is a finite, symmetric square matrix."""
+    if second_moment.ndim != 2 or second_moment.shape[0] != second_moment.shape[1]:
+        raise EoraLabError(f"the second moment must be a square matrix, not {tuple(second_moment.shape)}")
+    if not torch.isfinite(second_moment).all():
+        raise EoraLabError("the second moment has NaN or Inf entries")
+    if not torch.allclose(second_moment, second_moment.T, rtol=0, atol=1e-4 * float(second_moment.abs().max())):
+        raise EoraLabError("the second moment is not symmetric")

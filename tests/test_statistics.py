@@ -1,0 +1,93 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eora_lab import EoraLabError, InputStatistics
+
+
+def tokens(n: int, features: int, seed: int = 0) -> torch.Tensor:
+    """Correlated channels with outliers, as in language models."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(n, features, generator=generator) @ torch.randn(features, features, generator=generator)
+    return x * torch.logspace(0, 2, features)
+
+
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(1, 20))
+def test_every_token_weighs_the_same_however_batched(sizes, features):
+    x = tokens(sum(sizes), features)
+    statistics = InputStatistics(features)
+    for part in x.split(sizes):
+        statistics.update(part)
+    assert statistics.tokens == sum(sizes)
+    if sizes and sum(sizes):
+        exact = (x.double().T @ x.double()) / len(x)
+        torch.testing.assert_close(
+            statistics.second_moment.double(), exact, rtol=0, atol=2e-6 * exact.abs().max().item()
+        )
+        torch.testing.assert_close(statistics.mean_abs, x.abs().mean(0), rtol=1e-5, atol=1e-6)
+
+
+def test_float32_accumulation_over_many_batches_stays_close_to_float64():
+    x = tokens(65_536, 24)
+    statistics = InputStatistics(24)
+    for part in x.split(64):  # 1024 updates
+        statistics.update(part)
+    exact = (x.double().T @ x.double()) / len(x)
+    # each update rounds by up to 6e-8 twice; 1024 roundings of random sign add up to about 32 of them
+    scale = (exact.diagonal()[:, None] * exact.diagonal()[None]).sqrt()
+    assert ((statistics.second_moment.double() - exact).abs() / scale).max() < 2 * 32 * 6e-8
+
+
+def test_merge_equals_one_stream():
+    x = tokens(300, 16)
+    whole, left, right = InputStatistics(16), InputStatistics(16), InputStatistics(16)
+    whole.update(x)
+    left.update(x[:70])
+    right.update(x[70:])
+    merged = left.merge(right)
+    assert merged.tokens == 300
+    torch.testing.assert_close(merged.second_moment, whole.second_moment, rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(merged.mean_abs, whole.mean_abs, rtol=1e-5, atol=1e-6)
+
+
+def test_batch_and_sequence_axes_are_tokens():
+    statistics = InputStatistics(8)
+    statistics.update(torch.ones(2, 3, 8))
+    assert statistics.tokens == 6
+    torch.testing.assert_close(statistics.second_moment, torch.ones(8, 8))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_non_finite_input_names_the_layer(bad):
+    statistics = InputStatistics(4, name="model.layers.3.mlp.down_proj")
+    with pytest.raises(EoraLabError, match=r"model\.layers\.3\.mlp\.down_proj: NaN or Inf"):
+        statistics.update(torch.tensor([[1.0, bad, 0.0, 2.0]]))
+
+
+def test_save_and_load(tmp_path):
+    statistics = InputStatistics(8, name="a.b")
+    statistics.update(tokens(50, 8))
+    statistics.save(tmp_path / "s.safetensors")
+    loaded = InputStatistics.load(tmp_path / "s.safetensors")
+    assert (loaded.name, loaded.tokens) == ("a.b", 50)
+    assert torch.equal(loaded.second_moment, statistics.second_moment)
+    assert torch.equal(loaded.mean_abs, statistics.mean_abs)
+
+
+def test_load_refuses_other_files(tmp_path):
+    (tmp_path / "x").write_bytes(b"no statistics")
+    for name in ("x", "absent"):
+        with pytest.raises(EoraLabError, match="not a statistics file"):
+            InputStatistics.load(tmp_path / name)
+
+
+def test_root_of_a_singular_second_moment():
+    statistics = InputStatistics(16)
+    statistics.update(tokens(5, 16))  # rank 5
+    root = statistics.root()
+    S = statistics.second_moment.double()
+    torch.testing.assert_close(root @ root.T, S, rtol=0, atol=1e-6 * S.abs().max().item())
+    statistics.update(tokens(5, 16, seed=1))  # the kept root must not outlive its S
+    S = statistics.second_moment.double()
+    torch.testing.assert_close(statistics.root() @ statistics.root().T, S, rtol=0, atol=1e-6 * S.abs().max().item())
