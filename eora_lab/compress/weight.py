@@ -1,0 +1,75 @@
+"""What a compressor returns: integer codes on a grid per group, and how many bytes they take."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float16, UInt8
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CompressedWeight:
+    """W^[o, i] = (codes[o, i] - zero[o, g]) * scales[o, g], where g = i // group_size.
+
+    codes:   integers in 0 .. 2^bits - 1.
+    scales:  float16, stored as they are used.
+    offsets: what places the grid. uint8: the zero point, an integer of `bits` bits. float16: the weight of code 0, so
+             that zero = -offset / scale.
+    """
+
+    codes: UInt8[Tensor, "out in"]
+    scales: Float16[Tensor, "out groups"]
+    offsets: UInt8[Tensor, "out groups"] | Float16[Tensor, "out groups"]
+    bits: int
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
+        """The weight that a matrix product sees."""
+        codes = self.codes.unflatten(1, (self.scales.shape[1], -1)).float()
+        dense = (codes - zero_points(self.scales, self.offsets)[..., None]) * self.scales.float()[..., None]
+        return dense.flatten(1).to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored: codes and zero points at `bits` bits each, scales and float offsets at 16."""
+        sixteen_bits = [t for t in (self.scales, self.offsets) if t.dtype == torch.float16]
+        packed = [t for t in (self.codes, self.offsets) if t.dtype == torch.uint8]
+        return sum(t.nbytes for t in sixteen_bits) + sum(-(-t.numel() * self.bits // 8) for t in packed)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Packed tensors, ready for safetensors."""
+        return {
+            "codes": pack(self.codes, self.bits),
+            "offsets": self.offsets if self.offsets.dtype == torch.float16 else pack(self.offsets, self.bits),
+            "scales": self.scales,
+            "shape": torch.tensor([*self.codes.shape, self.bits]),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> "CompressedWeight":
+        """The inverse of `state_dict`."""
+        out_features, in_features, bits = state["shape"].tolist()
+        scales, offsets = state["scales"], state["offsets"]
+        if offsets.dtype != torch.float16:
+            offsets = unpack(offsets, bits, scales.numel()).view(scales.shape)
+        codes = unpack(state["codes"], bits, out_features * in_features).view(out_features, in_features)
+        return cls(codes, scales, offsets, bits)
+
+
+def zero_points(
+    scales: Float16[Tensor, "out groups"], offsets: UInt8[Tensor, "out groups"] | Float16[Tensor, "out groups"]
+) -> Float[Tensor, "out groups"]:
+    """The code, not always a whole one, that stands for a weight of zero."""
+    return offsets.float() if offsets.dtype == torch.uint8 else -offsets.float() / scales.float()
+
+
+def pack(codes: UInt8[Tensor, "..."], bits: int) -> UInt8[Tensor, " bytes"]:
+    """Codes of `bits` bits each as one little-endian bit stream, padded to whole bytes."""
+    planes = np.unpackbits(codes.cpu().numpy().reshape(-1, 1), axis=1, count=bits, bitorder="little")
+    return torch.from_numpy(np.packbits(planes.reshape(-1), bitorder="little"))
+
+
+def unpack(packed: UInt8[Tensor, " bytes"], bits: int, count: int) -> UInt8[Tensor, " count"]:
+    """The inverse of `pack`."""
+    stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little")
+    return torch.from_numpy(np.packbits(stream.reshape(count, bits), axis=1, bitorder="little").reshape(-1))
