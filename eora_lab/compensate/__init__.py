@@ -1,0 +1,58 @@
+"""Training-free low-rank compensation: one closed form a file, one interface for all."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eora_lab.compensate.act_s import act_s, act_s_released
+from eora_lab.compensate.eora import eora
+from eora_lab.compensate.eora_paper import eora_paper
+from eora_lab.compensate.lowrank import LowRank
+from eora_lab.compensate.lqer import lqer
+from eora_lab.compensate.none import none
+from eora_lab.compensate.qera_approx import qera_approx
+from eora_lab.compensate.svd import svd
+from eora_lab.errors import EoraLabError
+from eora_lab.statistics import InputStatistics
+
+SOLVERS = {
+    "none": none,
+    "svd": svd,
+    "act_s": act_s,
+    "act_s_released": act_s_released,
+    "lqer": lqer,
+    "qera_approx": qera_approx,
+    "eora": eora,
+    "qera_exact": eora,  # another road to the same optimum
+    "eora_paper": eora_paper,
+}
+
+__all__ = ["SOLVERS", "LowRank", "solve"]
+
+
+@torch.no_grad()
+def solve(
+    method: str,
+    residual: Float[Tensor, "out in"],
+    statistics: InputStatistics | Float[Tensor, "rows columns"],
+    rank: int,
+) -> LowRank:
+    """Compensate the residual R = W - W^ at the given rank.
+
+    method:     a name in SOLVERS.
+    statistics: of the layer's input, or a plain second moment E[x xᵀ] (in, in).
+    Raises EoraLabError: unknown method, rank larger than the layer, sizes that do not match, NaN or Inf.
+    """
+    if method not in SOLVERS:
+        raise EoraLabError(f"unknown method {method!r}; known: {', '.join(SOLVERS)}")
+    if isinstance(statistics, Tensor):
+        statistics = InputStatistics.from_second_moment(statistics)
+    if residual.shape[1] != statistics.in_features:
+        raise EoraLabError(f"a layer of {residual.shape[1]} inputs cannot use statistics of {statistics.in_features}")
+    if not 0 <= rank <= min(residual.shape):
+        raise EoraLabError(
+            f"rank {rank} does not fit a layer of {tuple(residual.shape)}: at most {min(residual.shape)}"
+        )
+    if not torch.isfinite(residual).all():
+        raise EoraLabError("the residual has NaN or Inf entries")
+    return SOLVERS[method](residual, statistics, rank)

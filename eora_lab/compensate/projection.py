@@ -1,0 +1,36 @@
+"""Principal components of the output error: the one computation behind every closed form.
+
+Minimise tr((R - B A) M (R - B A)ᵀ) over rank r, for a metric M = T Tᵀ. The best rank-r approximation of R T is
+U Uᵀ R T (Eckart-Young), U the top-r eigenvectors of R M Rᵀ, and B = U, A = Uᵀ R attains it even where M is singular.
+With M = S this is EoRA; with a diagonal M it is one of its rivals.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eora_lab.compensate.lowrank import LowRank
+from eora_lab.statistics import InputStatistics
+
+
+def principal_errors(
+    residual: Float[Tensor, "out in"], metric: InputStatistics | Float[Tensor, " in"], rank: int
+) -> LowRank:
+    """The rank-r optimum under a metric: a layer's statistics (M = S), or a diagonal given as (in,) weights.
+
+    Solves on the smaller side, in float64: R M Rᵀ (out x out), or Tᵀ Rᵀ R T (in x in).
+    """
+    R = residual.double()
+    out_features, in_features = R.shape
+    diagonal = metric.double() if isinstance(metric, Tensor) else None
+    if out_features <= in_features:
+        RM = R * diagonal if diagonal is not None else R @ metric.second_moment.double()
+        values, vectors = torch.linalg.eigh(RM @ R.T)
+        U = vectors.flip(1)[:, :rank]  # (out, rank)
+    else:
+        RT = R * diagonal.sqrt() if diagonal is not None else R @ metric.root()
+        values, vectors = torch.linalg.eigh(RT.T @ RT)
+        # orthonormal even where an eigenvalue is zero, and nested: column k depends on columns up to k only
+        U = torch.linalg.qr(RT @ vectors.flip(1)[:, :rank]).Q
+    dtype = residual.dtype if residual.dtype.itemsize >= 4 else torch.float32
+    return LowRank(A=(U.T @ R).to(dtype), B=U.to(dtype), spectrum=values.flip(0).clamp_min(0))
