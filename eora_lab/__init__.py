@@ -1,0 +1,32 @@
+"""EoRA Lab: compress a large language model without training, and compensate it.
+
+model, tokenizer = load_model("smollm2-135m")
+batches = calibration_batches(tokenizer, "pydoc", nsamples=32, seqlen=512)
+report = compress_model(model, batches, compressor="rtn", bits=3, method="eora", rank=64)
+"""
+
+from eora_lab.blocks import collect_statistics
+from eora_lab.calibration import calibration_batches, token_windows
+from eora_lab.compensate import LowRank, solve
+from eora_lab.errors import EoraLabError
+from eora_lab.evaluate import perplexity
+from eora_lab.models import load_model
+from eora_lab.pipeline import compress_model
+from eora_lab.report import Report
+from eora_lab.runs import load_run
+from eora_lab.statistics import InputStatistics
+
+__all__ = [
+    "EoraLabError",
+    "InputStatistics",
+    "LowRank",
+    "Report",
+    "calibration_batches",
+    "collect_statistics",
+    "compress_model",
+    "load_model",
+    "load_run",
+    "perplexity",
+    "solve",
+    "token_windows",
+]

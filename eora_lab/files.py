@@ -1,0 +1,37 @@
+"""Write files so that a kill or a full disk leaves the old file or the new one, never half of one."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from eora_lab.errors import EoraLabError
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary file beside `path`, then move it there. Raises EoraLabError when it cannot."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise EoraLabError(f"cannot write {path}: {error}") from error
+    finally:
+        if partial.exists():
+            partial.unlink()
+
+
+def write_json(path: Path, data: object) -> None:
+    """Write JSON, indented."""
+    write_atomically(path, lambda partial: partial.write_text(json.dumps(data, indent=1) + "\n"))
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata))

@@ -1,0 +1,96 @@
+"""What a compression pass did: numbers a layer, numbers in all, as JSON and as a printed table."""
+
+import json
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One linear. Errors are relative output errors E|(W - W')x|² / E|Wx|² on the calibration tokens."""
+
+    name: str
+    out_features: int
+    in_features: int
+    rank: int
+    error_before: float  # of W^
+    error_after: float  # of W^ + B A
+    spectrum: dict[int, float]  # rank -> share of the solver's error energy that this rank removes
+    tokens: int
+    nbytes: int  # compressed weight and factors, as stored
+    seconds_compress: float
+    seconds_solve: float
+
+
+@dataclass
+class Report:
+    """All layers of one pass, and the totals."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_memory: int = 0  # bytes: of the process, or of the GPU when the model is there
+    perplexity: dict[str, float] = field(default_factory=dict)  # model state -> value; filled by who evaluates
+
+    @property
+    def weights(self) -> int:
+        """How many weights were compressed."""
+        return sum(layer.out_features * layer.in_features for layer in self.layers)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits stored for a compressed weight, grids and factors included."""
+        return 8 * self.nbytes / max(self.weights, 1)
+
+    def to_json(self) -> str:
+        totals = {"weights": self.weights, "nbytes": self.nbytes, "bits_per_weight": self.bits_per_weight}
+        return json.dumps(totals | asdict(self), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        data = json.loads(text)
+        return cls(
+            [layer_report(layer) for layer in data["layers"]], data["seconds"], data["peak_memory"], data["perplexity"]
+        )
+
+    def __str__(self) -> str:
+        width = max([len(layer.name) for layer in self.layers], default=5)
+        lines = [f"{'layer':{width}}  {'shape':>11}  rank  error before  error after  captured  seconds"]
+        for layer in self.layers:
+            shape = f"{layer.out_features}x{layer.in_features}"
+            captured = layer.spectrum.get(layer.rank, 0.0)
+            seconds = layer.seconds_compress + layer.seconds_solve
+            lines.append(
+                f"{layer.name:{width}}  {shape:>11}  {layer.rank:4}  {layer.error_before:12.5f}"
+                f"  {layer.error_after:11.5f}  {captured:8.1%}  {seconds:7.2f}"
+            )
+        lines.append(self.summary())
+        return "\n".join(lines)
+
+    def summary(self) -> str:
+        """The totals, one line each."""
+        lines = [
+            f"{self.weights / 1e6:.1f} M weights at {self.bits_per_weight:.2f} bits = {self.nbytes / 1e6:.1f} MB",
+            f"{self.seconds:.1f} s, peak memory {self.peak_memory / 1e9:.2f} GB",
+        ]
+        lines += [f"perplexity {state}: {value:.2f}" for state, value in self.perplexity.items()]
+        return "\n".join(lines)
+
+
+def layer_report(data: dict) -> LayerReport:
+    """A LayerReport from its JSON form, where the ranks of the spectrum are text."""
+    return LayerReport(**data | {"spectrum": {int(rank): share for rank, share in data["spectrum"].items()}})
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the highest point so far: of the GPU that holds the model, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

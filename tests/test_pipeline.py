@@ -1,0 +1,328 @@
+"""The pass on small models of three architectures: what it measures, replaces, reports, stores and resumes."""
+
+import json
+
+import peft
+import pytest
+import torch
+from torch import nn
+
+from eora_lab import (
+    EoraLabError,
+    InputStatistics,
+    Report,
+    collect_statistics,
+    compress_model,
+    load_model,
+    load_run,
+    perplexity,
+)
+from eora_lab.blocks import decoder_blocks
+from eora_lab.compress import COMPRESSORS
+from eora_lab.linear import CompensatedLinear
+from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer
+
+SMALL = {"bits": 3, "group_size": 32, "rank": 8, "progress": False}
+
+
+def batches(n: int = 6, seqlen: int = 32, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 97, (n, seqlen), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_statistics_are_those_of_a_plain_forward_pass(kind):
+    model, tokens = tiny_model(kind), batches()
+    found = collect_statistics(model, tokens, progress=False)
+    seen: dict[str, list[torch.Tensor]] = {}
+    names = {
+        f"{prefix}.{n}"
+        for prefix, b in decoder_blocks(model).items()
+        for n, m in b.named_modules()
+        if isinstance(m, nn.Linear)
+    }
+    for name in names:
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda module, args, name=name: seen.setdefault(name, []).append(args[0].flatten(0, 1))
+        )
+    logits(model, tokens)  # all samples at once, all blocks in one go
+    assert set(found) == names == set(seen)
+    for name in names:
+        x = torch.cat(seen[name]).double()
+        assert found[name].tokens == tokens.numel()
+        exact = x.T @ x / len(x)
+        torch.testing.assert_close(
+            found[name].second_moment.double(), exact, rtol=0, atol=1e-5 * exact.abs().max().item()
+        )
+        torch.testing.assert_close(found[name].mean_abs.double(), x.abs().mean(0), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_linears_that_share_an_input_share_statistics(kind):
+    found = collect_statistics(tiny_model(kind), batches(2), progress=False)
+    for block in ("model.layers.0", "model.layers.1"):
+        at = {name.rsplit(".", 1)[-1]: id(s) for name, s in found.items() if name.startswith(block)}
+        assert at["q_proj"] == at["k_proj"] == at["v_proj"]
+        assert at["gate_proj"] == at["up_proj"]
+        assert len(set(at.values())) == 4
+
+
+@pytest.mark.parametrize("compressor", COMPRESSORS)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_compensated_model_is_closer_and_rank_decides(kind, compressor):
+    tokens = batches()
+    dense = logits(tiny_model(kind), tokens)
+    distance = {}
+    for rank in (0, 8, 32):
+        model = tiny_model(kind)
+        report = compress_model(model, tokens, compressor, **SMALL | {"rank": rank})
+        distance[rank] = (logits(model, tokens) - dense).norm().item()
+        for layer in report.layers:
+            assert layer.rank == rank and layer.tokens == tokens.numel()
+            assert layer.error_after <= layer.error_before * (1 + 1e-6)
+            if rank:  # predicted by the spectrum = measured, up to 16-bit factors
+                left = layer.error_before * (1 - layer.spectrum[rank])
+                assert layer.error_after == pytest.approx(left, rel=2e-3, abs=1e-5 * layer.error_before)
+    assert distance[32] < distance[8] < distance[0]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_embeddings_head_norms_and_biases_stay(kind):
+    model, before = tiny_model(kind), tiny_model(kind).state_dict()
+    compress_model(model, batches(), **SMALL)
+    after = model.state_dict()
+    blocks = decoder_blocks(tiny_model(kind))
+    for name, tensor in before.items():
+        if name.endswith("_proj.weight"):
+            assert isinstance(model.get_submodule(name.removesuffix(".weight")), CompensatedLinear)
+        else:
+            assert torch.equal(after[name], tensor), name
+    assert sum(isinstance(m, CompensatedLinear) for m in model.modules()) == 7 * len(blocks)
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    assert tied == (kind == "gemma")
+
+
+def test_original_inputs_do_not_see_compression_and_compensated_ones_do():
+    tokens = batches()
+    statistics = collect_statistics(tiny_model("llama"), tokens, progress=False)
+    reports = {}
+    for name, kwargs in {
+        "pass": {"inputs": "original"},
+        "given": {"inputs": "original", "statistics": statistics},
+        "compensated": {"inputs": "compensated"},
+    }.items():
+        reports[name] = compress_model(tiny_model("llama"), tokens, **SMALL, **kwargs)
+    errors = {name: [layer.error_after for layer in report.layers] for name, report in reports.items()}
+    assert errors["pass"] == pytest.approx(errors["given"], rel=1e-4)
+    assert errors["pass"][:4] == pytest.approx(errors["compensated"][:4], rel=1e-4)  # q, k, v, o read original inputs
+    assert errors["pass"][7:] != pytest.approx(errors["compensated"][7:], rel=1e-4)
+
+
+def test_compensated_inputs_are_those_of_the_compressed_model():
+    """What block 1 was calibrated on is what the finished model feeds it."""
+    model, tokens = tiny_model("llama"), batches()
+    report = compress_model(model, tokens, **SMALL)
+    name = "model.layers.1.mlp.down_proj"
+    statistics = InputStatistics(64)
+    block = model.model.layers[1]
+    block.self_attn.q_proj.register_forward_pre_hook(lambda module, args: statistics.update(args[0]))
+    logits(model, tokens)
+    layer = next(layer for layer in report.layers if layer.name == "model.layers.1.self_attn.q_proj")
+    original = tiny_model("llama").get_submodule(layer.name).weight
+    module = model.get_submodule(layer.name)
+    left = original - module.weight - module.lora_B @ module.lora_A
+    S = statistics.second_moment
+    assert layer.error_after == pytest.approx(
+        ((left @ S * left).sum() / (original @ S * original).sum()).item(), rel=1e-4
+    )
+    assert model.get_submodule(name).rank == 8
+
+
+def test_report_counts_what_is_stored_and_survives_json(tmp_path):
+    model = tiny_model("llama")
+    report = compress_model(model, batches(), **SMALL, folder=tmp_path / "run")
+    on_disk = sum(f.stat().st_size for f in tmp_path.glob("run/**/*.safetensors"))
+    adapter = (tmp_path / "run/adapter/adapter_model.safetensors").stat().st_size
+    assert report.nbytes < on_disk - adapter < report.nbytes + 20_000  # headers
+    assert report.weights == sum(layer.in_features * layer.out_features for layer in report.layers)
+    assert report.bits_per_weight == 8 * report.nbytes / report.weights
+    assert report.peak_memory > 1e7 and report.seconds > 0
+    assert Report.from_json(report.to_json()) == report
+    assert json.loads((tmp_path / "run/report.json").read_text())["bits_per_weight"] == report.bits_per_weight
+    for text in ("model.layers.0.mlp.down_proj", "64x128", "bits", "peak memory"):
+        assert text in str(report)
+
+
+def save_tiny(kind: str, folder) -> str:
+    tiny_model(kind).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def run_settings(folder) -> dict:
+    return SMALL | {"compressor": "gptq", "folder": folder}
+
+
+@pytest.mark.parametrize("method", ["eora", "none"])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_run_loads_back_with_the_same_logits(kind, method, tmp_path):
+    name = save_tiny(kind, tmp_path / "model")
+    model, _ = load_model(name)
+    report = compress_model(model, batches(), **run_settings(tmp_path / "run"), method=method)
+    loaded, _, loaded_report = load_run(tmp_path / "run")
+    assert torch.equal(logits(loaded, batches(2, seed=1)), logits(model, batches(2, seed=1)))
+    assert loaded_report == report
+    with pytest.raises(EoraLabError, match="compressed already"):
+        compress_model(loaded, batches(), **SMALL)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_the_adapter_loads_in_peft(kind, tmp_path):
+    model, _ = load_model(save_tiny(kind, tmp_path / "model"))
+    compress_model(model, batches(), **run_settings(tmp_path / "run"))
+    base = tiny_model(kind)
+    for name, module in model.named_modules():
+        if isinstance(module, CompensatedLinear):
+            base.get_submodule(name).weight.data.copy_(module.weight)
+    tokens = batches(2, seed=1)
+    without = logits(base, tokens)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    torch.testing.assert_close(logits(adapted, tokens), logits(model, tokens), rtol=1e-5, atol=1e-5)
+    assert (without - logits(model, tokens)).abs().max() > 1e-3  # the adapter does something
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("inputs", ["compensated", "original"])
+def test_an_interrupted_run_resumes_to_the_same_result(inputs, tmp_path, monkeypatch):
+    name = save_tiny("llama", tmp_path / "model")
+    whole, _ = load_model(name)
+    compress_model(whole, batches(), **run_settings(tmp_path / "whole"), inputs=inputs)
+
+    calls = []
+
+    def stopping(*args, **kwargs):
+        calls.append(kwargs)
+        if len(calls) == 10:  # in the second block
+            raise Stop
+        return gptq(*args, **kwargs)
+
+    gptq = COMPRESSORS["gptq"]
+    settings = run_settings(tmp_path / "run") | {"inputs": inputs}
+    monkeypatch.setitem(COMPRESSORS, "gptq", stopping)
+    with pytest.raises(Stop):
+        compress_model(load_model(name)[0], batches(), **settings)
+    with pytest.raises(EoraLabError, match="not finished; start it again"):
+        load_run(tmp_path / "run")
+    calls.clear()
+    calls += [None] * 10  # count on, without stopping
+    resumed, _ = load_model(name)
+    report = compress_model(resumed, batches(), **settings)
+    assert len(calls) - 10 == 7  # the first block was not compressed again
+    assert len(report.layers) == 14
+    assert torch.equal(logits(resumed, batches(2)), logits(whole, batches(2)))
+    assert torch.equal(logits(load_run(tmp_path / "run")[0], batches(2)), logits(whole, batches(2)))
+    assert not list(tmp_path.glob("run/**/*.partial"))
+
+
+def test_a_finished_run_is_read_and_not_computed_again(tmp_path, monkeypatch):
+    name = save_tiny("llama", tmp_path / "model")
+    model, _ = load_model(name)
+    compress_model(model, batches(), **run_settings(tmp_path / "run"))
+    monkeypatch.setitem(COMPRESSORS, "gptq", None)  # calling it would fail
+    again, _ = load_model(name)
+    compress_model(again, batches(), **run_settings(tmp_path / "run"))
+    assert torch.equal(logits(again, batches(2)), logits(model, batches(2)))
+
+
+def test_a_run_folder_refuses_other_settings_and_other_contents(tmp_path):
+    settings = run_settings(tmp_path / "run")
+    compress_model(tiny_model("llama"), batches(), **settings)
+    with pytest.raises(EoraLabError, match=r"holds another run \(bits was 3, now 4\): choose another"):
+        compress_model(tiny_model("llama"), batches(), **settings | {"bits": 4})
+    with pytest.raises(EoraLabError, match=r"holds another run \(tokens was"):
+        compress_model(tiny_model("llama"), batches(seed=5), **settings)
+    with pytest.raises(EoraLabError, match=r"holds another run \(weights was"):
+        compress_model(tiny_model("llama", seed=1), batches(), **settings)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"meow")
+    with pytest.raises(EoraLabError, match="not empty and holds no run"):
+        compress_model(tiny_model("llama"), batches(), **settings | {"folder": tmp_path / "photos"})
+
+
+def test_a_damaged_run_is_one_clear_error(tmp_path):
+    name = save_tiny("llama", tmp_path / "model")
+    compress_model(load_model(name)[0], batches(), **run_settings(tmp_path / "run"))
+    block = tmp_path / "run" / "blocks" / "001.safetensors"
+    whole = block.read_bytes()
+    for damage in (whole[: len(whole) // 2], b"", b"not a tensor"):
+        block.write_bytes(damage)
+        with pytest.raises(EoraLabError, match=r"001\.safetensors: incomplete, corrupt, or of another model"):
+            load_run(tmp_path / "run")
+    block.unlink()
+    with pytest.raises(EoraLabError, match=r"holds model\.layers\.1\.self_attn\.q_proj is missing"):
+        load_run(tmp_path / "run")
+    with pytest.raises(EoraLabError, match="not a run folder"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"bits": 1}, "bits must be between 2 and 8, not 1"),
+        ({"group_size": 48}, "group size 48 does not divide 64"),
+        ({"rank": 33}, r"rank 33 is larger than model\.layers\.0\.self_attn\.k_proj allows: at most 32"),
+        ({"rank": -1}, "rank must be 0 or more"),
+        ({"compressor": "gtpq"}, "unknown compressor 'gtpq'; known: rtn, gptq"),
+        ({"method": "magic"}, "unknown method 'magic'"),
+        ({"inputs": "none"}, "unknown inputs 'none'; known: compensated, original"),
+        ({"statistics": {}}, 'pass inputs="original"'),
+    ],
+)
+def test_bad_settings_are_told_before_anything_changes(kwargs, message):
+    model, before = tiny_model("llama"), tiny_model("llama")
+    with pytest.raises(EoraLabError, match=message):
+        compress_model(model, batches(), **SMALL | kwargs)
+    assert torch.equal(logits(model, batches(1)), logits(before, batches(1)))
+
+
+def test_non_finite_activations_stop_with_the_layers_name():
+    model = tiny_model("llama")
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(EoraLabError, match=r"model\.layers\.1\.mlp\.down_proj: NaN or Inf"):
+        collect_statistics(model, batches(), progress=False)
+
+
+def test_a_model_without_blocks_of_linears():
+    with pytest.raises(EoraLabError, match="Sequential: no list of decoder blocks"):
+        compress_model(nn.Sequential(nn.Linear(2, 2)), batches())
+
+
+def test_statistics_that_lack_a_layer():
+    with pytest.raises(EoraLabError, match=r"model\.layers\.0\.self_attn\.q_proj: no calibration token reached"):
+        compress_model(tiny_model("llama"), batches(), **SMALL, inputs="original", statistics={})
+
+
+def test_half_precision_models_stay_in_their_dtype():
+    model = tiny_model("llama").to(torch.bfloat16)
+    compress_model(model, batches(), **SMALL)
+    module = model.model.layers[0].mlp.up_proj
+    assert module.weight.dtype == module.lora_A.dtype == torch.bfloat16
+    assert torch.isfinite(logits(model, batches(1))).all()
+
+
+def test_perplexity_is_the_mean_over_predicted_tokens():
+    model, windows = tiny_model("llama"), batches(3, 20)
+    expected = torch.stack([model(w[None], labels=w[None]).loss for w in windows]).mean().exp()
+    assert perplexity(model, windows) == pytest.approx(expected.item(), rel=1e-5)
+    with pytest.raises(EoraLabError, match="needs"):
+        perplexity(model, windows[:, :1])
+    model.lm_head.weight.data[0] = float("inf")
+    with pytest.raises(EoraLabError, match="logits are not finite"):
+        perplexity(model, windows)
