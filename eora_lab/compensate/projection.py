@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eora_lab.compensate import krylov
 from eora_lab.compensate.lowrank import LowRank
 from eora_lab.statistics import InputStatistics
 
@@ -18,8 +19,16 @@ def principal_errors(
 ) -> LowRank:
     """The rank-r optimum under a metric: a layer's statistics (M = S), or a diagonal given as (in,) weights.
 
-    Solves on the smaller side, in float64: R M Rᵀ (out x out), or Tᵀ Rᵀ R T (in x in).
+    Solves on the smaller side, in float64: R M Rᵀ (out x out), or Tᵀ Rᵀ R T (in x in). Large layers go through a
+    Krylov space in the residual's precision, unless its error bound is not met; their spectrum ends at the rank.
     """
+    dtype = residual.dtype if residual.dtype.itemsize >= 4 else torch.float32
+    if krylov.worth_it(residual, rank):
+        R = residual.to(dtype)
+        M = (metric if isinstance(metric, Tensor) else metric.second_moment).to(dtype)
+        if found := krylov.top_eigenvectors(R, M, rank):
+            U, values = found
+            return LowRank(A=U.T @ R, B=U, spectrum=values.clamp_min(0))
     R = residual.double()
     out_features, in_features = R.shape
     diagonal = metric.double() if isinstance(metric, Tensor) else None
@@ -32,5 +41,4 @@ def principal_errors(
         values, vectors = torch.linalg.eigh(RT.T @ RT)
         # orthonormal even where an eigenvalue is zero, and nested: column k depends on columns up to k only
         U = torch.linalg.qr(RT @ vectors.flip(1)[:, :rank]).Q
-    dtype = residual.dtype if residual.dtype.itemsize >= 4 else torch.float32
     return LowRank(A=(U.T @ R).to(dtype), B=U.to(dtype), spectrum=values.flip(0).clamp_min(0))
