@@ -32,6 +32,9 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
+BATCH = 4  # sequences that run through a block at once
+
+
 class _AllBlocksSeen(Exception):
     pass
 
@@ -39,16 +42,23 @@ class _AllBlocksSeen(Exception):
 class BlockStream:
     """Hidden states of a token set on their way through the decoder.
 
-    tokens:     (nsamples, seqlen) token ids; they travel in mini-batches of `batch_size`.
+    tokens:     (nsamples, seqlen) token ids; they travel in mini-batches of BATCH.
+    held_out:   share of the samples, the last ones, that is measured apart.
     hidden:     the input of the next block, one (batch, seqlen, hidden_size) tensor a mini-batch.
+    Raises EoraLabError when the held-out share leaves no sample on one of its sides.
     """
 
-    def __init__(self, model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"], batch_size: int = 4):
+    def __init__(self, model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"], held_out: float = 0.0):
         self.blocks = decoder_blocks(model)
-        device = next(model.parameters()).device
+        kept = len(tokens) - round(held_out * len(tokens))
+        if held_out and not 0 < kept < len(tokens):
+            raise EoraLabError(f"holding out {held_out} of {len(tokens)} samples leaves none on one side")
+        parts = tokens.to(next(model.parameters()).device).split([kept, len(tokens) - kept])
+        mini_batches = [(part, i == 1) for i in (0, 1) for part in parts[i].split(BATCH) if len(part)]
+        self._held_out = [held for _, held in mini_batches]
         self.hidden: list[Tensor] = []
         self._calls: dict[int, list[tuple]] = {}  # mini-batch size -> what each block is called with beside the states
-        for part in tokens.to(device).split(batch_size):
+        for part, _ in mini_batches:
             hidden, calls = self._enter(model, part)
             self.hidden.append(hidden)
             self._calls[len(part)] = calls
@@ -95,6 +105,8 @@ class BlockStream:
         prefix = list(self.blocks)[index]
         found: dict[str, InputStatistics] = {}
         seen: list[tuple[Tensor, InputStatistics]] = []  # inputs of this mini-batch; held so that no id is reused
+        held_out = iter(self._held_out)
+        apart = next(held_out)
 
         def watch(name: str):
             def hook(module, args):
@@ -103,8 +115,10 @@ class BlockStream:
                 if name not in found:
                     found[name] = shared or InputStatistics(x.shape[-1], x.device, name)
                 if found[name] is not shared:
-                    found[name].update(x)
                     seen.append((x, found[name]))
+                    if apart and found[name].held_out is None:
+                        found[name].held_out = InputStatistics(x.shape[-1], x.device, name)
+                    (found[name].held_out if apart else found[name]).update(x)
 
             return hook
 
@@ -115,6 +129,7 @@ class BlockStream:
         try:
             for i, output in enumerate(self.outputs(index)):
                 seen.clear()
+                apart = next(held_out, False)
                 if keep_outputs:
                     self.hidden[i] = output
         finally:
@@ -129,15 +144,16 @@ class BlockStream:
 
 
 def collect_statistics(
-    model: nn.Module, batches: Int[Tensor, "nsamples seqlen"], progress: bool = True
+    model: nn.Module, batches: Int[Tensor, "nsamples seqlen"], held_out: float = 0.0, progress: bool = True
 ) -> dict[str, InputStatistics]:
     """Statistics of every block linear of the model as it is; module name -> InputStatistics.
 
+    held_out: share of the samples, the last ones, that is measured apart (`.held_out`).
     Shared inputs share one object. Holds the statistics of all blocks; `compress_model` needs one block's at a time.
     """
     from tqdm.auto import tqdm
 
-    stream = BlockStream(model, batches)
+    stream = BlockStream(model, batches, held_out)
     found: dict[str, InputStatistics] = {}
     for index in tqdm(range(len(stream.blocks)), desc="statistics", unit="block", disable=not progress, leave=False):
         found |= stream.statistics(index, keep_outputs=True)

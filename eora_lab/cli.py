@@ -1,4 +1,4 @@
-"""The command line: `eora-lab demo | compare | compress | evaluate | generate | models`."""
+"""The command line: `eora-lab demo | compare | compress | evaluate | generate | models | bench`."""
 
 import sys
 from dataclasses import asdict, dataclass, field
@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from eora_lab.compress.grid import ZeroPoint
+from eora_lab.bench_solver import SHAPES, bench
+from eora_lab.compensate.budget import Budget
 from eora_lab.errors import EoraLabError
 from eora_lab.recipe import Recipe
 
@@ -89,14 +90,15 @@ class Compare:
     """bits of a weight"""
     group_size: int = 64
     """input channels that share a grid; -1: one grid per output row"""
-    sym: bool = False
-    """symmetric grids"""
-    zero_point: ZeroPoint = "float"
-    """of asymmetric grids: see `eora-lab compress --help`"""
     method: tuple[str, ...] = ("none", "svd", "qera_approx", "eora")
     """methods to compare"""
     rank: tuple[int, ...] = (64,)
     """ranks of the compensation"""
+    factor_bits: tuple[int, ...] = (16,)
+    """bits of the compensation's factors: 16, or 2 to 8"""
+    budget: tuple[Literal["uniform", "relative", "absolute"], ...] = ("uniform",)
+    """how the parameters of that rank are spread over layers: the same rank in each, or where they remove most output
+    error (relative to each layer's output, or absolute)"""
     inputs: Literal["compensated", "original"] = "original"
     """where calibration inputs come from; the same statistics serve all rows only with the original model"""
     calibration: Calibration = Calibration()
@@ -109,10 +111,13 @@ class Compare:
         from eora_lab.models import load_model
 
         recipes = [
-            Recipe(self.compressor, bits, self.group_size, self.sym, self.zero_point, method, rank, self.inputs)
+            Recipe(
+                self.compressor, bits, self.group_size, method=method, rank=rank, factor_bits=few, inputs=self.inputs
+            )
             for bits in self.bits
             for method in self.method
             for rank in (self.rank if method != "none" else (0,))
+            for few in (self.factor_bits if method != "none" else (16,))
         ]
         model, tokenizer = load_model(self.model)
         windows = self.evaluation.tokens(tokenizer)
@@ -123,7 +128,8 @@ class Compare:
         )
         print(header(), flush=True)
         rows = []
-        for row in compare(model, batches, windows, recipes):
+        budgets = tuple(Budget(objective) for objective in self.budget)
+        for row in compare(model, batches, windows, recipes, budgets):
             rows.append(row)
             print(format_row(row), flush=True)
         if self.figure:
@@ -146,6 +152,7 @@ class Compress:
     model: str = "smollm2-135m"
     """embedded model, hub id, or folder"""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=lambda: Recipe("gptq", bits=4))
+    budget: Budget = field(default_factory=Budget)
     calibration: Calibration = Calibration()
     evaluation: Evaluation = Evaluation()
     evaluate: bool = True
@@ -156,9 +163,11 @@ class Compress:
     """cpu or cuda"""
 
     def run(self) -> None:
+        from eora_lab.blocks import collect_statistics
         from eora_lab.evaluate import perplexity
         from eora_lab.models import load_model
         from eora_lab.pipeline import compress_model
+        from eora_lab.plan import plan_ranks
         from eora_lab.runs import write_report
 
         model, tokenizer = load_model(self.model, dtype=self.dtype, device=self.device)
@@ -166,8 +175,12 @@ class Compress:
         windows = self.evaluation.tokens(tokenizer) if self.evaluate else None
         batches = self.calibration.batches(model, tokenizer)
         dense = perplexity(model, windows, progress=True) if self.evaluate else None
+        ranks = None
+        if self.budget != Budget():
+            ranks = plan_ranks(model, collect_statistics(model, batches), self.recipe, self.budget)
+        about = asdict(self.calibration)
         report = compress_model(
-            model, batches, **asdict(self.recipe), folder=self.output, calibration=asdict(self.calibration)
+            model, batches, **asdict(self.recipe), ranks=ranks, folder=self.output, calibration=about
         )
         if self.evaluate:
             report.perplexity = {"dense": dense, "compressed": perplexity(model, windows, progress=True)}
@@ -226,6 +239,26 @@ class Generate:
 
 
 @dataclass(frozen=True)
+class Bench:
+    """Time the EoRA solver beside the reference algorithm on layers of real sizes (the large ones take minutes)."""
+
+    shapes: tuple[str, ...] = SHAPES
+    """OUTxIN of the layers"""
+    rank: int = 128
+    """rank of the compensation"""
+    seed: int = 0
+    """seed of the synthetic layers"""
+
+    def run(self) -> None:
+        columns = "{:>12} {:>9} {:>12} {:>8}  {:>15} {:>14}"
+        print(columns.format("out x in", "ours s", "reference s", "ratio", "loss/reference", "loss/residual"))
+        for row in bench(self.shapes, self.rank, self.seed):
+            times = f"{row.seconds:.2f}", f"{row.reference_seconds:.2f}", f"{row.reference_seconds / row.seconds:.0f}x"
+            losses = f"{row.loss / row.reference_loss:.7f}", f"{row.loss / row.total:.5f}"
+            print(columns.format(row.shape, *times, *losses), flush=True)
+
+
+@dataclass(frozen=True)
 class Models:
     """List the models that need no hub, and how to name any other."""
 
@@ -245,6 +278,7 @@ COMMANDS = {
     "evaluate": Evaluate,
     "generate": Generate,
     "models": Models,
+    "bench": Bench,
 }
 
 

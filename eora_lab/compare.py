@@ -7,9 +7,11 @@ from dataclasses import asdict, dataclass
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from eora_lab.blocks import collect_statistics
+from eora_lab.blocks import collect_statistics, decoder_blocks, linears
+from eora_lab.compensate.budget import Budget
 from eora_lab.evaluate import perplexity
 from eora_lab.pipeline import compress_model
+from eora_lab.plan import plan_ranks
 from eora_lab.recipe import Recipe
 
 
@@ -19,9 +21,12 @@ class Row:
 
     base: str
     method: str
-    rank: int
+    rank: int  # the average, where a budget spreads it
+    budget: str
+    factor_bits: int
     perplexity: float
     error: float | None  # relative output error, mean over layers; None for the dense model
+    nbytes: int  # of the compressed linears
     bits_per_weight: float
     seconds: float
 
@@ -31,38 +36,64 @@ def compare(
     batches: Int[Tensor, "nsamples seqlen"],
     windows: Int[Tensor, "n seqlen"],
     recipes: list[Recipe],
+    budgets: tuple[Budget, ...] = (Budget(),),
 ) -> Iterator[Row]:
-    """Evaluate the dense model, then a copy of it for every recipe; rows come as they are ready.
+    """Evaluate the dense model, then a copy of it for every recipe and budget; rows come as they are ready.
 
-    Recipes with inputs="original" share one measurement of the statistics.
+    Recipes with inputs="original", and all budgets but the uniform one, share one measurement of the statistics.
     """
     for recipe in recipes:
         recipe.check(model)
     dense_bits = 8.0 * model.dtype.itemsize
-    yield Row("dense", "none", 0, perplexity(model, windows, progress=True), None, dense_bits, 0.0)
-    original = any(recipe.inputs == "original" for recipe in recipes)
-    statistics = collect_statistics(model, batches) if original else None
+    weights = sum(
+        linear.weight.numel() for block in decoder_blocks(model).values() for linear in linears(block).values()
+    )
+    dense = perplexity(model, windows, progress=True)
+    yield Row("dense", "none", 0, "uniform", 16, dense, None, weights * model.dtype.itemsize, dense_bits, 0.0)
+    planned = any(budget != Budget() for budget in budgets)
+    original = planned or any(recipe.inputs == "original" for recipe in recipes)
+    statistics = collect_statistics(model, batches, max(r.held_out for r in recipes)) if original else None
     for recipe in recipes:
-        candidate = copy.deepcopy(model)
-        shared = statistics if recipe.inputs == "original" else None
-        report = compress_model(candidate, batches, **asdict(recipe), statistics=shared)
-        error = sum(layer.error_after for layer in report.layers) / len(report.layers)
-        base = f"{recipe.compressor} {recipe.bits}-bit g{recipe.group_size}"
-        rank = recipe.rank if recipe.method != "none" else 0
-        value = perplexity(candidate, windows, progress=True)
-        yield Row(base, recipe.method, rank, value, error, report.bits_per_weight, report.seconds)
+        for budget in budgets if recipe.method != "none" else (Budget(),):
+            ranks = plan_ranks(model, statistics, recipe, budget) if budget != Budget() else None
+            candidate = copy.deepcopy(model)
+            shared = statistics if recipe.inputs == "original" else None
+            report = compress_model(candidate, batches, **asdict(recipe), ranks=ranks, statistics=shared)
+            yield Row(
+                base=f"{recipe.compressor} {recipe.bits}-bit g{recipe.group_size}",
+                method=recipe.method,
+                rank=recipe.rank if recipe.method != "none" else 0,
+                budget=budget.objective,
+                factor_bits=recipe.factor_bits,
+                perplexity=perplexity(candidate, windows, progress=True),
+                error=sum(layer.error_after for layer in report.layers) / len(report.layers),
+                nbytes=report.nbytes,
+                bits_per_weight=report.bits_per_weight,
+                seconds=report.seconds,
+            )
+
+
+COLUMNS = "{:16} {:12} {:>4} {:9} {:>7}  {:>10}  {:>12}  {:>8}  {:>11}  {:>6}"
 
 
 def header() -> str:
     """Column titles for `format_row`."""
-    titles = f"{'perplexity':>10}  {'output error':>12}  {'bits/weight':>11}  {'s':>6}"
-    return f"{'base':16} {'method':12} {'rank':>4}  {titles}"
+    titles = "base method rank budget factors perplexity output-error MB bits/weight s"
+    return COLUMNS.format(*titles.split())
 
 
 def format_row(row: Row) -> str:
     """One line of the printed table."""
-    error = "" if row.error is None else f"{row.error:.5f}"
-    return (
-        f"{row.base:16} {row.method:12} {row.rank:4}  {row.perplexity:10.2f}  {error:>12}  "
-        f"{row.bits_per_weight:11.2f}  {row.seconds:6.1f}"
+    compensated = row.rank > 0
+    return COLUMNS.format(
+        row.base,
+        row.method,
+        row.rank,
+        row.budget if compensated else "",
+        f"{row.factor_bits}-bit" if compensated else "",
+        f"{row.perplexity:.2f}",
+        "" if row.error is None else f"{row.error:.5f}",
+        f"{row.nbytes / 1e6:.1f}",
+        f"{row.bits_per_weight:.2f}",
+        f"{row.seconds:.1f}",
     )

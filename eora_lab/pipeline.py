@@ -13,14 +13,13 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from eora_lab.blocks import BlockStream, decoder_blocks, linears
-from eora_lab.compensate import solve
-from eora_lab.compress.grid import ZeroPoint
+from eora_lab.compensate.factors import store_factors
 from eora_lab.errors import EoraLabError
 from eora_lab.linear import CompensatedLinear
 from eora_lab.recipe import Recipe
 from eora_lab.report import LayerReport, Report, peak_memory
 from eora_lab.runs import RunFolder
-from eora_lab.statistics import InputStatistics
+from eora_lab.statistics import InputStatistics, output_energy
 
 
 @torch.no_grad()
@@ -34,19 +33,20 @@ def compress_model(
     rank: int = 64,
     inputs: str = "compensated",
     *,
-    sym: bool = False,
-    zero_point: ZeroPoint = "float",
+    ranks: dict[str, int] | None = None,
     folder: Path | str | None = None,
     calibration: dict | None = None,
     statistics: dict[str, InputStatistics] | None = None,
     progress: bool = True,
+    **settings,
 ) -> Report:
     """Compress every linear of the decoder blocks and put the compensated layers in place. Returns the report.
 
     Embeddings and lm_head stay as they are.
 
     batches:    calibration token ids.
-    compressor ... inputs, sym, zero_point: see `Recipe`.
+    compressor ... inputs, and `settings`: the fields of `Recipe`, which says what they are.
+    ranks:      module name -> rank, in place of one rank for all (see `plan_ranks`); others get rank 0.
     folder:     keep the run there, and resume it from there if it was interrupted.
     calibration: how the batches were made (source, seed, ...), to be kept in the folder's config.json.
     statistics: of the original model, from `collect_statistics`; they replace the pass, so inputs must be "original".
@@ -56,13 +56,16 @@ def compress_model(
     from tqdm.auto import tqdm
 
     started = time.perf_counter()
-    recipe = Recipe(compressor, bits, group_size, sym, zero_point, method, rank, inputs)
-    recipe.check(model)
+    recipe = Recipe(
+        compressor=compressor, bits=bits, group_size=group_size, method=method, rank=rank, inputs=inputs, **settings
+    )
+    recipe.check(model, ranks)
     if statistics is not None and inputs != "original":
         raise EoraLabError('statistics measured before are of the original model: pass inputs="original"')
     blocks = decoder_blocks(model)
-    run = RunFolder(folder, asdict(recipe) | (calibration or {}) | identity(model, batches)) if folder else None
-    stream = BlockStream(model, batches) if statistics is None else None
+    about = {"ranks": ranks} | asdict(recipe) | (calibration or {}) | identity(model, batches)
+    run = RunFolder(folder, about) if folder else None
+    stream = BlockStream(model, batches, held_out=recipe.held_out) if statistics is None else None
     report = Report()
     for index, (prefix, block) in enumerate(
         tqdm(blocks.items(), desc=compressor, unit="block", disable=not progress, leave=False)
@@ -78,7 +81,8 @@ def compress_model(
                 name = f"{prefix}.{local}"
                 if name not in found:
                     raise EoraLabError(f"{name}: no calibration token reached this layer")
-                modules[name], layer = compress_linear(model, name, found[name], recipe)
+                layer_rank = recipe.rank if ranks is None else ranks.get(name, 0)
+                modules[name], layer = compress_linear(model, name, found[name], recipe, layer_rank)
                 layers.append(layer)
             if run:
                 run.save_block(index, modules, layers)
@@ -93,39 +97,45 @@ def compress_model(
 
 
 def compress_linear(
-    model: nn.Module, name: str, statistics: InputStatistics, recipe: Recipe
+    model: nn.Module, name: str, statistics: InputStatistics, recipe: Recipe, rank: int
 ) -> tuple[CompensatedLinear, LayerReport]:
-    """Compress one linear, compensate it, and put it in place."""
-    weight = model.get_submodule(name).weight.float()
+    """Compress one linear, compensate it at `rank`, and put it in place."""
+    linear = model.get_submodule(name)
+    weight = linear.weight.float()
     start = time.perf_counter()
     compressed = recipe.compress(weight, statistics)
     compressed_at = time.perf_counter()
-    residual = weight - compressed.dense(model.dtype).float()
-    low_rank = solve(recipe.method, residual, statistics, recipe.rank)
+    residual = weight - compressed.dense(linear.weight.dtype).float()
+    low_rank, shrinkage = recipe.compensate(residual, statistics, rank)
+    refit = (residual, statistics.second_moment) if recipe.refit else None
+    factors = store_factors(low_rank, recipe.factor_bits, refit)
     solved_at = time.perf_counter()
-    module = CompensatedLinear.replacing(model.get_submodule(name), compressed, low_rank)
+    module = CompensatedLinear(linear, compressed, factors)
     model.set_submodule(name, module)
-    S = statistics.second_moment
-    signal = output_energy(weight, S)
     left = residual - module.lora_B.float() @ module.lora_A.float()
+
+    def errors(second_moment: Tensor) -> tuple[float, float]:
+        signal = output_energy(weight, second_moment) or 1.0
+        return output_energy(residual, second_moment) / signal, output_energy(left, second_moment) / signal
+
+    before, after = errors(statistics.second_moment)
+    held_out = errors(statistics.held_out.second_moment) if statistics.held_out else (None, None)
     return module, LayerReport(
         name=name,
         out_features=weight.shape[0],
         in_features=weight.shape[1],
         rank=module.rank,
-        error_before=output_energy(residual, S) / signal,
-        error_after=output_energy(left, S) / signal,
+        error_before=before,
+        error_after=after,
         spectrum=spectrum_summary(low_rank.spectrum, module.rank),
         tokens=statistics.tokens,
+        held_out_before=held_out[0],
+        held_out_after=held_out[1],
+        shrinkage=shrinkage,
         nbytes=module.nbytes,
         seconds_compress=compressed_at - start,
         seconds_solve=solved_at - compressed_at,
     )
-
-
-def output_energy(matrix: Float[Tensor, "out in"], second_moment: Float[Tensor, "in in"]) -> float:
-    """E|M x|² = tr(M S Mᵀ)."""
-    return ((matrix @ second_moment) * matrix).sum().item()
 
 
 def spectrum_summary(spectrum: Float[Tensor, " eigenvalues"], rank: int) -> dict[int, float]:

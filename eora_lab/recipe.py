@@ -6,9 +6,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from eora_lab.blocks import decoder_blocks, linears
-from eora_lab.compensate import SOLVERS
+from eora_lab.compensate import SOLVERS, LowRank, solve
+from eora_lab.compensate.factors import check_factor_bits
+from eora_lab.compensate.shrinkage import solve_shrunk
 from eora_lab.compress import COMPRESSORS, CompressedWeight
-from eora_lab.compress.grid import ZeroPoint, check_grid
+from eora_lab.compress.grid import ScaleDtype, ZeroPoint, check_grid
 from eora_lab.errors import EoraLabError
 from eora_lab.linear import CompensatedLinear
 from eora_lab.statistics import InputStatistics
@@ -28,15 +30,25 @@ class Recipe:
     """symmetric grids (zero point in the middle)"""
     zero_point: ZeroPoint = "float"
     """of asymmetric grids: float keeps each group's smallest and largest weight; integer keeps zero weights zero"""
+    scale_dtype: ScaleDtype = "float32"
+    """type of a grid's scale and offset; float16 saves half a bit a weight at groups of 64"""
     method: str = "eora"
     """how the error is compensated: none, svd, act_s, qera_approx or eora"""
     rank: int = 64
     """rank of the compensation in every layer"""
+    factor_bits: int = 16
+    """bits of A and B: 16, or 2 to 8 on a grid"""
+    refit: bool = True
+    """after A was rounded to few bits, fit B to it again"""
+    held_out: float = 0.0
+    """share of the calibration samples that is kept apart, for the report to judge by"""
+    shrink: bool = False
+    """mix S with the identity, as much as the held-out samples ask for"""
     inputs: str = "compensated"
     """where a block's calibration inputs come from: the blocks before it as compressed and compensated, or the
     original model"""
 
-    def check(self, model: nn.Module) -> None:
+    def check(self, model: nn.Module, ranks: dict[str, int] | None = None) -> None:
         """Raise EoraLabError when a setting is unknown or does not fit a layer of the model."""
         if any(isinstance(module, CompensatedLinear) for module in model.modules()):
             raise EoraLabError("this model is compressed already: load the original one")
@@ -49,12 +61,18 @@ class Recipe:
                 raise EoraLabError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
         if self.rank < 0:
             raise EoraLabError(f"rank must be 0 or more, not {self.rank}")
+        if not 0 <= self.held_out < 1:
+            raise EoraLabError(f"the held-out share must be at least 0 and below 1, not {self.held_out}")
+        if self.shrink and not self.held_out:
+            raise EoraLabError("shrinkage is chosen on held-out samples: hold out a share, such as 0.25")
+        check_factor_bits(self.factor_bits)
         for prefix, block in decoder_blocks(model).items():
             for local, linear in linears(block).items():
                 check_grid(linear.in_features, self.bits, self.group_size)
                 smaller = min(linear.in_features, linear.out_features)
-                if self.method != "none" and self.rank > smaller:
-                    raise EoraLabError(f"rank {self.rank} is larger than {prefix}.{local} allows: at most {smaller}")
+                rank = self.rank if ranks is None else ranks.get(f"{prefix}.{local}", 0)
+                if self.method != "none" and rank > smaller:
+                    raise EoraLabError(f"rank {rank} is larger than {prefix}.{local} allows: at most {smaller}")
 
     def compress(self, weight: Float[Tensor, "out in"], statistics: InputStatistics) -> CompressedWeight:
         """Compress one weight with these settings."""
@@ -65,4 +83,13 @@ class Recipe:
             group_size=self.group_size,
             sym=self.sym,
             zero_point=self.zero_point,
+            scale_dtype=self.scale_dtype,
         )
+
+    def compensate(
+        self, residual: Float[Tensor, "out in"], statistics: InputStatistics, rank: int
+    ) -> tuple[LowRank, float]:
+        """Compensate one residual with these settings. Returns the answer and the shrinkage that was chosen."""
+        if self.shrink:
+            return solve_shrunk(self.method, residual, statistics, rank)
+        return solve(self.method, residual, statistics, rank), 0.0

@@ -20,6 +20,9 @@ class LayerReport:
     error_after: float  # of W^ + B A
     spectrum: dict[int, float]  # rank -> share of the solver's error energy that this rank removes
     tokens: int
+    held_out_before: float | None  # errors on the held-out tokens, if there are any
+    held_out_after: float | None
+    shrinkage: float  # share of the identity in S that the solver used
     nbytes: int  # compressed weight and factors, as stored
     seconds_compress: float
     seconds_solve: float
@@ -75,10 +78,18 @@ class Report:
 
     def summary(self) -> str:
         """The totals, one line each."""
+
+        def mean(field: str) -> float:
+            return sum(getattr(layer, field) for layer in self.layers) / max(len(self.layers), 1)
+
         lines = [
             f"{self.weights / 1e6:.1f} M weights at {self.bits_per_weight:.2f} bits = {self.nbytes / 1e6:.1f} MB",
+            f"output error {mean('error_before'):.5f} -> {mean('error_after'):.5f}, mean of layers, calibration tokens",
             f"{self.seconds:.1f} s, peak memory {self.peak_memory / 1e9:.2f} GB",
         ]
+        if self.layers and self.layers[0].held_out_after is not None:
+            before, after = mean("held_out_before"), mean("held_out_after")
+            lines.insert(2, f"output error {before:.5f} -> {after:.5f}, mean of layers, held-out tokens")
         lines += [f"perplexity {state}: {value:.2f}" for state, value in self.perplexity.items()]
         return "\n".join(lines)
 

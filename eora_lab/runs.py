@@ -70,7 +70,7 @@ class RunFolder:
 
     def finish(self, report: Report, model: nn.Module) -> None:
         """Write the adapter and the report."""
-        factors = {name: m.factors() for name, m in model.named_modules() if isinstance(m, CompensatedLinear)}
+        factors = {n: m.factors.dense() for n, m in model.named_modules() if isinstance(m, CompensatedLinear)}
         peft.write_adapter(self.path / "adapter", factors, str(self.settings["model"]))
         write_report(self.path, report)
 

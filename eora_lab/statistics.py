@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from eora_lab.errors import EoraLabError
+from eora_lab.files import write_safetensors
 
 
 class InputStatistics:
@@ -21,6 +21,7 @@ class InputStatistics:
     second_moment: S = E[x xᵀ], (in_features, in_features) float32, not centred.
     mean_abs:      m = E|x|, (in_features,) float32.
     tokens:        how many tokens were seen; every token weighs the same, however they were batched.
+    held_out:      the same of tokens that were kept apart to judge by, or None.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu", name: str = "input"):
@@ -28,6 +29,7 @@ class InputStatistics:
         self.tokens = 0
         self.second_moment = torch.zeros(in_features, in_features, device=device)
         self.mean_abs = torch.zeros(in_features, device=device)
+        self.held_out: InputStatistics | None = None
         self._root: Tensor | None = None
 
     @classmethod
@@ -65,6 +67,8 @@ class InputStatistics:
         share = other.tokens / max(merged.tokens, 1)
         merged.second_moment = torch.lerp(self.second_moment, other.second_moment, share)
         merged.mean_abs = torch.lerp(self.mean_abs, other.mean_abs, share)
+        kept_apart = [s.held_out for s in (self, other) if s.held_out]
+        merged.held_out = kept_apart[0].merge(kept_apart[1]) if len(kept_apart) == 2 else next(iter(kept_apart), None)
         return merged
 
     def root(self) -> Float[Tensor, "in in"]:
@@ -77,7 +81,12 @@ class InputStatistics:
     def save(self, path: Path | str) -> None:
         """Write to a safetensors file."""
         tensors = {"second_moment": self.second_moment, "mean_abs": self.mean_abs}
-        save_file(tensors, path, metadata={"tokens": str(self.tokens), "name": self.name})
+        metadata = {"tokens": str(self.tokens), "name": self.name}
+        if self.held_out:
+            tensors["held_out.second_moment"] = self.held_out.second_moment
+            tensors["held_out.mean_abs"] = self.held_out.mean_abs
+            metadata["held_out.tokens"] = str(self.held_out.tokens)
+        write_safetensors(Path(path), tensors, metadata)
 
     @classmethod
     def load(cls, path: Path | str) -> "InputStatistics":
@@ -85,10 +94,17 @@ class InputStatistics:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                statistics = cls(0, name=metadata["name"])
-                statistics.tokens = int(metadata["tokens"])
-                statistics.second_moment = file.get_tensor("second_moment")
-                statistics.mean_abs = file.get_tensor("mean_abs")
+
+                def read(prefix: str) -> InputStatistics:
+                    statistics = cls(0, name=metadata["name"])
+                    statistics.tokens = int(metadata[f"{prefix}tokens"])
+                    statistics.second_moment = file.get_tensor(f"{prefix}second_moment")
+                    statistics.mean_abs = file.get_tensor(f"{prefix}mean_abs")
+                    return statistics
+
+                statistics = read("")
+                if "held_out.tokens" in metadata:
+                    statistics.held_out = read("held_out.")
         except (OSError, KeyError, SafetensorError) as error:
             raise EoraLabError(f"{path}: not a statistics file ({error})") from error
         return statistics
@@ -102,3 +118,8 @@ def check_second_moment(second_moment: Tensor) -> None:
         raise EoraLabError("the second moment has NaN or Inf entries")
     if not torch.allclose(second_moment, second_moment.T, rtol=0, atol=1e-4 * float(second_moment.abs().max())):
         raise EoraLabError("the second moment is not symmetric")
+
+
+def output_energy(matrix: Float[Tensor, "out in"], second_moment: Float[Tensor, "in in"]) -> float:
+    """E|M x|² = tr(M S Mᵀ)."""
+    return ((matrix @ second_moment) * matrix).sum().item()

@@ -62,10 +62,27 @@ def test_sampling_repeats_with_its_seed(workplace, capsys):
 
 
 def test_compare_prints_a_row_a_recipe_and_draws(workplace, capsys):
-    arguments = ["compare", *SMALL, *TEXTS, "--method", "none", "svd", "eora", "--bits", "3", "2", "--rank", "4", "8"]
+    arguments = [
+        "compare",
+        *SMALL,
+        *TEXTS,
+        "--method",
+        "none",
+        "svd",
+        "eora",
+        "--bits",
+        "3",
+        "2",
+        "--rank",
+        "4",
+        "8",
+        "--budget",
+        "uniform",
+        "relative",
+    ]
     assert main([*arguments, "--figure", "figures/f.png"]) == 0
     out = capsys.readouterr().out
-    assert len(re.findall(r"^rtn [23]-bit g32 ", out, re.M)) == 2 * (1 + 2 + 2)
+    assert len(re.findall(r"^rtn [23]-bit g32 ", out, re.M)) == 2 * (1 + 4 + 4)
     first = {path.suffix: path.read_bytes() for path in (workplace / "figures").iterdir()}
     assert set(first) == {".png", ".svg"}
     assert main([*arguments, "--figure", "figures/f.png"]) == 0
@@ -88,6 +105,10 @@ def test_models(capsys):
         (["compress", "run", *SMALL, *TEXTS, "--rank", "400"], "rank 400 is larger than"),
         (["compress", "model", *SMALL, *TEXTS], "not empty and holds no run"),
         (["compress", "text.txt/run", *SMALL, *TEXTS], "cannot write"),
+        (
+            ["compress", "run", *SMALL, *TEXTS, "--budget.objective", "relative", "--budget.only", "x{9}"],
+            "no layer matches",
+        ),
         (["generate", "model", ""], "prompt is empty"),
     ],
 )

@@ -7,8 +7,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from eora_lab import EoraLabError, InputStatistics, LowRank, solve
-from eora_lab.compensate import SOLVERS
+from eora_lab.compensate import SOLVERS, krylov
 from eora_lab.compensate.eora_paper import eora_paper
+from eora_lab.compensate.factors import StoredFactors, store_factors
+from eora_lab.compensate.shrinkage import solve_shrunk
 
 KINDS = ("random", "rank-deficient", "condition 1e12", "outlier channels")
 SHAPES = [(24, 40), (40, 24), (32, 32), (1, 16), (16, 1)]
@@ -193,3 +195,85 @@ def test_balanced_factors_have_equal_norms_and_the_same_product():
 def test_errors(call, message):
     with pytest.raises(EoraLabError, match=message):
         call(torch.ones(8, 12), torch.eye(12))
+
+
+def power_law(out_features: int, in_features: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """A residual and a singular covariance with a power-law spectrum and outlier channels, float32."""
+    x = normal(in_features // 2, in_features, seed=seed) * torch.arange(1, in_features + 1).rsqrt()
+    x = x @ normal(in_features, in_features, seed=seed + 1) / in_features**0.5
+    x[:, ::97] *= 20
+    return normal(out_features, in_features, seed=seed + 2).float(), (x.T @ x / len(x)).float()
+
+
+@pytest.mark.parametrize("shape", [(1024, 1100), (1400, 1024)])
+@pytest.mark.parametrize("method", ["eora", "qera_approx"])
+def test_krylov_space_reaches_the_exact_optimum(shape, method):
+    R, S = power_law(*shape)
+    answer = solve(method, R, S, 24)
+    assert len(answer.spectrum) == 24, "the exact path was taken"
+    metric = S.double() if method == "eora" else torch.diag(S.diagonal().double())
+    values = torch.linalg.eigvalsh(R.double() @ metric @ R.double().T).flip(0)
+    best = values[24:].sum().item()
+    assert loss(R, metric, answer) == pytest.approx(best, rel=1e-4)
+    torch.testing.assert_close(answer.spectrum, values[:24], rtol=1e-3, atol=0)
+    torch.testing.assert_close(answer.B.T @ answer.B, torch.eye(24), rtol=0, atol=1e-4)
+
+
+def test_krylov_gives_up_where_its_bound_is_not_met():
+    """An identity times noise has no leading directions: the exact path answers, and as well as it can be done."""
+    R = normal(1024, 1024)
+    flat = torch.linalg.qr(R).Q.float()  # every eigenvalue of R Rᵀ is 1
+    assert (
+        krylov.top_eigenvectors(flat + 1e-3 * torch.diag(torch.arange(1024) % 7).float(), torch.ones(1024), 24) is None
+    )
+    answer = solve("svd", flat, torch.eye(1024), 24)
+    assert loss(flat, torch.eye(1024), answer) == pytest.approx(1000, rel=1e-4)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3])
+def test_factors_in_few_bits(bits):
+    R, S = normal(128, 192).float(), second_moment("outlier channels", 192).float()
+    answer = solve("eora", R, S, 64)
+    best, scale = loss(R, S, answer), total(R, S)
+
+    def stored_loss(factors: StoredFactors) -> float:
+        A, B = factors.dense()
+        return loss(R, S, LowRank(A, B, answer.spectrum))
+
+    plain, refit = store_factors(answer, bits), store_factors(answer, bits, (R, S))
+    assert best < stored_loss(refit) < stored_loss(plain)
+    assert stored_loss(refit) - best < {8: 1e-4, 4: 0.03, 3: 0.1}[bits] * scale
+    # codes, and a float32 scale and offset for every group of 64
+    assert plain.nbytes == refit.nbytes == (64 * 128 + 64 * 192) * bits // 8 + (64 * 2 + 64 * 3) * 8
+    again = StoredFactors.from_state_dict(plain.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(again.dense(), plain.dense(), strict=True))
+
+
+def test_sixteen_bit_factors_lose_next_to_nothing():
+    R, S = normal(40, 60).float(), second_moment("random", 60).float()
+    answer = solve("eora", R, S, 20)
+    A, B = store_factors(answer).dense()
+    assert loss(R, S, LowRank(A, B, answer.spectrum)) == pytest.approx(loss(R, S, answer), rel=1e-4)
+    with pytest.raises(EoraLabError, match="factor bits must be 16, or between 2 and 8, not 1"):
+        store_factors(answer, 1)
+
+
+def test_shrinkage_helps_on_new_tokens_when_there_are_few():
+    mix, R = normal(64, 64) * torch.logspace(0, -1.5, 64), normal(48, 64).float()
+
+    def statistics(tokens: int, seed: int) -> InputStatistics:
+        made = InputStatistics(64)
+        made.update((normal(tokens, 64, seed=seed) @ mix).float())
+        return made
+
+    few, truth = statistics(24, 1), statistics(20_000, 3).second_moment
+    few.held_out = statistics(24, 2)
+    answer, amount = solve_shrunk("eora", R, few, 12)
+    assert amount > 0
+    assert loss(R, truth, answer) < loss(R, truth, solve("eora", R, few, 12))
+    many = statistics(20_000, 4)
+    many.held_out = statistics(20_000, 5)
+    harmless, plain = (loss(R, truth, a) for a in (solve_shrunk("eora", R, many, 12)[0], solve("eora", R, many, 12)))
+    assert harmless < 1.001 * plain
+    with pytest.raises(EoraLabError, match="hold out a share"):
+        solve_shrunk("eora", R, statistics(24, 1), 12)

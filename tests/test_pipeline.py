@@ -18,8 +18,12 @@ from eora_lab import (
     perplexity,
 )
 from eora_lab.blocks import decoder_blocks
+from eora_lab.compensate.budget import Budget
 from eora_lab.compress import COMPRESSORS
 from eora_lab.linear import CompensatedLinear
+from eora_lab.plan import plan_ranks
+from eora_lab.recipe import Recipe
+from eora_lab.statistics import output_energy
 from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer
 
 SMALL = {"bits": 3, "group_size": 32, "rank": 8, "progress": False}
@@ -326,3 +330,66 @@ def test_perplexity_is_the_mean_over_predicted_tokens():
     model.lm_head.weight.data[0] = float("inf")
     with pytest.raises(EoraLabError, match="logits are not finite"):
         perplexity(model, windows)
+
+
+def test_held_out_samples_are_measured_apart():
+    tokens = batches(8)
+    whole = collect_statistics(tiny_model("llama"), tokens[:6], progress=False)
+    split = collect_statistics(tiny_model("llama"), tokens, held_out=0.25, progress=False)
+    rest = collect_statistics(tiny_model("llama"), tokens[6:], progress=False)
+    for name, statistics in split.items():
+        assert (statistics.tokens, statistics.held_out.tokens) == (6 * 32, 2 * 32)
+        torch.testing.assert_close(statistics.second_moment, whole[name].second_moment)
+        torch.testing.assert_close(statistics.held_out.second_moment, rest[name].second_moment)
+    report = compress_model(tiny_model("llama"), tokens, **SMALL, held_out=0.25)
+    for layer in report.layers:
+        assert layer.held_out_after < layer.held_out_before
+    gained = [sum(getattr(layer, f) for layer in report.layers) for f in ("error_after", "held_out_after")]
+    assert gained[0] < gained[1]  # less is gained on tokens that were not calibrated on
+    assert "held-out tokens" in report.summary()
+    with pytest.raises(EoraLabError, match="leaves none on one side"):
+        compress_model(tiny_model("llama"), batches(2), **SMALL, held_out=0.1)
+    with pytest.raises(EoraLabError, match="hold out a share"):
+        compress_model(tiny_model("llama"), tokens, **SMALL, shrink=True)
+
+
+@pytest.mark.parametrize("factor_bits", [16, 4])
+def test_ragged_ranks_flow_through_run_folder_and_adapter(factor_bits, tmp_path):
+    name = save_tiny("llama", tmp_path / "model")
+    model, _ = load_model(name)
+    recipe, tokens = Recipe(bits=3, group_size=32, rank=8), batches()
+    statistics = collect_statistics(model, tokens, progress=False)
+    ranks = plan_ranks(model, statistics, recipe, Budget("relative", maximum=24, only="mlp|q_proj"), progress=False)
+    assert len(set(ranks.values())) > 2 and min(ranks.values()) == 0
+    uniform = compress_model(tiny_model("llama"), tokens, **SMALL, inputs="original")
+    settings = SMALL | {"ranks": ranks, "inputs": "original", "factor_bits": factor_bits, "folder": tmp_path / "run"}
+    report = compress_model(model, tokens, **settings)
+    assert {layer.name: layer.rank for layer in report.layers} == ranks
+    assert report.nbytes <= uniform.nbytes
+    loaded, _, loaded_report = load_run(tmp_path / "run")
+    assert loaded_report == report and torch.equal(logits(loaded, batches(2)), logits(model, batches(2)))
+    base = tiny_model("llama")
+    for name, module in model.named_modules():
+        if isinstance(module, CompensatedLinear):
+            base.get_submodule(name).weight.data.copy_(module.weight)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
+    torch.testing.assert_close(logits(adapted, batches(2)), logits(model, batches(2)), rtol=1e-3, atol=1e-4)
+
+
+def test_budgeted_ranks_remove_more_error_for_the_same_parameters():
+    tokens = batches()
+    recipe = Recipe(bits=3, group_size=32, rank=8, inputs="original")
+    statistics = collect_statistics(tiny_model("llama"), tokens, progress=False)
+    left = {}
+    for objective in ("uniform", "absolute"):
+        model = tiny_model("llama")
+        ranks = plan_ranks(model, statistics, recipe, Budget(objective, multiple=1), progress=False)
+        report = compress_model(model, tokens, **SMALL, inputs="original", statistics=statistics, ranks=ranks)
+        assert sum(layer.rank * (layer.in_features + layer.out_features) for layer in report.layers) <= 8 * sum(
+            layer.in_features + layer.out_features for layer in report.layers
+        )
+        left[objective] = sum(
+            layer.error_after * output_energy(tiny_model("llama").get_submodule(layer.name).weight, S.second_moment)
+            for layer, S in ((layer, statistics[layer.name]) for layer in report.layers)
+        )
+    assert left["absolute"] < left["uniform"]

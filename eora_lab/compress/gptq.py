@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eora_lab.compress.grid import ZeroPoint, check_grid, min_max_grid
+from eora_lab.compress.grid import ScaleDtype, ZeroPoint, check_grid, min_max_grid
 from eora_lab.compress.weight import CompressedWeight, zero_points
 from eora_lab.errors import EoraLabError
 from eora_lab.statistics import InputStatistics
@@ -21,6 +21,7 @@ def gptq(
     group_size: int = 64,
     sym: bool = False,
     zero_point: ZeroPoint = "float",
+    scale_dtype: ScaleDtype = "float32",
     damp_percent: float = 0.01,
 ) -> CompressedWeight:
     """Minimise tr((W - W^) S (W - W^)ᵀ) greedily over columns, with the Hessian S (the factor 2 cancels).
@@ -42,7 +43,7 @@ def gptq(
         for i in range(start, stop):
             if i % group_size == 0:
                 group = columns[i : i + group_size].T
-                scales, offsets = min_max_grid(group, bits, group_size, sym, zero_point)
+                scales, offsets = min_max_grid(group, bits, group_size, sym, zero_point, scale_dtype)
                 grids.append((scales, offsets))
                 scale, zero = scales[:, 0].float(), zero_points(scales, offsets)[:, 0]
             column, code, error = columns[i], codes[i], errors[i]  # (out,) each

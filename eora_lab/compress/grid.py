@@ -3,13 +3,14 @@
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Float16, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from eora_lab.compress.weight import zero_points
 from eora_lab.errors import EoraLabError
 
 ZeroPoint = Literal["float", "integer"]
+ScaleDtype = Literal["float32", "float16"]
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16; keeps an all-zero group from dividing by zero
 
 
@@ -28,8 +29,13 @@ def check_grid(in_features: int, bits: int, group_size: int) -> int:
 
 
 def min_max_grid(
-    weight: Float[Tensor, "out in"], bits: int, group_size: int, sym: bool, zero_point: ZeroPoint
-) -> tuple[Float16[Tensor, "out groups"], UInt8[Tensor, "out groups"] | Float16[Tensor, "out groups"]]:
+    weight: Float[Tensor, "out in"],
+    bits: int,
+    group_size: int,
+    sym: bool,
+    zero_point: ZeroPoint,
+    scale_dtype: ScaleDtype,
+) -> tuple[Float[Tensor, "out groups"], UInt8[Tensor, "out groups"] | Float[Tensor, "out groups"]]:
     """Scales and offsets (see `CompressedWeight`) that span each group's range, and zero.
 
     Asymmetric: scale = (max - min) / (2^bits - 1), and code 0 stands for min. zero_point "float" stores min, so that
@@ -38,26 +44,26 @@ def min_max_grid(
     """
     groups = weight.unflatten(1, (-1, group_size))  # (out, groups, group_size)
     low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)  # a grid far from zero would lose precision
-    levels = 2**bits - 1
+    levels, dtype = 2**bits - 1, getattr(torch, scale_dtype)
     if zero_point == "float":
-        low = low.half().float()  # as it is stored, so that the scale still ends at max
+        low = low.to(dtype).float()  # as it is stored, so that the scale still ends at max
     if sym:
         high = torch.maximum(high, -low)
         low = -high
-    scales = ((high - low) / levels).clamp_min(SMALLEST_SCALE).half()
+    scales = ((high - low) / levels).clamp_min(SMALLEST_SCALE).to(dtype)
     if not torch.isfinite(scales).all():
-        raise EoraLabError("weights are not finite, or too large for float16 scales")
+        raise EoraLabError(f"weights are not finite, or too large for {scale_dtype} scales")
     if sym:
         return scales, torch.full_like(low, 2 ** (bits - 1), dtype=torch.uint8)
     if zero_point == "float":
-        return scales, low.half()
+        return scales, low.to(dtype)
     return scales, (-low / scales.float()).round().clamp(0, levels).to(torch.uint8)
 
 
 def round_to_grid(
     weight: Float[Tensor, "out in"],
-    scales: Float16[Tensor, "out groups"],
-    offsets: UInt8[Tensor, "out groups"] | Float16[Tensor, "out groups"],
+    scales: Float[Tensor, "out groups"],
+    offsets: UInt8[Tensor, "out groups"] | Float[Tensor, "out groups"],
     bits: int,
 ) -> UInt8[Tensor, "out in"]:
     """The nearest code of every weight."""

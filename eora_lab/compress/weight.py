@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 
@@ -13,14 +13,14 @@ class CompressedWeight:
     """W^[o, i] = (codes[o, i] - zero[o, g]) * scales[o, g], where g = i // group_size.
 
     codes:   integers in 0 .. 2^bits - 1.
-    scales:  float16, stored as they are used.
-    offsets: what places the grid. uint8: the zero point, an integer of `bits` bits. float16: the weight of code 0, so
-             that zero = -offset / scale.
+    scales:  float16 or float32, stored as they are used.
+    offsets: what places the grid. uint8: the zero point, an integer of `bits` bits. Else, in the dtype of scales: the
+             weight of code 0, so that zero = -offset / scale.
     """
 
     codes: UInt8[Tensor, "out in"]
-    scales: Float16[Tensor, "out groups"]
-    offsets: UInt8[Tensor, "out groups"] | Float16[Tensor, "out groups"]
+    scales: Float[Tensor, "out groups"]
+    offsets: UInt8[Tensor, "out groups"] | Float[Tensor, "out groups"]
     bits: int
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
@@ -31,16 +31,15 @@ class CompressedWeight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes as stored: codes and zero points at `bits` bits each, scales and float offsets at 16."""
-        sixteen_bits = [t for t in (self.scales, self.offsets) if t.dtype == torch.float16]
-        packed = [t for t in (self.codes, self.offsets) if t.dtype == torch.uint8]
-        return sum(t.nbytes for t in sixteen_bits) + sum(-(-t.numel() * self.bits // 8) for t in packed)
+        """Bytes as stored: codes and zero points at `bits` bits each, scales and float offsets in full."""
+        parts = (self.codes, self.scales, self.offsets)
+        return sum(-(-t.numel() * self.bits // 8) if t.dtype == torch.uint8 else t.nbytes for t in parts)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Packed tensors, ready for safetensors."""
         return {
             "codes": pack(self.codes, self.bits),
-            "offsets": self.offsets if self.offsets.dtype == torch.float16 else pack(self.offsets, self.bits),
+            "offsets": pack(self.offsets, self.bits) if self.offsets.dtype == torch.uint8 else self.offsets,
             "scales": self.scales,
             "shape": torch.tensor([*self.codes.shape, self.bits]),
         }
@@ -50,14 +49,14 @@ class CompressedWeight:
         """The inverse of `state_dict`."""
         out_features, in_features, bits = state["shape"].tolist()
         scales, offsets = state["scales"], state["offsets"]
-        if offsets.dtype != torch.float16:
+        if offsets.dtype == torch.uint8:
             offsets = unpack(offsets, bits, scales.numel()).view(scales.shape)
         codes = unpack(state["codes"], bits, out_features * in_features).view(out_features, in_features)
         return cls(codes, scales, offsets, bits)
 
 
 def zero_points(
-    scales: Float16[Tensor, "out groups"], offsets: UInt8[Tensor, "out groups"] | Float16[Tensor, "out groups"]
+    scales: Float[Tensor, "out groups"], offsets: UInt8[Tensor, "out groups"] | Float[Tensor, "out groups"]
 ) -> Float[Tensor, "out groups"]:
     """The code, not always a whole one, that stands for a weight of zero."""
     return offsets.float() if offsets.dtype == torch.uint8 else -offsets.float() / scales.float()

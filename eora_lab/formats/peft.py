@@ -8,7 +8,7 @@ from eora_lab.files import write_json, write_safetensors
 
 
 def write_adapter(folder: Path, factors: dict[str, tuple[Tensor, Tensor]], base_model: str) -> None:
-    """Write an adapter folder from module name -> (A, B).
+    """Write an adapter folder from module name -> (A, B), in float16.
 
     r = lora_alpha, so every loader's scaling is 1. Where all layers have one rank, both patterns stay empty, as some
     loaders ignore them. Where ranks differ, r is the highest and both patterns name the others; layers of rank 0 are
@@ -37,7 +37,7 @@ def write_adapter(folder: Path, factors: dict[str, tuple[Tensor, Tensor]], base_
     }
     tensors = {}
     for module, (A, B) in factors.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = A
-        tensors[f"base_model.model.{module}.lora_B.weight"] = B
+        tensors[f"base_model.model.{module}.lora_A.weight"] = A.half()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = B.half()
     write_safetensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     write_json(folder / "adapter_config.json", config)

@@ -1,0 +1,92 @@
+"""Spend a parameter budget where it removes most output error: a rank for every layer, from the eigenvalues alone."""
+
+import heapq
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from eora_lab.errors import EoraLabError
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """What the budget needs to know of a layer."""
+
+    spectrum: Float[Tensor, " eigenvalues"]  # loss that each rank removes, descending
+    signal: float  # E|W x|², what relative errors are relative to
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How a parameter budget is spread over layers."""
+
+    objective: Literal["uniform", "relative", "absolute"] = "uniform"
+    """uniform: the same rank everywhere; else the ranks that minimise the summed output error: relative to each layer's
+    output, or absolute"""
+    minimum: int = 0
+    """lowest rank of a layer"""
+    maximum: int | None = None
+    """highest rank of a layer"""
+    multiple: int = 8
+    """ranks are multiples of this"""
+    only: str = ""
+    """regular expression; layers whose name it does not match get rank 0 and leave their share to the others"""
+
+
+def allocate_ranks(layers: dict[str, LayerSpectrum], average_rank: int | float, budget: Budget) -> dict[str, int]:
+    """Rank of every layer that minimises the summed output error under a parameter budget.
+
+    The budget is that of average_rank in every layer, average_rank (in + out) parameters each. Minimised is the sum of
+    E|(R - B A) x|² (absolute), or the same over E|W x|² of each layer (relative).
+
+    Greedy: take the step that gains most per parameter, again and again. A layer's gains fall with its rank, as
+    eigenvalues do, so the steps that greedy takes are the best ones of all layers together, and no other choice of the
+    same number of parameters gains more. Only the last, unspent parameters (less than one step) can be off.
+    Raises EoraLabError when the bounds and the budget contradict each other.
+    """
+    multiple = budget.multiple
+    chosen = {name: layer for name, layer in layers.items() if re.search(budget.only, name)}
+    if not chosen:
+        raise EoraLabError(f"no layer matches {budget.only!r}; names are like {next(iter(layers))}")
+    if multiple < 1 or budget.minimum % multiple or (budget.maximum or 0) % multiple:
+        raise EoraLabError(f"the lowest and the highest rank must be multiples of {multiple} (at least 1)")
+
+    def cost(name: str, rank: int) -> int:
+        return rank * (layers[name].in_features + layers[name].out_features)
+
+    def limit(name: str) -> int:
+        full = min(layers[name].in_features, layers[name].out_features) // multiple * multiple
+        return full if budget.maximum is None else min(full, budget.maximum)
+
+    left = int(sum(cost(name, 1) for name in layers) * average_rank)
+    ranks = dict.fromkeys(layers, 0)
+    for name in chosen:
+        if budget.minimum > limit(name):
+            raise EoraLabError(f"the lowest rank {budget.minimum} is more than {name} can have: {limit(name)}")
+        ranks[name] = budget.minimum
+        left -= cost(name, budget.minimum)
+    if left < 0:
+        raise EoraLabError(f"rank {budget.minimum} in every layer is more than an average rank of {average_rank}")
+
+    def priority(name: str) -> float:
+        """Gain per parameter of the next step; for "uniform", the layer that is furthest behind."""
+        if budget.objective == "uniform":
+            return -float(ranks[name])
+        gain = layers[name].spectrum[ranks[name] : ranks[name] + multiple].sum().item() / cost(name, multiple)
+        return gain / (layers[name].signal or 1.0) if budget.objective == "relative" else gain
+
+    steps = [(-priority(name), name) for name in chosen if ranks[name] + multiple <= limit(name)]
+    heapq.heapify(steps)
+    while steps:
+        name = heapq.heappop(steps)[1]
+        if cost(name, multiple) <= left:  # a layer that no longer fits drops out; one with fewer channels may still fit
+            ranks[name] += multiple
+            left -= cost(name, multiple)
+            if ranks[name] + multiple <= limit(name):
+                heapq.heappush(steps, (-priority(name), name))
+    return ranks
