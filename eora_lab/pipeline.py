@@ -9,10 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from eora_lab.blocks import BlockStream, decoder_blocks, linears
+from eora_lab.compensate import SOLVERS, LowRank
+from eora_lab.compensate.eora import eora
 from eora_lab.compensate.factors import store_factors
 from eora_lab.errors import EoraLabError
 from eora_lab.linear import CompensatedLinear
@@ -114,23 +116,27 @@ def compress_linear(
     model.set_submodule(name, module)
     left = residual - module.lora_B.float() @ module.lora_A.float()
 
-    def errors(second_moment: Tensor) -> tuple[float, float]:
-        signal = output_energy(weight, second_moment) or 1.0
-        return output_energy(residual, second_moment) / signal, output_energy(left, second_moment) / signal
+    def energies(second_moment: Tensor) -> tuple[float, float, float]:
+        """Of the output, its error before, its error after."""
+        return (
+            output_energy(weight, second_moment) or 1.0,
+            output_energy(residual, second_moment),
+            output_energy(left, second_moment),
+        )
 
-    before, after = errors(statistics.second_moment)
-    held_out = errors(statistics.held_out.second_moment) if statistics.held_out else (None, None)
+    signal, before, after = energies(statistics.second_moment)
+    held_out = energies(statistics.held_out.second_moment) if statistics.held_out else None
     return module, LayerReport(
         name=name,
         out_features=weight.shape[0],
         in_features=weight.shape[1],
         rank=module.rank,
-        error_before=before,
-        error_after=after,
-        spectrum=spectrum_summary(low_rank.spectrum, module.rank),
+        error_before=before / signal,
+        error_after=after / signal,
+        spectrum=spectrum_summary(low_rank, weight.shape, before if SOLVERS[recipe.method] is eora else None),
         tokens=statistics.tokens,
-        held_out_before=held_out[0],
-        held_out_after=held_out[1],
+        held_out_before=held_out and held_out[1] / held_out[0],
+        held_out_after=held_out and held_out[2] / held_out[0],
         shrinkage=shrinkage,
         nbytes=module.nbytes,
         seconds_compress=compressed_at - start,
@@ -138,11 +144,18 @@ def compress_linear(
     )
 
 
-def spectrum_summary(spectrum: Float[Tensor, " eigenvalues"], rank: int) -> dict[int, float]:
-    """Share of the error energy that ranks 1, 2, 4, ... and `rank` remove."""
-    total = spectrum.sum().item()
-    ranks = sorted({2**k for k in range(16) if 2**k <= len(spectrum)} | ({rank} if rank else set()))
-    return {r: spectrum[:r].sum().item() / total if total else 1.0 for r in ranks}
+def spectrum_summary(low_rank: LowRank, shape: torch.Size, error_energy: float | None) -> dict[int, float]:
+    """Share of the error energy that ranks 1, 2, 4, ... and the layer's own remove, in the solver's metric.
+
+    error_energy: E|R x|², where that is the solver's metric. It is needed where the spectrum ends early; without it the
+    summary is then empty.
+    """
+    spectrum = low_rank.spectrum
+    total = spectrum.sum().item() if len(spectrum) == min(shape) else error_energy
+    if total is None:
+        return {}
+    ranks = sorted({2**k for k in range(16)} | {low_rank.rank})
+    return {r: spectrum[:r].sum().item() / total if total else 1.0 for r in ranks if 0 < r <= len(spectrum)}
 
 
 def identity(model: nn.Module, batches: Int[Tensor, "nsamples seqlen"]) -> dict[str, str]:

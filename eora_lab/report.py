@@ -18,7 +18,7 @@ class LayerReport:
     rank: int
     error_before: float  # of W^
     error_after: float  # of W^ + B A
-    spectrum: dict[int, float]  # rank -> share of the solver's error energy that this rank removes
+    spectrum: dict[int, float]  # rank -> share of the error energy that it removes, in the solver's metric
     tokens: int
     held_out_before: float | None  # errors on the held-out tokens, if there are any
     held_out_after: float | None
@@ -67,7 +67,7 @@ class Report:
         lines = [f"{'layer':{width}}  {'shape':>11}  rank  error before  error after  captured  seconds"]
         for layer in self.layers:
             shape = f"{layer.out_features}x{layer.in_features}"
-            captured = layer.spectrum.get(layer.rank, 0.0)
+            captured = 1 - layer.error_after / layer.error_before if layer.error_before else 0.0
             seconds = layer.seconds_compress + layer.seconds_solve
             lines.append(
                 f"{layer.name:{width}}  {shape:>11}  {layer.rank:4}  {layer.error_before:12.5f}"

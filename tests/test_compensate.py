@@ -243,8 +243,8 @@ def test_factors_in_few_bits(bits):
     plain, refit = store_factors(answer, bits), store_factors(answer, bits, (R, S))
     assert best < stored_loss(refit) < stored_loss(plain)
     assert stored_loss(refit) - best < {8: 1e-4, 4: 0.03, 3: 0.1}[bits] * scale
-    # codes, and a float32 scale and offset for every group of 64
-    assert plain.nbytes == refit.nbytes == (64 * 128 + 64 * 192) * bits // 8 + (64 * 2 + 64 * 3) * 8
+    # codes, and a float16 scale and offset for every group of 64
+    assert plain.nbytes == refit.nbytes == (64 * 128 + 64 * 192) * bits // 8 + (64 * 2 + 64 * 3) * 4
     again = StoredFactors.from_state_dict(plain.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(again.dense(), plain.dense(), strict=True))
 

@@ -82,5 +82,6 @@ def store_factors(
 
 
 def round_rows(matrix: Float[Tensor, "rows columns"], bits: int) -> CompressedWeight:
-    """Round to nearest, in groups along the rows."""
-    return rtn(matrix, None, bits=bits, group_size=GROUP if matrix.shape[1] % GROUP == 0 else -1)
+    """Round to nearest, in groups along the rows, with float16 grids."""
+    group_size = GROUP if matrix.shape[1] % GROUP == 0 else -1
+    return rtn(matrix, None, bits=bits, group_size=group_size, scale_dtype="float16")
