@@ -34,4 +34,9 @@ def write_json(path: Path, data: object) -> None:
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda partial: save_file(tensors, partial, metadata=metadata))
+
+    def write(partial: Path) -> None:
+        save_file(tensors, partial, metadata=metadata)
+        partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors narrows it to the owner
+
+    write_atomically(path, write)

@@ -88,7 +88,7 @@ def test_constant_and_zero_groups(zero_point):
     torch.testing.assert_close(dense, weight, rtol=2e-3, atol=0)
 
 
-def reference_gptq(weight, second_moment, bits, group_size, zero_point, damp):
+def reference_gptq(weight, second_moment, grid: CompressedWeight, damp):
     """GPTQ in float64 without blocks: after each column, solve afresh for the best update of the columns left.
 
     Frantar et al., equation 2: W_rest -= err / [H^-1]_qq * [H^-1]_q,rest with H over the columns that are left.
@@ -96,29 +96,27 @@ def reference_gptq(weight, second_moment, bits, group_size, zero_point, damp):
     H = second_moment.double() + damp * second_moment.double().diagonal().mean() * torch.eye(len(second_moment))
     W = weight.double().clone()
     dense = torch.empty_like(W)
-    for q in range(W.shape[1]):
-        if q % group_size == 0:
-            group = W[:, q : q + group_size]
-            low, high = group.amin(1).clamp_max(0), group.amax(1).clamp_min(0)
-            scale = (high - low) / (2**bits - 1)
-            zero = -low / scale
-            zero = zero.round() if zero_point == "integer" else -low / scale
-        code = (W[:, q] / scale + zero).round().clamp(0, 2**bits - 1)
+    left = second_moment.diagonal().argsort(descending=True).tolist()
+    zeros = zero_points(grid.scales, grid.offsets).double()
+    group_size = W.shape[1] // grid.scales.shape[1]
+    while left:
+        q = left[0]
+        scale, zero = grid.scales[:, q // group_size].double(), zeros[:, q // group_size]
+        code = (W[:, q] / scale + zero).round().clamp(0, 2**grid.bits - 1)
         dense[:, q] = (code - zero) * scale
-        inverse = torch.linalg.inv(H[q:, q:])
-        W[:, q + 1 :] -= ((W[:, q] - dense[:, q]) / inverse[0, 0])[:, None] * inverse[0, 1:]
+        inverse = torch.linalg.inv(H[left][:, left])
+        left = left[1:]
+        W[:, left] -= ((W[:, q] - dense[:, q]) / inverse[0, 0])[:, None] * inverse[0, 1:]
     return dense
 
 
 @pytest.mark.parametrize("zero_point", ["float", "integer"])
-@pytest.mark.parametrize(
-    ("bits", "group_size"), [(3, 16), (4, 24), (2, 64), (4, -1)]
-)  # in a block of columns, and over
+@pytest.mark.parametrize(("bits", "group_size"), [(3, 16), (4, 24), (2, 64), (4, -1)])
 def test_gptq_equals_the_slow_exact_version(bits, group_size, zero_point):
     weight, statistics = weight_of(8, 192), statistics_of(192, tokens=1000)
-    fast = gptq(weight, statistics, bits=bits, group_size=group_size, zero_point=zero_point, damp_percent=0.02).dense()
-    group_size = 192 if group_size == -1 else group_size
-    slow = reference_gptq(weight, statistics.second_moment, bits, group_size, zero_point, 0.02)
+    grid = {"bits": bits, "group_size": group_size, "zero_point": zero_point}
+    fast = gptq(weight, statistics, **grid, damp_percent=0.02).dense()
+    slow = reference_gptq(weight, statistics.second_moment, rtn(weight, None, **grid), 0.02)
     # float32 against float64 may flip a tie, and a flip moves all later columns of its row
     same = (fast.double() - slow).abs().amax(1) < 1e-3
     assert same.sum() >= 7

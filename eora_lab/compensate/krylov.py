@@ -12,7 +12,7 @@ from torch import Tensor
 OVERSAMPLING = 32  # columns of a block beyond the rank
 MAX_STEPS = 8
 TOLERANCE = 2e-5  # of the loss that stays
-PROBES = 8  # random columns that look for what the space missed
+PROBES = 16  # random columns that look for what the space missed
 
 
 def worth_it(residual: Float[Tensor, "out in"], rank: int) -> bool:

@@ -26,33 +26,32 @@ def gptq(
 ) -> CompressedWeight:
     """Minimise tr((W - W^) S (W - W^)ᵀ) greedily over columns, with the Hessian S (the factor 2 cancels).
 
-    A group's min-max grid is taken from its weights as they stand when its first column is reached.
-    damp_percent: share of S's mean diagonal that is added to the diagonal before it is inverted.
+    Columns with the largest E[x²] come first (act-order); groups keep their channels, and their grids are those of the
+    original weights (static groups), so that the result is stored like any other.
+    damp_percent: share of S's mean diagonal that is added to the diagonal before it is factorised.
     """
     in_features = weight.shape[1]
     group_size = check_grid(in_features, bits, group_size)
-    steps = error_feedback(statistics.second_moment, damp_percent)  # unit upper triangular, (in, in)
-    columns = weight.float().T.clone()  # (in, out): a column of W is a contiguous row
-    columns[statistics.second_moment.diagonal() == 0] = 0  # dead input channels
+    power = statistics.second_moment.diagonal()
+    weight = weight.float().masked_fill(power == 0, 0)  # dead input channels
+    scales, offsets = min_max_grid(weight, bits, group_size, sym, zero_point, scale_dtype)
+    scale, zero = scales.float().T.contiguous(), zero_points(scales, offsets).T.contiguous()  # (groups, out)
+    order = power.argsort(descending=True, stable=True)
+    group = (order // group_size).tolist()
+    steps = error_feedback(statistics.second_moment[order][:, order], damp_percent)  # unit upper triangular, (in, in)
+    columns = weight.T[order].clone()  # (in, out): a column of W is a contiguous row
     codes, errors = torch.empty_like(columns), torch.empty_like(columns)
-    grids = []
-    # a group starts where a block starts, so that its grid sees every update before it
-    block = BLOCK if group_size % BLOCK == 0 or group_size == in_features else group_size
-    for start in range(0, in_features, block):
-        stop = min(start + block, in_features)
+    for start in range(0, in_features, BLOCK):
+        stop = min(start + BLOCK, in_features)
         for i in range(start, stop):
-            if i % group_size == 0:
-                group = columns[i : i + group_size].T
-                scales, offsets = min_max_grid(group, bits, group_size, sym, zero_point, scale_dtype)
-                grids.append((scales, offsets))
-                scale, zero = scales[:, 0].float(), zero_points(scales, offsets)[:, 0]
-            column, code, error = columns[i], codes[i], errors[i]  # (out,) each
-            torch.addcdiv(zero, column, scale, out=code).round_().clamp_(0, 2**bits - 1)
-            torch.addcmul(column, code - zero, scale, value=-1, out=error)
+            column, code, error, g = columns[i], codes[i], errors[i], group[i]  # (out,) each
+            torch.addcdiv(zero[g], column, scale[g], out=code).round_().clamp_(0, 2**bits - 1)
+            torch.addcmul(column, code - zero[g], scale[g], value=-1, out=error)
             columns[i + 1 : stop].addr_(steps[i, i + 1 : stop], error, alpha=-1)
         columns[stop:].addmm_(steps[start:stop, stop:].T, errors[start:stop], alpha=-1)
-    scales, offsets = (torch.cat(parts, dim=1) for parts in zip(*grids, strict=True))
-    return CompressedWeight(codes.T.to(torch.uint8).contiguous(), scales, offsets, bits)
+    in_place = torch.empty_like(codes, dtype=torch.uint8)
+    in_place[order] = codes.to(torch.uint8)
+    return CompressedWeight(in_place.T.contiguous(), scales, offsets, bits)
 
 
 def error_feedback(second_moment: Float[Tensor, "in in"], damp_percent: float) -> Float[Tensor, "in in"]:
