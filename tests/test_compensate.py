@@ -219,6 +219,14 @@ def test_krylov_space_reaches_the_exact_optimum(shape, method):
     torch.testing.assert_close(answer.B.T @ answer.B, torch.eye(24), rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("rank", [90, 110, 130, 500])
+def test_ranks_near_the_limit_of_the_krylov_path(rank):
+    """A space that fills the layer is no space to search in: whichever path answers, the loss is the optimum."""
+    R, S = power_law(1024, 1024)
+    values = torch.linalg.eigvalsh(R.double() @ S.double() @ R.double().T).flip(0)
+    assert loss(R, S, solve("eora", R, S, rank)) == pytest.approx(values[rank:].sum().item(), rel=1e-4)
+
+
 def test_krylov_gives_up_where_its_bound_is_not_met():
     """An identity times noise has no leading directions: the exact path answers, and as well as it can be done."""
     R = normal(1024, 1024)

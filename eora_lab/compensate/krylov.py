@@ -17,7 +17,7 @@ PROBES = 16  # random columns that look for what the space missed
 
 def worth_it(residual: Float[Tensor, "out in"], rank: int) -> bool:
     """Whether the layer is large enough beside the rank for a Krylov space to pay."""
-    return min(residual.shape) >= max(1024, 6 * (rank + OVERSAMPLING))
+    return min(residual.shape) >= max(1024, MAX_STEPS * (rank + OVERSAMPLING))  # room for every block
 
 
 def top_eigenvectors(
