@@ -1,0 +1,25 @@
+"""`eora-lab bench`."""
+
+from dataclasses import dataclass
+
+from eora_lab.bench_solver import SHAPES, bench
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Time the EoRA solver beside the reference algorithm on layers of real sizes (the large ones take minutes)."""
+
+    shapes: tuple[str, ...] = SHAPES
+    """OUTxIN of the layers"""
+    rank: int = 128
+    """rank of the compensation"""
+    seed: int = 0
+    """seed of the synthetic layers"""
+
+    def run(self) -> None:
+        columns = "{:>12} {:>9} {:>12} {:>8}  {:>15} {:>14}"
+        print(columns.format("out x in", "ours s", "reference s", "ratio", "loss/reference", "loss/residual"))
+        for row in bench(self.shapes, self.rank, self.seed):
+            times = f"{row.seconds:.2f}", f"{row.reference_seconds:.2f}", f"{row.reference_seconds / row.seconds:.0f}x"
+            losses = f"{row.loss / row.reference_loss:.7f}", f"{row.loss / row.total:.5f}"
+            print(columns.format(row.shape, *times, *losses), flush=True)

@@ -1,0 +1,70 @@
+"""`eora-lab compare`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from eora_lab.cli.options import Calibration, Evaluation
+from eora_lab.compensate.budget import Budget
+from eora_lab.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Print the perplexity of several methods, ranks and bits on one compressed base, same texts for all."""
+
+    model: str = "smollm2-135m"
+    """embedded model, hub id, or folder"""
+    compressor: str = "rtn"
+    """rtn or gptq"""
+    bits: tuple[int, ...] = (3,)
+    """bits of a weight"""
+    group_size: int = 64
+    """input channels that share a grid; -1: one grid per output row"""
+    method: tuple[str, ...] = ("none", "svd", "qera_approx", "eora")
+    """methods to compare"""
+    rank: tuple[int, ...] = (64,)
+    """ranks of the compensation"""
+    factor_bits: tuple[int, ...] = (16,)
+    """bits of the compensation's factors: 16, or 2 to 8"""
+    budget: tuple[Literal["uniform", "relative", "absolute"], ...] = ("uniform",)
+    """how the parameters of that rank are spread over layers: the same rank in each, or where they remove most output
+    error (relative to each layer's output, or absolute)"""
+    inputs: Literal["compensated", "original"] = "original"
+    """where calibration inputs come from; the same statistics serve all rows only with the original model"""
+    calibration: Calibration = field(default_factory=Calibration)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    figure: Path | None = None
+    """draw the table as .png and .svg"""
+
+    def run(self) -> None:
+        from eora_lab.compare import compare, format_row, header
+        from eora_lab.models import load_model
+
+        recipes = [
+            Recipe(
+                self.compressor, bits, self.group_size, method=method, rank=rank, factor_bits=few, inputs=self.inputs
+            )
+            for bits in self.bits
+            for method in self.method
+            for rank in (self.rank if method != "none" else (0,))
+            for few in (self.factor_bits if method != "none" else (16,))
+        ]
+        model, tokenizer = load_model(self.model)
+        windows = self.evaluation.tokens(tokenizer)
+        batches = self.calibration.batches(model, tokenizer)
+        print(
+            f"{self.model}, statistics from {self.inputs} inputs: {len(batches)} x {batches.shape[1]} tokens of "
+            f"{self.calibration.source}; perplexity on {len(windows)} x {windows.shape[1]} of {self.evaluation.source}"
+        )
+        print(header(), flush=True)
+        rows = []
+        budgets = tuple(Budget(objective) for objective in self.budget)
+        for row in compare(model, batches, windows, recipes, budgets):
+            rows.append(row)
+            print(format_row(row), flush=True)
+        if self.figure:
+            from eora_lab.plots import plot_comparison
+
+            for path in plot_comparison(rows, self.figure, self.model, self.evaluation.source):
+                print(f"wrote {path}")

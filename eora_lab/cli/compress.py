@@ -1,0 +1,61 @@
+"""`eora-lab compress`."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from eora_lab.cli.options import Calibration, Dtype, Evaluation
+from eora_lab.compensate.budget import Budget
+from eora_lab.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Compress:
+    """Compress a model, compensate it, and keep the result in a run folder.
+
+    The folder holds the packed weights, the low-rank path as a PEFT adapter, the configuration and the report. An
+    interrupted run resumes when it is started again with the same settings.
+    """
+
+    output: Annotated[Path, tyro.conf.Positional]
+    """run folder to write"""
+    model: str = "smollm2-135m"
+    """embedded model, hub id, or folder"""
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=lambda: Recipe("gptq", bits=4))
+    budget: Budget = field(default_factory=Budget)
+    calibration: Calibration = field(default_factory=Calibration)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    evaluate: bool = True
+    """measure the perplexity before and after"""
+    dtype: Dtype = "float32"
+    """type that the model is held in"""
+    device: str = "cpu"
+    """cpu or cuda"""
+
+    def run(self) -> None:
+        from eora_lab.blocks import collect_statistics
+        from eora_lab.evaluate import perplexity
+        from eora_lab.models import load_model
+        from eora_lab.pipeline import compress_model
+        from eora_lab.plan import plan_ranks
+        from eora_lab.runs import write_report
+
+        model, tokenizer = load_model(self.model, dtype=self.dtype, device=self.device)
+        self.recipe.check(model)
+        windows = self.evaluation.tokens(tokenizer) if self.evaluate else None
+        batches = self.calibration.batches(model, tokenizer)
+        dense = perplexity(model, windows, progress=True) if self.evaluate else None
+        ranks = None
+        if self.budget != Budget():
+            ranks = plan_ranks(model, collect_statistics(model, batches), self.recipe, self.budget)
+        about = asdict(self.calibration)
+        report = compress_model(
+            model, batches, **asdict(self.recipe), ranks=ranks, folder=self.output, calibration=about
+        )
+        if self.evaluate:
+            report.perplexity = {"dense": dense, "compressed": perplexity(model, windows, progress=True)}
+            write_report(self.output, report)
+        print(report)
+        print(f"wrote {self.output}: try  eora-lab generate {self.output} 'The capital of France is'")
