@@ -50,7 +50,7 @@ class InputStatistics:
     def update(self, x: Float[Tensor, "... in"]) -> None:
         """Add the tokens of one batch. Raises EoraLabError on NaN or Inf, naming the layer."""
         x = x.reshape(-1, x.shape[-1]).float()  # (tokens, in)
-        if not torch.isfinite(x).all():
+        if not all_finite(x):
             raise EoraLabError(f"{self.name}: NaN or Inf in its input after {self.tokens} tokens")
         new = self.tokens + len(x)
         if new == 0:
@@ -114,10 +114,15 @@ def check_second_moment(second_moment: Tensor) -> None:
     """Raise EoraLabError unless S is a finite, symmetric square matrix."""
     if second_moment.ndim != 2 or second_moment.shape[0] != second_moment.shape[1]:
         raise EoraLabError(f"the second moment must be a square matrix, not {tuple(second_moment.shape)}")
-    if not torch.isfinite(second_moment).all():
+    if not all_finite(second_moment):
         raise EoraLabError("the second moment has NaN or Inf entries")
     if not torch.allclose(second_moment, second_moment.T, rtol=0, atol=1e-4 * float(second_moment.abs().max())):
         raise EoraLabError("the second moment is not symmetric")
+
+
+def all_finite(matrix: Tensor) -> bool:
+    """Whether there is no NaN and no Inf. A finite sum, which takes one pass and no memory, settles it."""
+    return bool(torch.isfinite(matrix.sum()) or torch.isfinite(matrix).all())
 
 
 def output_energy(matrix: Float[Tensor, "out in"], second_moment: Float[Tensor, "in in"]) -> float:

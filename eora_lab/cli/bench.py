@@ -21,5 +21,5 @@ class Bench:
         print(columns.format("out x in", "ours s", "reference s", "ratio", "loss/reference", "loss/residual"))
         for row in bench(self.shapes, self.rank, self.seed):
             times = f"{row.seconds:.2f}", f"{row.reference_seconds:.2f}", f"{row.reference_seconds / row.seconds:.0f}x"
-            losses = f"{row.loss / row.reference_loss:.7f}", f"{row.loss / row.total:.5f}"
+            losses = f"{row.loss / row.reference_loss:.9f}", f"{row.loss / row.total:.5f}"
             print(columns.format(row.shape, *times, *losses), flush=True)

@@ -13,7 +13,7 @@ from eora_lab.compensate.none import none
 from eora_lab.compensate.qera_approx import qera_approx
 from eora_lab.compensate.svd import svd
 from eora_lab.errors import EoraLabError
-from eora_lab.statistics import InputStatistics
+from eora_lab.statistics import InputStatistics, all_finite
 
 SOLVERS = {
     "none": none,
@@ -53,6 +53,6 @@ def solve(
         raise EoraLabError(
             f"rank {rank} does not fit a layer of {tuple(residual.shape)}: at most {min(residual.shape)}"
         )
-    if not torch.isfinite(residual).all():
+    if not all_finite(residual):
         raise EoraLabError("the residual has NaN or Inf entries")
     return SOLVERS[method](residual, statistics, rank)
