@@ -109,8 +109,7 @@ def compress_linear(
     compressed_at = time.perf_counter()
     residual = weight - compressed.dense(linear.weight.dtype).float()
     low_rank, shrinkage = recipe.compensate(residual, statistics, rank)
-    refit = (residual, statistics.second_moment) if recipe.refit else None
-    factors = store_factors(low_rank, recipe.factor_bits, refit)
+    factors = store_factors(low_rank, recipe.factor_bits, (residual, statistics) if recipe.refit else None)
     solved_at = time.perf_counter()
     module = CompensatedLinear(linear, compressed, factors)
     model.set_submodule(name, module)

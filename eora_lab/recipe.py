@@ -39,7 +39,7 @@ class Recipe:
     factor_bits: int = 16
     """bits of A and B: 16, or 2 to 8 on a grid"""
     refit: bool = True
-    """after A was rounded to few bits, fit B to it again"""
+    """round A and B to few bits as GPTQ does, so that the output error grows least, and not to nearest"""
     held_out: float = 0.0
     """share of the calibration samples that is kept apart, for the report to judge by"""
     shrink: bool = False

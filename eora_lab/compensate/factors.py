@@ -1,4 +1,4 @@
-"""How the low-rank factors are stored: in 16 bits, or in few (the paper's table T13), balanced first."""
+"""How the low-rank factors are stored: in 16 bits, or in few (the paper's table T13)."""
 
 from dataclasses import dataclass
 
@@ -7,32 +7,31 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eora_lab.compensate.lowrank import LowRank
-from eora_lab.compress import CompressedWeight, rtn
+from eora_lab.compress import CompressedWeight, gptq, rtn
 from eora_lab.errors import EoraLabError
-
-GROUP = 64  # channels of a component that share a grid, where they divide into such groups
+from eora_lab.statistics import InputStatistics
 
 
 @dataclass(frozen=True)
 class StoredFactors:
-    """A and Bᵀ, one component a row: (rank, in) and (rank, out), float16 or on a grid like compressed weights."""
+    """A (rank, in) and B (out, rank), float16 or on a grid like compressed weights."""
 
     A: Tensor | CompressedWeight
-    Bt: Tensor | CompressedWeight
+    B: Tensor | CompressedWeight
 
     def dense(self) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
         """(A, B) float32, as a matrix product sees them."""
-        A, Bt = (f.dense() if isinstance(f, CompressedWeight) else f.float() for f in (self.A, self.Bt))
-        return A, Bt.T.contiguous()
+        A, B = (f.dense() if isinstance(f, CompressedWeight) else f.float() for f in (self.A, self.B))
+        return A, B
 
     @property
     def nbytes(self) -> int:
-        return self.A.nbytes + self.Bt.nbytes
+        return self.A.nbytes + self.B.nbytes
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors for safetensors."""
         state = {}
-        for name, factor in (("lora_A", self.A), ("lora_Bt", self.Bt)):
+        for name, factor in (("lora_A", self.A), ("lora_B", self.B)):
             if isinstance(factor, CompressedWeight):
                 state |= {f"{name}.{key}": tensor for key, tensor in factor.state_dict().items()}
             else:
@@ -48,7 +47,7 @@ class StoredFactors:
             parts = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
             return CompressedWeight.from_state_dict(parts) if parts else state[name]
 
-        return cls(read("lora_A"), read("lora_Bt"))
+        return cls(read("lora_A"), read("lora_B"))
 
 
 def check_factor_bits(bits: int) -> None:
@@ -58,30 +57,35 @@ def check_factor_bits(bits: int) -> None:
 
 
 def store_factors(
-    answer: LowRank, bits: int = 16, refit: tuple[Float[Tensor, "out in"], Float[Tensor, "in in"]] | None = None
+    answer: LowRank, bits: int = 16, fit: tuple[Float[Tensor, "out in"], InputStatistics] | None = None
 ) -> StoredFactors:
-    """Round balanced factors to `bits` bits: float16, or to nearest on asymmetric grids.
+    """Balanced factors in float16, or factors on `bits`-bit grids, one grid a row; B's columns are then unit vectors.
 
-    refit: (R, S). B is then fitted again to the rounded A^ before it is rounded itself:
-        B = R S A^ᵀ (A^ S A^ᵀ)^-1 minimises tr((R - B A^) S (R - B A^)ᵀ). Singular values of A^ S A^ᵀ at float32
-        rounding count as zero.
+    fit: R and its input statistics. Rounding is then steered by the output error, as GPTQ's, and not to nearest:
+        B Q Qᵀ A = B A for a random rotation Q, whose components have equal shares of the energy. B Q is rounded with
+        their second moment Qᵀ A S Aᵀ Q, A fitted again to that B^ as (B^ᵀ B^)^-1 B^ᵀ R, and rounded with S. Rounding
+        errors of one component are thus made good by the others: what they cost falls from the arithmetic mean of the
+        spectrum towards its geometric mean.
     Raises EoraLabError on bits out of range.
     """
     check_factor_bits(bits)
-    balanced = answer.balanced()
-    A, Bt = balanced.A.float(), balanced.B.T.float().contiguous()
     if bits == 16 or not answer.rank:
-        return StoredFactors(A.half(), Bt.half())
-    rounded = round_rows(A, bits)
-    if refit:
-        R, S = (matrix.double() for matrix in refit)
-        SA = S @ rounded.dense().double().T  # (in, rank)
-        gram = rounded.dense().double() @ SA
-        Bt = (torch.linalg.pinv(gram, rtol=1e-7, hermitian=True) @ (R @ SA).T).float()
-    return StoredFactors(rounded, round_rows(Bt, bits))
+        balanced = answer.balanced()
+        return StoredFactors(balanced.A.half(), balanced.B.half())
+    grid = {"bits": bits, "group_size": -1, "zero_point": "integer", "scale_dtype": "float16"}
+    norm = answer.B.norm(dim=0).float()
+    A, B = answer.A.float() * norm[:, None], answer.B.float() / torch.where(norm > 0, norm, 1)
+    if not fit:
+        return StoredFactors(rtn(A, None, **grid), rtn(B, None, **grid))
+    residual, statistics = fit
+    Q = rotation(answer.rank).to(B)
+    A, B = Q.T @ A, B @ Q
+    B = gptq(B, InputStatistics.from_second_moment(A @ statistics.second_moment @ A.T), **grid)
+    A = torch.linalg.pinv(B.dense().double()) @ residual.double()
+    return StoredFactors(gptq(A.float(), statistics, **grid), B)
 
 
-def round_rows(matrix: Float[Tensor, "rows columns"], bits: int) -> CompressedWeight:
-    """Round to nearest, in groups along the rows, with float16 grids."""
-    group_size = GROUP if matrix.shape[1] % GROUP == 0 else -1
-    return rtn(matrix, None, bits=bits, group_size=group_size, scale_dtype="float16")
+def rotation(size: int) -> Float[Tensor, "size size"]:
+    """A random orthogonal matrix, the same at every call."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q

@@ -15,8 +15,8 @@ TOLERANCE = 5e-5  # of the loss that stays; what is really lost is far below the
 
 
 def dimensions(rank: int) -> tuple[int, ...]:
-    """Sizes of the space at which its bound is looked at: from 4 times the rank, and 10 blocks, to twice that."""
-    steps = max(10, -(-4 * rank // BLOCK))
+    """Sizes of the space at which its bound is looked at: from 4.5 times the rank, and 10 blocks, to twice that."""
+    steps = max(10, -(-9 * rank // (2 * BLOCK)))
     return steps * BLOCK, (steps + steps // 2) * BLOCK, 2 * steps * BLOCK
 
 
