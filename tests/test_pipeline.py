@@ -138,7 +138,7 @@ def test_compensated_inputs_are_those_of_the_compressed_model():
     layer = next(layer for layer in report.layers if layer.name == "model.layers.1.self_attn.q_proj")
     original = tiny_model("llama").get_submodule(layer.name).weight
     module = model.get_submodule(layer.name)
-    left = original - module.weight - module.lora_B @ module.lora_A
+    left = original - module.dense() - module.lora_B @ module.lora_A
     S = statistics.second_moment
     assert layer.error_after == pytest.approx(
         ((left @ S * left).sum() / (original @ S * original).sum()).item(), rel=1e-4
@@ -191,7 +191,7 @@ def test_the_adapter_loads_in_peft(kind, tmp_path):
     base = tiny_model(kind)
     for name, module in model.named_modules():
         if isinstance(module, CompensatedLinear):
-            base.get_submodule(name).weight.data.copy_(module.weight)
+            base.get_submodule(name).weight.data.copy_(module.dense())
     tokens = batches(2, seed=1)
     without = logits(base, tokens)
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
@@ -317,7 +317,7 @@ def test_half_precision_models_stay_in_their_dtype():
     model = tiny_model("llama").to(torch.bfloat16)
     compress_model(model, batches(), **SMALL)
     module = model.model.layers[0].mlp.up_proj
-    assert module.weight.dtype == module.lora_A.dtype == torch.bfloat16
+    assert module.dense().dtype == module.lora_A.dtype == torch.bfloat16
     assert torch.isfinite(logits(model, batches(1))).all()
 
 
@@ -371,7 +371,7 @@ def test_ragged_ranks_flow_through_run_folder_and_adapter(factor_bits, tmp_path)
     base = tiny_model("llama")
     for name, module in model.named_modules():
         if isinstance(module, CompensatedLinear):
-            base.get_submodule(name).weight.data.copy_(module.weight)
+            base.get_submodule(name).weight.data.copy_(module.dense())
     adapted = peft.PeftModel.from_pretrained(base, tmp_path / "run" / "adapter").eval()
     torch.testing.assert_close(logits(adapted, batches(2)), logits(model, batches(2)), rtol=1e-3, atol=1e-4)
 
