@@ -19,7 +19,7 @@ from eora_lab import (
 )
 from eora_lab.blocks import decoder_blocks
 from eora_lab.compensate.budget import Budget
-from eora_lab.compress import COMPRESSORS
+from eora_lab.compress import COMPRESSORS, PRUNERS
 from eora_lab.linear import CompensatedLinear
 from eora_lab.plan import plan_ranks
 from eora_lab.recipe import Recipe
@@ -75,6 +75,10 @@ def test_linears_that_share_an_input_share_statistics(kind):
         assert len(set(at.values())) == 4
 
 
+def sparsity_for(compressor: str) -> dict:
+    return {"sparsity": "2:4"} if compressor in PRUNERS else {}
+
+
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_compensated_model_is_closer_and_rank_decides(kind, compressor):
@@ -83,7 +87,7 @@ def test_a_compensated_model_is_closer_and_rank_decides(kind, compressor):
     distance = {}
     for rank in (0, 8, 32):
         model = tiny_model(kind)
-        report = compress_model(model, tokens, compressor, **SMALL | {"rank": rank})
+        report = compress_model(model, tokens, compressor, **SMALL | {"rank": rank} | sparsity_for(compressor))
         distance[rank] = (logits(model, tokens) - dense).norm().item()
         for layer in report.layers:
             assert layer.rank == rank and layer.tokens == tokens.numel()
@@ -280,10 +284,16 @@ def test_a_damaged_run_is_one_clear_error(tmp_path):
     ("kwargs", "message"),
     [
         ({"bits": 1}, "bits must be between 2 and 8, not 1"),
-        ({"group_size": 48}, "group size 48 does not divide 64"),
+        ({"group_size": 0}, "group size must be 1 or more, or -1 for one group per output row, not 0"),
         ({"rank": 33}, r"rank 33 is larger than model\.layers\.0\.self_attn\.k_proj allows: at most 32"),
         ({"rank": -1}, "rank must be 0 or more"),
-        ({"compressor": "gtpq"}, "unknown compressor 'gtpq'; known: rtn, gptq"),
+        ({"compressor": "gtpq"}, "unknown compressor 'gtpq'; known: rtn, gptq, magnitude"),
+        ({"compressor": "wanda"}, "wanda needs a sparsity, such as 2:4"),
+        ({"sparsity": "2:4"}, "rtn does not prune: leave sparsity out, or use one of magnitude, wanda, sparsegpt"),
+        ({"compressor": "wanda", "sparsity": "2:3"}, "sparsity 2:3 does not fit 64 input features"),
+        ({"compressor": "wanda", "sparsity": "half"}, "sparsity must be n:m such as 2:4"),
+        ({"bits": 16}, "bits must be between 2 and 8, not 16"),
+        ({"inputs": "original", "true_sequential": True}, 'use inputs="compensated"'),
         ({"method": "magic"}, "unknown method 'magic'"),
         ({"inputs": "none"}, "unknown inputs 'none'; known: compensated, original"),
         ({"statistics": {}}, 'pass inputs="original"'),
@@ -309,7 +319,7 @@ def test_a_model_without_blocks_of_linears():
 
 
 def test_statistics_that_lack_a_layer():
-    with pytest.raises(EoraLabError, match=r"model\.layers\.0\.self_attn\.q_proj: no calibration token reached"):
+    with pytest.raises(EoraLabError, match=r"model\.layers\.0\.self_attn\.q_proj: no statistics"):
         compress_model(tiny_model("llama"), batches(), **SMALL, inputs="original", statistics={})
 
 
