@@ -107,14 +107,24 @@ def compress_linear(
     weight = linear.weight.float()
     tokens, usable = statistics.tokens, statistics.or_identity(recipe.held_out > 0)
     data_free, statistics = usable is not statistics, usable
-    start = time.perf_counter()
-    compressed = recipe.compress(weight, statistics)
-    compressed_at = time.perf_counter()
-    residual = weight - compressed.dense(linear.weight.dtype).float()
-    low_rank, shrinkage = recipe.compensate(residual, statistics, rank)
+    seconds_compress = seconds_solve = 0.0
+    target, least = weight, None
+    for _ in range(recipe.rounds if rank else 1):
+        start = time.perf_counter()
+        tried = recipe.compress(target, statistics)
+        compressed_at = time.perf_counter()
+        error = weight - tried.dense(linear.weight.dtype).float()
+        answer = recipe.compensate(error, statistics, rank)
+        seconds_compress += compressed_at - start
+        seconds_solve += time.perf_counter() - compressed_at
+        path = answer[0].dense()
+        loss = output_energy(error - path, statistics.second_moment)
+        if least is not None and loss >= least:
+            break  # a compressor is greedy, so that a round can do harm
+        compressed, residual, (low_rank, shrinkage), least = tried, error, answer, loss
+        target = weight - path
     refit = (residual, statistics.second_moment) if recipe.refit else None
     factors = store_factors(low_rank, recipe.factor_bits, refit)
-    solved_at = time.perf_counter()
     module = CompensatedLinear(linear, compressed, factors)
     model.set_submodule(name, module)
     left = residual - module.lora_B.float() @ module.lora_A.float()
@@ -142,8 +152,8 @@ def compress_linear(
         held_out_after=held_out and held_out[2] / held_out[0],
         shrinkage=shrinkage,
         nbytes=module.nbytes,
-        seconds_compress=compressed_at - start,
-        seconds_solve=solved_at - compressed_at,
+        seconds_compress=seconds_compress,
+        seconds_solve=seconds_solve,
         data_free=data_free,
     )
 

@@ -41,6 +41,9 @@ class Recipe:
     """gptq: inputs with the largest activations first, on grids of the original weights"""
     true_sequential: bool = False
     """measure the inputs of o after q, k and v are compressed and compensated, and so on through each block"""
+    rounds: int = 1
+    """how often at most: compress what the low-rank path leaves of the weight, compensate again (LoftQ's alternation,
+    arXiv 2310.08659, in the metric of the method); above 1, the compressed weight is of use with its path only"""
     method: str = "eora"
     """how the error is compensated: none, svd, act_s, qera_approx or eora"""
     rank: int = 64
@@ -61,7 +64,8 @@ class Recipe:
     def base(self) -> str:
         """The compressed model that is compensated, in short."""
         quantised = f"{self.bits}-bit g{self.group_size}" if self.bits != 16 else ""
-        return " ".join(part for part in (self.compressor, self.sparsity, quantised) if part)
+        rounds = f"x{self.rounds}" if self.rounds > 1 else ""
+        return " ".join(part for part in (self.compressor, self.sparsity, quantised, rounds) if part)
 
     def check(self, model: nn.Module, ranks: dict[str, int] | None = None) -> None:
         """Raise EoraLabError when a setting is unknown or does not fit a layer of the model."""
@@ -76,6 +80,8 @@ class Recipe:
                 raise EoraLabError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
         if self.rank < 0:
             raise EoraLabError(f"rank must be 0 or more, not {self.rank}")
+        if self.rounds < 1:
+            raise EoraLabError(f"rounds must be 1 or more, not {self.rounds}")
         if not 0 <= self.held_out < 1:
             raise EoraLabError(f"the held-out share must be at least 0 and below 1, not {self.held_out}")
         if self.shrink and not self.held_out:

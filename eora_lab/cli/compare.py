@@ -36,6 +36,8 @@ class Compare:
     """gptq: inputs with the largest activations first"""
     true_sequential: bool = False
     """measure the inputs within each block step by step (with --inputs compensated)"""
+    rounds: int = 1
+    """how often weights are compressed and compensated in turn; then every row has a base of its own"""
     method: tuple[str, ...] = ("none", "svd", "qera_approx", "eora")
     """methods to compare"""
     rank: tuple[int, ...] = (64,)
@@ -66,6 +68,7 @@ class Compare:
             sparsity=self.sparsity,
             desc_act=self.desc_act,
             true_sequential=self.true_sequential,
+            rounds=self.rounds,
             inputs=self.inputs,
         )
         recipes = [
