@@ -11,7 +11,7 @@ from eora_lab.compress.weight import zero_points
 
 TILE = 2**18  # weights that are dense at once, on the CPU; they stay in its cache
 INT4_GROUPS = (32, 64, 128, 256)
-INT4_ROWS = 8  # tokens up to which torch's int4 product beats a dense tile
+INT4_ROWS = 64  # tokens up to which torch's int4 product beats dense tiles
 
 
 class CompensatedLinear(nn.Module):

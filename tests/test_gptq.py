@@ -72,14 +72,15 @@ def test_gptq_with_uncorrelated_inputs_is_rtn():
         assert torch.equal(gptq(weight, statistics, **grid).codes, rtn(weight, statistics, **grid).codes)
 
 
-def test_gptq_with_fewer_tokens_than_channels_and_a_dead_channel():
+def test_gptq_with_few_tokens_a_dead_channel_constant_rows_and_a_zero_group():
     statistics = InputStatistics(64)
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
     x[:, 7] = 0
     statistics.update(x)
     weight = weight_of(8, 64)
+    weight[1], weight[2], weight[:, 16:32] = 0.5, 0, 0
     compressed = gptq(weight, statistics, bits=4, group_size=16, mse=True)
-    assert torch.isfinite(compressed.dense()).all()
+    assert torch.isfinite(compressed.dense()).all() and compressed.dense()[2].abs().max() < 1e-6
     assert output_error(weight, compressed, statistics) < output_error(
         weight, rtn(weight, None, bits=4, group_size=16), statistics
     )

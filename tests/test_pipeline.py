@@ -201,6 +201,19 @@ def test_a_run_loads_back_with_the_same_logits(kind, method, tmp_path):
         compress_model(loaded, batches(), **SMALL)
 
 
+@pytest.mark.parametrize("bits", [3, 16])
+@pytest.mark.parametrize("sparsity", ["2:4", "0.5"])
+def test_a_pruned_run_loads_back_with_the_same_logits_and_bytes(sparsity, bits, tmp_path):
+    model, _ = load_model(save_tiny("llama", tmp_path / "model"))
+    settings = run_settings(tmp_path / "run") | {"compressor": "sparsegpt", "sparsity": sparsity, "bits": bits}
+    report = compress_model(model, batches(), **settings)
+    loaded, _, loaded_report = load_run(tmp_path / "run")
+    assert torch.equal(logits(loaded, batches(2, seed=1)), logits(model, batches(2, seed=1)))
+    assert loaded_report == report
+    on_disk = sum(file.stat().st_size for file in (tmp_path / "run" / "blocks").iterdir())
+    assert report.nbytes < on_disk < report.nbytes + 25_000  # headers
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_adapter_loads_in_peft(kind, tmp_path):
     model, _ = load_model(save_tiny(kind, tmp_path / "model"))
