@@ -4,7 +4,7 @@ Only module structure is used (the list of blocks, `nn.Linear`, which linears ar
 decoder-only transformers model works and no architecture is named here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from jaxtyping import Int
@@ -30,6 +30,18 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def linears(block: nn.Module) -> dict[str, nn.Linear]:
     """Name within the block -> linear layer."""
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def check_experts(model: nn.Module) -> None:
+    """Raise EoraLabError where a block keeps the experts of a mixture in one tensor, which no compressor here takes."""
+    for prefix, block in decoder_blocks(model).items():
+        for name, module in block.named_modules():
+            for local, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd):
+                    raise EoraLabError(
+                        f"{prefix}.{name}.{local} fuses all experts in one {tuple(parameter.shape)} tensor: "
+                        "only models whose experts are nn.Linear layers can be compressed"
+                    )
 
 
 BATCH = 4  # sequences that run through a block at once
@@ -95,10 +107,41 @@ class BlockStream:
             output = block(hidden, *args, **kwargs)
             yield output[0] if isinstance(output, tuple) else output
 
-    def statistics(self, index: int, keep_outputs: bool) -> dict[str, InputStatistics]:
+    def groups(self, index: int) -> list[list[str]]:
+        """The linears of block `index` in the order they run, those that are handed the same tensor together.
+
+        Seen on the first mini-batch; what does not run there (an expert without tokens) comes last, each alone.
+        """
+        block = list(self.blocks.values())[index]
+        seen: list[tuple[Tensor, list[str]]] = []
+
+        def watch(name: str):
+            def hook(module, args):
+                for x, names in seen:
+                    if x is args[0]:
+                        names.append(name)
+                        return
+                seen.append((args[0], [name]))
+
+            return hook
+
+        handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears(block).items()]
+        try:
+            next(self.outputs(index))
+        finally:
+            for handle in handles:
+                handle.remove()
+        groups = [names for _, names in seen]
+        return groups + [[name] for name in linears(block) if not any(name in group for group in groups)]
+
+    def statistics(
+        self, index: int, keep_outputs: bool, only: Sequence[str] | None = None
+    ) -> dict[str, InputStatistics]:
         """Run block `index` and measure the input of each of its linears; full module name -> statistics.
 
-        Linears that are handed the same tensor (q, k and v; gate and up) share one object.
+        Linears that are handed the same tensor (q, k and v; gate and up) share one object. Those that no token reaches
+        get one of 0 tokens.
+        only: names within the block; others are not measured.
         keep_outputs: let the outputs be the next block's input, as when the block is used uncompressed.
         Raises EoraLabError on NaN or Inf, naming the layer.
         """
@@ -122,10 +165,12 @@ class BlockStream:
 
             return hook
 
-        block = self.blocks[prefix]
-        handles = [
-            linear.register_forward_pre_hook(watch(f"{prefix}.{name}")) for name, linear in linears(block).items()
-        ]
+        measured = {
+            f"{prefix}.{name}": linear
+            for name, linear in linears(self.blocks[prefix]).items()
+            if only is None or name in only
+        }
+        handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in measured.items()]
         try:
             for i, output in enumerate(self.outputs(index)):
                 seen.clear()
@@ -135,6 +180,8 @@ class BlockStream:
         finally:
             for handle in handles:
                 handle.remove()
+        for name, linear in measured.items():
+            found.setdefault(name, InputStatistics(linear.in_features, linear.weight.device, name))
         return found
 
     def advance(self, index: int) -> None:

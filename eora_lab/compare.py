@@ -60,7 +60,7 @@ def compare(
             shared = statistics if recipe.inputs == "original" else None
             report = compress_model(candidate, batches, **asdict(recipe), ranks=ranks, statistics=shared)
             yield Row(
-                base=f"{recipe.compressor} {recipe.bits}-bit g{recipe.group_size}",
+                base=recipe.base,
                 method=recipe.method,
                 rank=recipe.rank if recipe.method != "none" else 0,
                 budget=budget.objective,
@@ -73,7 +73,7 @@ def compare(
             )
 
 
-COLUMNS = "{:16} {:12} {:>4} {:9} {:>7}  {:>10}  {:>12}  {:>8}  {:>11}  {:>6}"
+COLUMNS = "{:24} {:12} {:>4} {:9} {:>7}  {:>10}  {:>12}  {:>8}  {:>11}  {:>6}"
 
 
 def header() -> str:

@@ -1,36 +1,42 @@
-"""A linear layer that carries its compressed weight and the low-rank path beside it."""
+"""A linear layer that holds its compressed weight packed, and the low-rank path beside it."""
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from eora_lab.compensate.factors import StoredFactors
-from eora_lab.compress import CompressedWeight
+from eora_lab.compress import CompressedWeight, SparseWeight, weight_from_state_dict
+from eora_lab.compress.weight import zero_points
+
+TILE = 2**18  # weights that are dense at once, on the CPU; they stay in its cache
+INT4_GROUPS = (32, 64, 128, 256)
+INT4_ROWS = 64  # tokens up to which torch's int4 product beats dense tiles
 
 
 class CompensatedLinear(nn.Module):
     """y = W^ x + B (A x) + bias, in place of an `nn.Linear` whose bias, dtype and device it keeps.
 
-    compressed: W^ as codes on a grid; factors: A and B as stored. Both are what a file holds.
-    weight:     W^ dense, (out_features, in_features), what the matrix product reads.
-    lora_A:     (rank, in_features); lora_B: (out_features, rank). Rank 0: no path.
+    The buffers of W^ are the packed tensors that a file holds (`CompressedWeight.state_dict`); the matrix product
+    unpacks some rows at a time, and again for gradients, so that W^ is never held dense.
+
+    factors: A and B as stored. lora_A: (rank, in_features); lora_B: (out_features, rank). Rank 0: no path.
     """
 
-    def __init__(self, old: nn.Linear, compressed: CompressedWeight, factors: StoredFactors):
+    def __init__(self, old: nn.Linear, compressed: CompressedWeight | SparseWeight, factors: StoredFactors):
         super().__init__()
-        self.compressed, self.factors = compressed, factors
-        A, B = factors.dense()
-        for name, tensor in (("weight", compressed.dense()), ("lora_A", A), ("lora_B", B)):
-            self.register_buffer(name, tensor.to(old.weight.device, old.weight.dtype), persistent=name != "weight")
+        self.out_features, self.in_features = compressed.shape
+        self.bits, self.factors = compressed.bits, factors
+        self.group_size = getattr(compressed, "group_size", None)
+        state, device, dtype = compressed.state_dict(), old.weight.device, old.weight.dtype
+        self.layout = state.pop("layout")  # stays on the CPU: it says how to read the others
+        self._packed = tuple(state)
+        for name, tensor in state.items():
+            self.register_buffer(name, tensor.to(device))
+        for name, tensor in zip(("lora_A", "lora_B"), factors.dense(), strict=True):
+            self.register_buffer(name, tensor.to(device, dtype))
         self.register_buffer("bias", old.bias)
-
-    @property
-    def out_features(self) -> int:
-        return self.weight.shape[0]
-
-    @property
-    def in_features(self) -> int:
-        return self.weight.shape[1]
+        self._int4: tuple[Tensor, int, Tensor] | None = None
 
     @property
     def rank(self) -> int:
@@ -39,23 +45,102 @@ class CompensatedLinear(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes as stored: packed weight and factors. The bias is not counted; it is never compressed."""
-        return self.compressed.nbytes + self.factors.nbytes
+        return sum(getattr(self, name).nbytes for name in self._packed) + self.factors.nbytes
+
+    @property
+    def compressed(self) -> CompressedWeight | SparseWeight:
+        """W^, unpacked."""
+        return self.rows(0, self.out_features)
+
+    def rows(self, start: int, stop: int) -> CompressedWeight | SparseWeight:
+        """Some rows of W^, unpacked."""
+        packed = {name: getattr(self, name)[start:stop] for name in self._packed}
+        return weight_from_state_dict(packed | {"layout": self.layout})
+
+    def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
+        """W^ as the matrix product sees it, by default in the dtype of the layer."""
+        return self.compressed.dense(dtype or self.lora_A.dtype)
 
     def stored(self) -> dict[str, Tensor]:
         """All that a file must hold."""
-        return self.compressed.state_dict() | self.factors.state_dict()
+        packed = {name: getattr(self, name) for name in self._packed}
+        return packed | {"layout": self.layout} | self.factors.state_dict()
 
     @classmethod
     def from_stored(cls, tensors: dict[str, Tensor], old: nn.Linear) -> "CompensatedLinear":
         """The inverse of `stored`. Raises KeyError when a tensor is missing or of another shape."""
-        compressed = CompressedWeight.from_state_dict(tensors)
-        if compressed.codes.shape != old.weight.shape:
-            raise KeyError(f"a weight of {tuple(compressed.codes.shape)} for a layer of {tuple(old.weight.shape)}")
+        compressed = weight_from_state_dict(tensors)
+        if compressed.shape != old.weight.shape:
+            raise KeyError(f"a weight of {tuple(compressed.shape)} for a layer of {tuple(old.weight.shape)}")
         return cls(old, compressed, StoredFactors.from_state_dict(tensors))
 
+    def _apply(self, fn, recurse=True):
+        """Move or cast the layer: the packed tensors follow to another device, and keep their dtypes."""
+        packed = {name: getattr(self, name) for name in self._packed}
+        super()._apply(fn, recurse)
+        for name, tensor in packed.items():
+            setattr(self, name, tensor.to(self.lora_A.device))
+        self._int4 = None
+        return self
+
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        y = F.linear(x, self.weight, self.bias)
-        return y + F.linear(F.linear(x, self.lora_A), self.lora_B) if self.rank else y
+        y = PackedProduct.apply(x, self)
+        if self.rank:
+            y = y + F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return y if self.bias is None else y + self.bias
+
+    def product(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
+        """x W^ᵀ."""
+        if x.dtype == torch.bfloat16 and len(x) <= INT4_ROWS and self.fits_int4:
+            return torch._weight_int4pack_mm_for_cpu(x.contiguous(), *self.int4())
+        y = x.new_empty(len(x), self.out_features)
+        for start, stop in self.tiles():
+            torch.mm(x, self.rows(start, stop).dense(x.dtype).T, out=y[:, start:stop])
+        return y
+
+    @property
+    def fits_int4(self) -> bool:
+        """Whether torch's int4 product on the CPU takes this weight. It is fast in bfloat16 only."""
+        plain = set(self._packed) == {"codes", "offsets", "scales"} and self.codes.is_cpu
+        return plain and self.bits == 4 and self.out_features % 16 == 0 and self.group_size in INT4_GROUPS
+
+    def int4(self) -> tuple[Tensor, int, Tensor]:
+        """W^ as that product takes it: codes in its own order, group size, (scale, weight of code 8) of every group.
+        Made when first asked for."""
+        if self._int4 is None:
+            weight = self.compressed
+            scales = weight.scales.float()
+            middle = (8 - zero_points(weight.scales, weight.offsets)) * scales
+            grids = torch.stack([scales, middle], dim=-1).transpose(0, 1).contiguous().bfloat16()  # (groups, out, 2)
+            self._int4 = torch._convert_weight_to_int4pack_for_cpu(weight.codes.int(), 1), weight.group_size, grids
+        return self._int4
+
+    def product_with_transpose(self, y: Float[Tensor, "tokens out"]) -> Float[Tensor, "tokens in"]:
+        """y W^."""
+        x = y.new_zeros(len(y), self.in_features)
+        for start, stop in self.tiles():
+            x.addmm_(y[:, start:stop], self.rows(start, stop).dense(y.dtype))
+        return x
+
+    def tiles(self) -> list[tuple[int, int]]:
+        """Row ranges whose weights are dense at the same time."""
+        rows = max(TILE // self.in_features, 64) if self.lora_A.is_cpu else self.out_features
+        return [(start, min(start + rows, self.out_features)) for start in range(0, self.out_features, rows)]
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, bits={self.compressed.bits}, rank={self.rank}"
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, rank={self.rank}"
+
+
+class PackedProduct(torch.autograd.Function):
+    """x W^ᵀ, with a gradient for x. Nothing is kept for the backward pass: W^ is unpacked again."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: CompensatedLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x.reshape(-1, layer.in_features)).view(*x.shape[:-1], layer.out_features)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        layer = ctx.layer
+        below = layer.product_with_transpose(gradient.reshape(-1, layer.out_features))
+        return below.view(*gradient.shape[:-1], layer.in_features), None

@@ -77,15 +77,16 @@ def compress_model(
                 stream.advance(index)
             report.layers += run.load_block(index, model)
         else:
-            found = stream.statistics(index, keep_outputs=inputs == "original") if stream else statistics
             modules, layers = {}, []
-            for local in linears(block):
-                name = f"{prefix}.{local}"
-                if name not in found:
-                    raise EoraLabError(f"{name}: no calibration token reached this layer")
-                layer_rank = recipe.rank if ranks is None else ranks.get(name, 0)
-                modules[name], layer = compress_linear(model, name, found[name], recipe, layer_rank)
-                layers.append(layer)
+            for names in stream.groups(index) if recipe.true_sequential else [list(linears(block))]:
+                found = stream.statistics(index, inputs == "original", names) if stream else statistics
+                for local in names:
+                    name = f"{prefix}.{local}"
+                    if name not in found:
+                        raise EoraLabError(f"{name}: no statistics")
+                    layer_rank = recipe.rank if ranks is None else ranks.get(name, 0)
+                    modules[name], layer = compress_linear(model, name, found[name], recipe, layer_rank)
+                    layers.append(layer)
             if run:
                 run.save_block(index, modules, layers)
             report.layers += layers
@@ -104,13 +105,25 @@ def compress_linear(
     """Compress one linear, compensate it at `rank`, and put it in place."""
     linear = model.get_submodule(name)
     weight = linear.weight.float()
-    start = time.perf_counter()
-    compressed = recipe.compress(weight, statistics)
-    compressed_at = time.perf_counter()
-    residual = weight - compressed.dense(linear.weight.dtype).float()
-    low_rank, shrinkage = recipe.compensate(residual, statistics, rank)
+    tokens, usable = statistics.tokens, statistics.or_identity(recipe.held_out > 0)
+    data_free, statistics = usable is not statistics, usable
+    seconds_compress = seconds_solve = 0.0
+    target, least = weight, None
+    for _ in range(recipe.rounds if rank else 1):
+        start = time.perf_counter()
+        tried = recipe.compress(target, statistics)
+        compressed_at = time.perf_counter()
+        error = weight - tried.dense(linear.weight.dtype).float()
+        answer = recipe.compensate(error, statistics, rank)
+        seconds_compress += compressed_at - start
+        seconds_solve += time.perf_counter() - compressed_at
+        path = answer[0].dense()
+        loss = output_energy(error - path, statistics.second_moment)
+        if least is not None and loss >= least:
+            break  # a compressor is greedy, so that a round can do harm
+        compressed, residual, (low_rank, shrinkage), least = tried, error, answer, loss
+        target = weight - path
     factors = store_factors(low_rank, recipe.factor_bits, (residual, statistics) if recipe.refit else None)
-    solved_at = time.perf_counter()
     module = CompensatedLinear(linear, compressed, factors)
     model.set_submodule(name, module)
     left = residual - module.lora_B.float() @ module.lora_A.float()
@@ -133,13 +146,14 @@ def compress_linear(
         error_before=before / signal,
         error_after=after / signal,
         spectrum=spectrum_summary(low_rank, weight.shape, before if SOLVERS[recipe.method] is eora else None),
-        tokens=statistics.tokens,
+        tokens=tokens,
         held_out_before=held_out and held_out[1] / held_out[0],
         held_out_after=held_out and held_out[2] / held_out[0],
         shrinkage=shrinkage,
         nbytes=module.nbytes,
-        seconds_compress=compressed_at - start,
-        seconds_solve=solved_at - compressed_at,
+        seconds_compress=seconds_compress,
+        seconds_solve=seconds_solve,
+        data_free=data_free,
     )
 
 

@@ -28,10 +28,10 @@ def plan_ranks(
     for name in tqdm(names, desc="spectra", unit="layer", disable=not progress, leave=False):
         if name not in statistics:
             raise EoraLabError(f"{name}: no statistics")
-        weight = model.get_submodule(name).weight
-        residual = weight.float() - recipe.compress(weight.float(), statistics[name]).dense(weight.dtype).float()
+        weight, usable = model.get_submodule(name).weight, statistics[name].or_identity(recipe.held_out > 0)
+        residual = weight.float() - recipe.compress(weight.float(), usable).dense(weight.dtype).float()
         highest = min(weight.shape) if budget.maximum is None else min(*weight.shape, budget.maximum)
-        spectrum = solve("eora", residual, statistics[name], highest).spectrum
-        signal = output_energy(weight.float(), statistics[name].second_moment)
+        spectrum = solve("eora", residual, usable, highest).spectrum
+        signal = output_energy(weight.float(), usable.second_moment)
         layers[name] = LayerSpectrum(spectrum, signal, *weight.shape)
     return allocate_ranks(layers, recipe.rank, budget)

@@ -26,6 +26,7 @@ class LayerReport:
     nbytes: int  # compressed weight and factors, as stored
     seconds_compress: float
     seconds_solve: float
+    data_free: bool = False  # too few tokens reached it: compressed, compensated and judged as if S were the identity
 
 
 @dataclass
@@ -90,6 +91,9 @@ class Report:
         if self.layers and self.layers[0].held_out_after is not None:
             before, after = mean("held_out_before"), mean("held_out_after")
             lines.insert(2, f"output error {before:.5f} -> {after:.5f}, mean of layers, held-out tokens")
+        few = [layer.name for layer in self.layers if layer.data_free]
+        if few:
+            lines.append(f"{len(few)} layers saw too few tokens and were compressed without data: {', '.join(few)}")
         lines += [f"perplexity {state}: {value:.2f}" for state, value in self.perplexity.items()]
         return "\n".join(lines)
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from eora_lab.errors import EoraLabError
 from eora_lab.files import write_safetensors
 
+CHANNELS_A_TOKEN = 32  # below in_features / 32 tokens, GPTQ no longer beats round to nearest on other tokens
+
 
 class InputStatistics:
     """Running means over tokens of one input.
@@ -41,6 +43,19 @@ class InputStatistics:
         statistics.mean_abs = (second_moment.diagonal().clamp_min(0) * (2 / torch.pi)).sqrt()
         statistics.tokens = 1
         return statistics
+
+    def or_identity(self, held_out: bool) -> "InputStatistics":
+        """These statistics, or S = I where too few tokens were seen to tell S from noise.
+
+        With S = I every method that looks at data becomes the one that does not: GPTQ rounds to nearest, Wanda and
+        SparseGPT prune by magnitude, EoRA is SVD. held_out: whether held-out tokens are needed as well.
+        """
+        enough = self.tokens >= self.in_features / CHANNELS_A_TOKEN and self.tokens
+        if enough and (self.held_out or not held_out):
+            return self
+        identity = InputStatistics.from_second_moment(torch.eye(self.in_features, device=self.second_moment.device))
+        identity.held_out = identity if held_out else None
+        return identity
 
     @property
     def in_features(self) -> int:

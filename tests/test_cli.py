@@ -89,6 +89,16 @@ def test_compare_prints_a_row_a_recipe_and_draws(workplace, capsys):
     assert first == {path.suffix: path.read_bytes() for path in (workplace / "figures").iterdir()}  # the same bytes
 
 
+def test_compare_takes_every_setting_of_the_base(workplace, capsys):
+    arguments = ["compare", *SMALL, *TEXTS, "--method", "none", "--bits", "4", "16", "--inputs", "compensated"]
+    assert main([*arguments, "--compressor", "sparsegpt", "--sparsity", "2:4", "--mse", "--true-sequential"]) == 0
+    out = capsys.readouterr().out
+    assert "sparsegpt 2:4 4-bit g32 " in out and "sparsegpt 2:4  " in out
+    arguments = ["compare", *SMALL, *TEXTS, "--method", "none", "--compressor", "gptq", "--scale-dtype", "float16"]
+    assert main([*arguments, "--zero-point", "integer", "--no-desc-act", "--mse"]) == 0
+    assert re.search(r"gptq 3-bit g32 .* 3\.6\d ", capsys.readouterr().out)  # 3 + 16/32 + 3/32, and padding
+
+
 def test_models(capsys):
     assert main(["models"]) == 0
     assert "smollm2-135m" in capsys.readouterr().out
@@ -101,7 +111,9 @@ def test_models(capsys):
         (["evaluate", "model", "--source", "wikipedia"], "unknown source 'wikipedia'"),
         (["evaluate", "model", "--source", "text.txt", "--seqlen", "9000"], "one window needs 9000"),
         (["compress", "run", *SMALL, *TEXTS, "--bits", "9"], "bits must be between 2 and 8"),
-        (["compress", "run", *SMALL, *TEXTS, "--group-size", "48"], "does not divide"),
+        (["compress", "run", *SMALL, *TEXTS, "--group-size", "0"], "group size must be 1 or more"),
+        (["compress", "run", *SMALL, *TEXTS, "--sparsity", "2:4"], "gptq does not prune"),
+        (["compare", *SMALL, *TEXTS, "--compressor", "wanda"], "wanda needs a sparsity"),
         (["compress", "run", *SMALL, *TEXTS, "--rank", "400"], "rank 400 is larger than"),
         (["compress", "model", *SMALL, *TEXTS], "not empty and holds no run"),
         (["compress", "text.txt/run", *SMALL, *TEXTS], "cannot write"),

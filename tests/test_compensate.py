@@ -252,8 +252,8 @@ def test_factors_in_few_bits(bits):
     fitted = store_factors(answer, bits, (R, InputStatistics.from_second_moment(S)))
     assert 0 < lost(fitted) < 0.2 * lost(plain)
     assert lost(fitted) < {8: 1e-5, 4: 0.002, 3: 0.01}[bits]
-    # codes, and a float16 scale and a zero point a row
-    assert plain.nbytes == fitted.nbytes == (64 * 192 + 128 * 64 + 64 + 128) * bits // 8 + (64 + 128) * 2
+    # codes, and a row's float16 scale and its zero point, in whole bytes
+    assert plain.nbytes == fitted.nbytes == (64 * 192 + 128 * 64) * bits // 8 + (64 + 128) * 3
     again = StoredFactors.from_state_dict(plain.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(again.dense(), plain.dense(), strict=True))
 

@@ -33,20 +33,53 @@ def wikitext2(smollm2):
     return token_windows(tokenizer, "wikitext2:validation", 32), token_windows(tokenizer, "wikitext2:test", 20)
 
 
+@pytest.fixture(scope="module")
+def statistics(smollm2, wikitext2):
+    return collect_statistics(smollm2[0], wikitext2[0])
+
+
 def compressed_perplexity(smollm2, calibration, windows, **settings) -> float:
     model = copy.deepcopy(smollm2[0])
     compress_model(model, calibration, **settings)
     return perplexity(model, windows)
 
 
-def test_rtn_3_bit_reproduces_the_reference_table(smollm2, wikitext2):
+def test_rtn_3_bit_reproduces_the_reference_table(smollm2, wikitext2, statistics):
     """Cells that a prototype of the same settings printed; a fresh implementation must land within 1 %."""
     calibration, windows = wikitext2
     assert perplexity(smollm2[0], windows) == pytest.approx(36.02, rel=1e-3)
-    statistics = collect_statistics(smollm2[0], calibration)
     for method, rank, published in (("svd", 64, 97.92), ("qera_approx", 64, 49.52), ("eora", 64, 47.09)):
         settings = {"bits": 3, "method": method, "rank": rank, "inputs": "original", "statistics": statistics}
         assert compressed_perplexity(smollm2, calibration, windows, **settings) == pytest.approx(published, rel=0.01)
+
+
+def test_wanda_2_4_reproduces_the_reference_table(smollm2, wikitext2, statistics):
+    settings = {"compressor": "wanda", "sparsity": "2:4", "bits": 16, "inputs": "original", "statistics": statistics}
+    for method, published in (("none", 208.88), ("eora", 68.91)):
+        value = compressed_perplexity(smollm2, *wikitext2, **settings, method=method)
+        assert value == pytest.approx(published, rel=0.01)
+
+
+def test_sparsegpt_2_4_alone(smollm2, wikitext2, statistics):
+    settings = {"compressor": "sparsegpt", "sparsity": "2:4", "bits": 16, "method": "none", "inputs": "original"}
+    assert compressed_perplexity(smollm2, *wikitext2, **settings, statistics=statistics) <= 110
+
+
+def test_gptq_3_bit_is_as_small_on_disk_as_reported(smollm2, wikitext2, statistics, tmp_path):
+    model = copy.deepcopy(smollm2[0])
+    settings = {"compressor": "gptq", "bits": 3, "zero_point": "integer", "scale_dtype": "float16", "mse": True}
+    report = compress_model(
+        model,
+        wikitext2[0],
+        **settings,
+        method="none",
+        inputs="original",
+        statistics=statistics,
+        folder=tmp_path / "run",
+    )
+    on_disk = sum(file.stat().st_size for file in (tmp_path / "run" / "blocks").iterdir())
+    assert report.nbytes < on_disk < 1.02 * report.nbytes and 8 * on_disk / report.weights < 3.6
+    assert perplexity(model, wikitext2[1]) <= 60
 
 
 def test_compensated_inputs_do_better(smollm2, wikitext2):

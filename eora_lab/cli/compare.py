@@ -1,11 +1,12 @@
 """`eora-lab compare`."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from eora_lab.cli.options import Calibration, Evaluation
 from eora_lab.compensate.budget import Budget
+from eora_lab.compress.grid import ScaleDtype, ZeroPoint
 from eora_lab.recipe import Recipe
 
 
@@ -16,11 +17,27 @@ class Compare:
     model: str = "smollm2-135m"
     """embedded model, hub id, or folder"""
     compressor: str = "rtn"
-    """rtn or gptq"""
+    """rtn, gptq, magnitude, wanda or sparsegpt"""
     bits: tuple[int, ...] = (3,)
-    """bits of a weight"""
+    """bits of a weight; 16: pruning alone"""
     group_size: int = 64
     """input channels that share a grid; -1: one grid per output row"""
+    sym: bool = False
+    """symmetric grids"""
+    zero_point: ZeroPoint = "float"
+    """of asymmetric grids: float keeps each group's ends, integer keeps zero"""
+    scale_dtype: ScaleDtype = "float32"
+    """type of a grid's scale and offset"""
+    mse: bool = False
+    """shrink every grid as far as that lowers the squared error of its weights"""
+    sparsity: str = ""
+    """what a pruner leaves: n of every m inputs such as 2:4, or the share that goes, such as 0.5"""
+    desc_act: bool = True
+    """gptq: inputs with the largest activations first"""
+    true_sequential: bool = False
+    """measure the inputs within each block step by step (with --inputs compensated)"""
+    rounds: int = 1
+    """how often weights are compressed and compensated in turn; then every row has a base of its own"""
     method: tuple[str, ...] = ("none", "svd", "qera_approx", "eora")
     """methods to compare"""
     rank: tuple[int, ...] = (64,)
@@ -41,10 +58,21 @@ class Compare:
         from eora_lab.compare import compare, format_row, header
         from eora_lab.models import load_model
 
+        base = Recipe(
+            self.compressor,
+            group_size=self.group_size,
+            sym=self.sym,
+            zero_point=self.zero_point,
+            scale_dtype=self.scale_dtype,
+            mse=self.mse,
+            sparsity=self.sparsity,
+            desc_act=self.desc_act,
+            true_sequential=self.true_sequential,
+            rounds=self.rounds,
+            inputs=self.inputs,
+        )
         recipes = [
-            Recipe(
-                self.compressor, bits, self.group_size, method=method, rank=rank, factor_bits=few, inputs=self.inputs
-            )
+            replace(base, bits=bits, method=method, rank=rank, factor_bits=few)
             for bits in self.bits
             for method in self.method
             for rank in (self.rank if method != "none" else (0,))

@@ -4,24 +4,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eora_lab.compress.grid import ScaleDtype, ZeroPoint, check_grid, min_max_grid, round_to_grid
+from eora_lab.compress.grid import Grid
 from eora_lab.compress.weight import CompressedWeight
 from eora_lab.statistics import InputStatistics
 
 
 @torch.no_grad()
-def rtn(
-    weight: Float[Tensor, "out in"],
-    statistics: InputStatistics | None,
-    *,
-    bits: int,
-    group_size: int = 64,
-    sym: bool = False,
-    zero_point: ZeroPoint = "float",
-    scale_dtype: ScaleDtype = "float32",
-) -> CompressedWeight:
-    """Quantise W to the nearest point of a min-max grid. `statistics` is not used."""
-    group_size = check_grid(weight.shape[1], bits, group_size)
-    weight = weight.float()
-    scales, offsets = min_max_grid(weight, bits, group_size, sym, zero_point, scale_dtype)
-    return CompressedWeight(round_to_grid(weight, scales, offsets, bits), scales, offsets, bits)
+def rtn(weight: Float[Tensor, "out in"], statistics: InputStatistics | None, **grid) -> CompressedWeight:
+    """Quantise W to the nearest point of a grid. grid: the fields of `Grid`. `statistics` is not used."""
+    grid, weight = Grid(**grid), weight.float()
+    return grid.round(weight, *grid.fit(weight))

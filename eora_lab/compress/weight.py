@@ -1,58 +1,88 @@
-"""What a compressor returns: integer codes on a grid per group, and how many bytes they take."""
+"""What a quantiser returns: integer codes on a grid per group, and how many bytes they take."""
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor
+
+from eora_lab.compress.packing import pack, pack_kept, pack_mask, unpack, unpack_kept, unpack_mask
 
 
 @dataclass(frozen=True)
 class CompressedWeight:
-    """W^[o, i] = (codes[o, i] - zero[o, g]) * scales[o, g], where g = i // group_size.
+    """W^[o, i] = (codes[o, i] - zero[o, g]) * scales[o, g] where mask[o, i], else 0; g = i // group_size.
 
-    codes:   integers in 0 .. 2^bits - 1.
+    codes:   integers in 0 .. 2^bits - 1; 0 where the mask is False.
     scales:  float16 or float32, stored as they are used.
     offsets: what places the grid. uint8: the zero point, an integer of `bits` bits. Else, in the dtype of scales: the
              weight of code 0, so that zero = -offset / scale.
+    mask:    the weights that were not pruned; None: all.
+    group_size: channels that share a grid; the last group may be shorter. If not given, all are of the same size.
     """
 
     codes: UInt8[Tensor, "out in"]
     scales: Float[Tensor, "out groups"]
     offsets: UInt8[Tensor, "out groups"] | Float[Tensor, "out groups"]
     bits: int
+    mask: Bool[Tensor, "out in"] | None = None
+    group_size: int | None = None
+
+    def __post_init__(self):
+        if self.group_size is None:
+            object.__setattr__(self, "group_size", self.codes.shape[1] // max(self.scales.shape[1], 1))
+
+    @property
+    def shape(self) -> torch.Size:
+        """(out_features, in_features)."""
+        return self.codes.shape
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """The weight that a matrix product sees."""
-        codes = self.codes.unflatten(1, (self.scales.shape[1], -1)).float()
-        dense = (codes - zero_points(self.scales, self.offsets)[..., None]) * self.scales.float()[..., None]
-        return dense.flatten(1).to(dtype)
+        codes = in_groups(self.codes, self.group_size).float()
+        dense = codes.sub_(zero_points(self.scales, self.offsets)[..., None]).mul_(self.scales.float()[..., None])
+        dense = dense.flatten(1)[:, : self.shape[1]]
+        if self.mask is not None:
+            dense = dense * self.mask
+        return dense.to(dtype)
 
     @property
     def nbytes(self) -> int:
         """Bytes as stored: codes and zero points at `bits` bits each, scales and float offsets in full."""
-        parts = (self.codes, self.scales, self.offsets)
-        return sum(-(-t.numel() * self.bits // 8) if t.dtype == torch.uint8 else t.nbytes for t in parts)
+        return sum(tensor.nbytes for name, tensor in self.state_dict().items() if name != "layout")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Packed tensors, ready for safetensors."""
-        return {
-            "codes": pack(self.codes, self.bits),
+        """Packed tensors, ready for safetensors. A row of a tensor is a row of the weight, except in "layout"."""
+        codes, masks, positions = self.codes, {}, 0
+        if self.mask is not None:
+            codes = pack_kept(codes, self.mask)
+            masks["mask"], positions = pack_mask(self.mask)
+        return masks | {
+            "codes": pack(codes, self.bits),
             "offsets": pack(self.offsets, self.bits) if self.offsets.dtype == torch.uint8 else self.offsets,
             "scales": self.scales,
-            "shape": torch.tensor([*self.codes.shape, self.bits]),
+            "layout": torch.tensor([self.shape[1], self.scales.shape[1], self.group_size, self.bits, positions]),
         }
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> "CompressedWeight":
-        """The inverse of `state_dict`."""
-        out_features, in_features, bits = state["shape"].tolist()
+        """The inverse of `state_dict`, also of the same rows of its tensors. Raises KeyError when one is missing."""
+        in_features, groups, group_size, bits, positions = state["layout"].tolist()
         scales, offsets = state["scales"], state["offsets"]
         if offsets.dtype == torch.uint8:
-            offsets = unpack(offsets, bits, scales.numel()).view(scales.shape)
-        codes = unpack(state["codes"], bits, out_features * in_features).view(out_features, in_features)
-        return cls(codes, scales, offsets, bits)
+            offsets = unpack(offsets, bits, groups)
+        mask = unpack_mask(state["mask"], positions, in_features) if "mask" in state else None
+        if mask is None:
+            codes = unpack(state["codes"], bits, in_features)
+        else:
+            codes = unpack_kept(unpack(state["codes"], bits, state["codes"].shape[1] * 8 // bits), mask)
+        return cls(codes, scales, offsets, bits, mask, group_size)
+
+
+def in_groups(matrix: Shaped[Tensor, "out in"], group_size: int) -> Shaped[Tensor, "out groups group_size"]:
+    """A matrix with its columns in groups; zeros fill a last group that is shorter."""
+    return F.pad(matrix, (0, -matrix.shape[1] % group_size)).unflatten(1, (-1, group_size))
 
 
 def zero_points(
@@ -60,15 +90,3 @@ def zero_points(
 ) -> Float[Tensor, "out groups"]:
     """The code, not always a whole one, that stands for a weight of zero."""
     return offsets.float() if offsets.dtype == torch.uint8 else -offsets.float() / scales.float()
-
-
-def pack(codes: UInt8[Tensor, "..."], bits: int) -> UInt8[Tensor, " bytes"]:
-    """Codes of `bits` bits each as one little-endian bit stream, padded to whole bytes."""
-    planes = np.unpackbits(codes.cpu().numpy().reshape(-1, 1), axis=1, count=bits, bitorder="little")
-    return torch.from_numpy(np.packbits(planes.reshape(-1), bitorder="little"))
-
-
-def unpack(packed: UInt8[Tensor, " bytes"], bits: int, count: int) -> UInt8[Tensor, " count"]:
-    """The inverse of `pack`."""
-    stream = np.unpackbits(packed.cpu().numpy(), count=count * bits, bitorder="little")
-    return torch.from_numpy(np.packbits(stream.reshape(count, bits), axis=1, bitorder="little").reshape(-1))

@@ -1,0 +1,62 @@
+"""Optimal brain surgeon in one sweep: compress column by column, each column's error moved to those still open.
+
+The common part of GPTQ (Frantar et al., arXiv 2210.17323) and SparseGPT (Frantar and Alistarh, arXiv 2301.00774).
+"""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from eora_lab.errors import EoraLabError
+
+BLOCK = 32  # columns between two updates of all the rest; a matter of speed only
+
+
+def sweep(
+    columns: Float[Tensor, "in out"],
+    factor: Float[Tensor, "in in"],
+    compress: Callable[[int], Float[Tensor, " out"]],
+    *looks_ahead: int,
+) -> None:
+    """Replace every column of W by its compressed form, in order, and adjust the columns after it in place.
+
+    columns:     Wᵀ, so that a column of W is a contiguous row.
+    factor:      from `inverse_factor`, its columns in the same order.
+    compress:    column number -> the compressed column. It reads `columns`.
+    looks_ahead: periods; at their multiples, all later columns are up to date when `compress` is called.
+    """
+    in_features = len(columns)
+    steps = factor / factor.diagonal()[:, None]
+    starts = sorted({start for period in (BLOCK, *looks_ahead) for start in range(0, in_features, period)})
+    errors = torch.empty_like(columns)
+    for start, stop in zip(starts, [*starts[1:], in_features], strict=True):
+        for i in range(start, stop):
+            compressed = compress(i)
+            torch.sub(columns[i], compressed, out=errors[i])
+            columns[i] = compressed
+            columns[i + 1 : stop].addr_(steps[i, i + 1 : stop], errors[i], alpha=-1)
+        columns[stop:].addmm_(steps[start:stop, stop:].T, errors[start:stop], alpha=-1)
+
+
+def inverse_factor(second_moment: Float[Tensor, "in in"], damp_percent: float) -> Float[Tensor, "in in"]:
+    """The upper Cholesky factor U of H^-1, H = S with a damped diagonal (step 3 of GPTQ; the factor 2 cancels).
+
+    Row i over U_ii is what a unit error in column i moves into each later column while the columns before it stay
+    fixed, and e² / U_ii² is what an error e in column i costs once the later columns have made up for it. With
+    H = V Vᵀ and V upper triangular, U = V^-1, so H itself is never inverted. damp_percent: share of S's mean diagonal
+    that is added to the diagonal; it grows by 0.01 until the factorisation succeeds. Raises EoraLabError when it
+    never does.
+    """
+    hessian = second_moment.double().flip(0, 1)  # the Cholesky factor of the reversed matrix, reversed, is V
+    diagonal = hessian.diagonal()
+    dead = (diagonal == 0).double()
+    for step in range(100):
+        damped = hessian + torch.diag((damp_percent + 0.01 * step) * diagonal.mean() + dead)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if info == 0:
+            V = lower.flip(0, 1)
+            U = torch.linalg.solve_triangular(V, torch.eye(len(V), dtype=V.dtype, device=V.device), upper=True)
+            return U.float()
+    raise EoraLabError("the second moment is too far from positive semi-definite for GPTQ and SparseGPT")

@@ -1,0 +1,49 @@
+"""What a pruner returns when nothing is quantised: the kept weights in float16, and which they are."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Float16
+from torch import Tensor
+
+from eora_lab.compress.packing import pack_kept, pack_mask, unpack_kept, unpack_mask
+
+
+@dataclass(frozen=True)
+class SparseWeight:
+    """W^[o, i] = values[o, i] where mask[o, i], else 0. The same interface as `CompressedWeight`."""
+
+    values: Float16[Tensor, "out in"]
+    mask: Bool[Tensor, "out in"]
+
+    @property
+    def bits(self) -> int:
+        """Of a kept weight."""
+        return 16
+
+    @property
+    def shape(self) -> torch.Size:
+        """(out_features, in_features)."""
+        return self.values.shape
+
+    def dense(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
+        """The weight that a matrix product sees."""
+        return (self.values * self.mask).to(dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes as stored."""
+        return sum(tensor.nbytes for name, tensor in self.state_dict().items() if name != "layout")
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Packed tensors, ready for safetensors. A row of a tensor is a row of the weight, except in "layout"."""
+        packed, positions = pack_mask(self.mask)
+        layout = torch.tensor([self.shape[1], positions])
+        return {"values": pack_kept(self.values, self.mask), "mask": packed, "layout": layout}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor]) -> "SparseWeight":
+        """The inverse of `state_dict`, also of the same rows of its tensors. Raises KeyError when one is missing."""
+        in_features, positions = state["layout"].tolist()
+        mask = unpack_mask(state["mask"], positions, in_features)
+        return cls(unpack_kept(state["values"], mask), mask)

@@ -1,0 +1,116 @@
+"""What a pass does within a block: measuring step by step, experts that few tokens reach, fused experts."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from eora_lab import EoraLabError, InputStatistics, Report, collect_statistics, compress_model
+from eora_lab.blocks import BlockStream
+from tests.tiny import tiny_model
+
+SMALL = {"bits": 3, "group_size": 32, "rank": 8, "progress": False}
+
+
+def batches(n: int = 6, seqlen: int = 32, seed: int = 0) -> torch.Tensor:
+    return torch.randint(3, 97, (n, seqlen), generator=torch.Generator().manual_seed(seed))
+
+
+def test_linears_run_in_steps_of_equal_input():
+    steps = BlockStream(tiny_model("llama"), batches(2)).groups(0)
+    assert [[name.split(".")[1] for name in step] for step in steps] == [
+        ["q_proj", "k_proj", "v_proj"],
+        ["o_proj"],
+        ["gate_proj", "up_proj"],
+        ["down_proj"],
+    ]
+
+
+def test_true_sequential_calibrates_every_layer_on_what_the_finished_model_feeds_it():
+    model, tokens = tiny_model("llama"), batches()
+    report = compress_model(model, tokens, **SMALL, true_sequential=True)
+    other = compress_model(tiny_model("llama"), tokens, **SMALL)
+    seen = {layer.name: InputStatistics(layer.in_features) for layer in report.layers}
+    for name, statistics in seen.items():
+        model.get_submodule(name).register_forward_pre_hook(lambda module, args, s=statistics: s.update(args[0]))
+    with torch.no_grad():
+        model(tokens)
+    for layer, without in zip(report.layers, other.layers, strict=True):
+        module = model.get_submodule(layer.name)
+        W, S = tiny_model("llama").get_submodule(layer.name).weight, seen[layer.name].second_moment
+        left = W - module.dense() - module.lora_B @ module.lora_A
+        error = ((left @ S * left).sum() / (W @ S * W).sum()).item()
+        assert layer.error_after == pytest.approx(error, rel=1e-4)
+        if layer.name.split(".")[-1] in ("o_proj", "down_proj"):
+            assert without.error_after != pytest.approx(error, rel=1e-4)
+
+
+class Experts(nn.Module):
+    """A mixture of three experts in place of an MLP: the second sees one token of every mini-batch, the third none."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.experts = nn.ModuleList(type(tiny_model("llama").model.layers[0].mlp)(config) for _ in range(3))
+
+    def forward(self, x):
+        flat = x.flatten(0, -2)
+        few = torch.zeros(len(flat), dtype=torch.bool)
+        few[0] = True
+        y = torch.empty_like(flat)
+        y[~few] = self.experts[0](flat[~few])
+        y[few] = self.experts[1](flat[few])
+        return y.view(x.shape)
+
+
+def moe_model() -> nn.Module:
+    model = tiny_model("llama")
+    torch.manual_seed(0)
+    for block in model.model.layers:
+        block.mlp = Experts(model.config)
+    return model
+
+
+@pytest.mark.parametrize("settings", [
+    {"compressor": "gptq"},
+    {"compressor": "sparsegpt", "sparsity": "2:4", "true_sequential": True},
+    {"compressor": "gptq", "inputs": "original", "held_out": 0.4, "shrink": True},
+])  # fmt: skip
+def test_experts_that_saw_few_tokens_are_compressed_without_data(settings):
+    model, original, tokens = moe_model(), moe_model(), batches(4)
+    report = compress_model(model, tokens, **SMALL, **settings)
+    layers = {layer.name: layer for layer in report.layers}
+    assert len(layers) == 2 * (4 + 3 * 3)
+    for name, layer in layers.items():
+        expert = name.split("experts.")[1][0] if "experts" in name else "0"
+        assert layer.data_free == (expert != "0")
+        if expert == "2":
+            assert layer.tokens == 0
+        elif expert == "1":
+            assert layer.tokens == 1
+        assert torch.isfinite(model.get_submodule(name).dense()).all()
+        assert layer.error_after < layer.error_before
+    free = {"compressor": "magnitude", "sparsity": "2:4"} if "sparsity" in settings else {"compressor": "rtn"}
+    compress_model(original, tokens, **SMALL | {"method": "svd"}, **free)
+    name = "model.layers.1.mlp.experts.2.up_proj"
+    assert torch.equal(model.get_submodule(name).dense(), original.get_submodule(name).dense())
+    for name in ("lora_A", "lora_B"):
+        ours, svd = (getattr(m.model.layers[1].mlp.experts[1].down_proj, name) for m in (model, original))
+        torch.testing.assert_close(ours.abs(), svd.abs(), rtol=1e-2, atol=1e-3)
+    assert "12 layers saw too few tokens and were compressed without data" in report.summary()
+    assert Report.from_json(report.to_json()) == report
+
+
+def test_layers_without_tokens_have_statistics_of_none():
+    found = collect_statistics(moe_model(), batches(), progress=False)
+    assert found["model.layers.0.mlp.experts.2.up_proj"].tokens == 0
+    assert found["model.layers.0.mlp.experts.0.up_proj"].tokens > 64
+
+
+def test_fused_experts_are_refused_by_name():
+    config = transformers.MixtralConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.MixtralForCausalLM(config).eval()
+    with pytest.raises(EoraLabError, match=r"model\.layers\.0\.mlp\.experts\.\w+ fuses all experts in one \(4, "):
+        compress_model(model, batches(), **SMALL)
