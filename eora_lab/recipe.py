@@ -1,11 +1,12 @@
 """What to do to a model: the settings of a compression pass, checked before anything is changed."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eora_lab.blocks import decoder_blocks, linears
+from eora_lab.blocks import block_linears
 from eora_lab.compensate import SOLVERS, LowRank, solve
 from eora_lab.compensate.factors import check_factor_bits
 from eora_lab.compensate.shrinkage import solve_shrunk
@@ -48,8 +49,11 @@ class Recipe:
     """where a block's calibration inputs come from: the blocks before it as compressed and compensated, or the
     original model"""
 
-    def check(self, model: nn.Module, ranks: dict[str, int] | None = None) -> None:
-        """Raise EoraLabError when a setting is unknown or does not fit a layer of the model."""
+    def check(self, model: nn.Module, ranks: dict[str, int] | None = None, given: Container[str] | None = None) -> None:
+        """Raise EoraLabError when a setting is unknown or does not fit a layer of the model.
+
+        given: the layers that come compressed, so that the compressor and its grid do not matter.
+        """
         if any(isinstance(module, CompensatedLinear) for module in model.modules()):
             raise EoraLabError("this model is compressed already: load the original one")
         for kind, name, known in (
@@ -66,13 +70,15 @@ class Recipe:
         if self.shrink and not self.held_out:
             raise EoraLabError("shrinkage is chosen on held-out samples: hold out a share, such as 0.25")
         check_factor_bits(self.factor_bits)
-        for prefix, block in decoder_blocks(model).items():
-            for local, linear in linears(block).items():
+        for name, linear in block_linears(model).items():
+            if given is None:
                 check_grid(linear.in_features, self.bits, self.group_size)
-                smaller = min(linear.in_features, linear.out_features)
-                rank = self.rank if ranks is None else ranks.get(f"{prefix}.{local}", 0)
-                if self.method != "none" and rank > smaller:
-                    raise EoraLabError(f"rank {rank} is larger than {prefix}.{local} allows: at most {smaller}")
+            elif name not in given:
+                continue
+            smaller = min(linear.in_features, linear.out_features)
+            rank = self.rank if ranks is None else ranks.get(name, 0)
+            if self.method != "none" and rank > smaller:
+                raise EoraLabError(f"rank {rank} is larger than {name} allows: at most {smaller}")
 
     def compress(self, weight: Float[Tensor, "out in"], statistics: InputStatistics) -> CompressedWeight:
         """Compress one weight with these settings."""
