@@ -221,6 +221,19 @@ def test_linears_that_the_checkpoint_left_dense_stay_dense(original, tmp_path):
     assert len(report.layers) == 13 and isinstance(model.get_submodule(name), torch.nn.Linear)
 
 
+def test_a_bias_that_the_model_lacks_may_only_be_zero(original, tmp_path):
+    path = tmp_path / "gptq" / "model.safetensors"
+    tensors = load_file(path)
+    for value in (0.0, 1.0):
+        save_file(tensors | {f"{Q_PROJ}.bias": torch.full((64,), value)}, path)
+        checkpoint = GptqCheckpoint(tmp_path / "gptq")
+        if value == 0:
+            checkpoint.check_model(load_model(original)[0])
+        else:
+            with pytest.raises(EoraLabError, match=rf"the model has no {Q_PROJ}\.bias"):
+                checkpoint.check_model(load_model(original)[0])
+
+
 def test_a_compensation_resumes_and_knows_its_checkpoint(original, tmp_path):
     make_checkpoint(original, tmp_path / "other", bits=8)
     checkpoint = GptqCheckpoint(tmp_path / "gptq")
@@ -259,6 +272,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
             lambda f: (split(f), shutil.copy(*[f / f"model-0000{i}-of-00003.safetensors" for i in (1, 2)])),
             "lacks the t",
         ),
+        (lambda f: (split(f), edit_json(f / "model.safetensors.index.json", weight_map=[])), "has no weight_map"),
         (lambda f: (f / "config.json").write_text("{"), "cannot read .*config.json"),
         (lambda f: (f / "quantize_config.json").write_text("[1]"), "it is no JSON object"),
         (

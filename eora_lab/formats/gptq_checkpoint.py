@@ -84,6 +84,10 @@ class GptqCheckpoint(Mapping[str, CompressedWeight]):
                     f"{self.folder} quantises {name}, which is no linear layer in the decoder blocks of {original}"
                 )
         state = model.state_dict()
+        for name in self._names:  # some tools write a bias of zeros for every linear
+            bias = f"{name}.bias"
+            if bias in self._files and bias not in state and self.tensor(bias).any():
+                raise EoraLabError(f"{self.folder} was not made from {original}: the model has no {bias}")
         stored = {tensor.data_ptr() for key, tensor in state.items() if key in self._files}  # tied: under one name
         for key, tensor in state.items():
             module, kind = key.rpartition(".")[::2]
@@ -115,7 +119,10 @@ class GptqCheckpoint(Mapping[str, CompressedWeight]):
         indices = sorted(self.folder.glob("*.safetensors.index.json"))
         listed = {}
         for index in indices:
-            listed |= self._read_json(index.name).get("weight_map", {})
+            weight_map = self._read_json(index.name).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise EoraLabError(f"{index} has no weight_map: copy or download it again")
+            listed |= weight_map
         names = set(listed.values()) if indices else {path.name for path in self.folder.glob("*.safetensors")}
         if not names:
             raise EoraLabError(f"{self.folder} has no safetensors weights; pickled ones (.bin, .pt) are not read")
