@@ -44,6 +44,15 @@ def check_experts(model: nn.Module) -> None:
                     )
 
 
+def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Full name -> linear layer of any decoder block, in order."""
+    return {
+        f"{prefix}.{local}": linear
+        for prefix, block in decoder_blocks(model).items()
+        for local, linear in linears(block).items()
+    }
+
+
 BATCH = 4  # sequences that run through a block at once
 
 

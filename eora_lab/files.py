@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -40,3 +42,23 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
         partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors narrows it to the owner
 
     write_atomically(path, write)
+
+
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder beside `path`, then move it there. Raises EoraLabError when `path` is taken."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise EoraLabError(f"{path} is not an empty folder: choose another output folder")
+    partial = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
+        write(partial)
+        mode = path.parent.stat().st_mode
+        for entry in (partial, *partial.iterdir()):  # temporary folders and safetensors files are the owner's alone
+            entry.chmod(mode & (0o777 if entry.is_dir() else 0o666))
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        raise EoraLabError(f"cannot write {path}: {error}") from error
+    finally:
+        if partial and partial.exists():
+            shutil.rmtree(partial, ignore_errors=True)

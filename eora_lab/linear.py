@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from eora_lab.compensate.factors import StoredFactors
 from eora_lab.compress import CompressedWeight, SparseWeight, weight_from_state_dict
-from eora_lab.compress.weight import zero_points
+from eora_lab.compress.weight import WHOLE, zero_points
 
 TILE = 2**18  # weights that are dense at once, on the CPU; they stay in its cache
 INT4_GROUPS = (32, 64, 128, 256)
@@ -29,7 +29,7 @@ class CompensatedLinear(nn.Module):
         self.bits, self.factors = compressed.bits, factors
         self.group_size = getattr(compressed, "group_size", None)
         state, device, dtype = compressed.state_dict(), old.weight.device, old.weight.dtype
-        self.layout = state.pop("layout")  # stays on the CPU: it says how to read the others
+        self.whole = {name: state.pop(name) for name in WHOLE if name in state}  # stays on the CPU
         self._packed = tuple(state)
         for name, tensor in state.items():
             self.register_buffer(name, tensor.to(device))
@@ -45,7 +45,9 @@ class CompensatedLinear(nn.Module):
     @property
     def nbytes(self) -> int:
         """Bytes as stored: packed weight and factors. The bias is not counted; it is never compressed."""
-        return sum(getattr(self, name).nbytes for name in self._packed) + self.factors.nbytes
+        g_idx = self.whole.get("g_idx")
+        packed = sum(getattr(self, name).nbytes for name in self._packed)
+        return packed + (0 if g_idx is None else g_idx.nbytes) + self.factors.nbytes
 
     @property
     def compressed(self) -> CompressedWeight | SparseWeight:
@@ -55,7 +57,7 @@ class CompensatedLinear(nn.Module):
     def rows(self, start: int, stop: int) -> CompressedWeight | SparseWeight:
         """Some rows of W^, unpacked."""
         packed = {name: getattr(self, name)[start:stop] for name in self._packed}
-        return weight_from_state_dict(packed | {"layout": self.layout})
+        return weight_from_state_dict(packed | self.whole)
 
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
         """W^ as the matrix product sees it, by default in the dtype of the layer."""
@@ -64,7 +66,7 @@ class CompensatedLinear(nn.Module):
     def stored(self) -> dict[str, Tensor]:
         """All that a file must hold."""
         packed = {name: getattr(self, name) for name in self._packed}
-        return packed | {"layout": self.layout} | self.factors.state_dict()
+        return packed | self.whole | self.factors.state_dict()
 
     @classmethod
     def from_stored(cls, tensors: dict[str, Tensor], old: nn.Linear) -> "CompensatedLinear":
@@ -101,7 +103,7 @@ class CompensatedLinear(nn.Module):
     @property
     def fits_int4(self) -> bool:
         """Whether torch's int4 product on the CPU takes this weight. It is fast in bfloat16 only."""
-        plain = set(self._packed) == {"codes", "offsets", "scales"} and self.codes.is_cpu
+        plain = set(self._packed) == {"codes", "offsets", "scales"} and "g_idx" not in self.whole and self.codes.is_cpu
         return plain and self.bits == 4 and self.out_features % 16 == 0 and self.group_size in INT4_GROUPS
 
     def int4(self) -> tuple[Tensor, int, Tensor]:

@@ -5,6 +5,7 @@ One block's statistics are held at a time. Linears that share an input share its
 
 import hashlib
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from eora_lab.blocks import BlockStream, decoder_blocks, linears
+from eora_lab.blocks import BlockStream, block_linears, decoder_blocks, linears
 from eora_lab.compensate import SOLVERS, LowRank
 from eora_lab.compensate.eora import eora
 from eora_lab.compensate.factors import store_factors
+from eora_lab.compress import CompressedWeight
 from eora_lab.errors import EoraLabError
 from eora_lab.linear import CompensatedLinear
 from eora_lab.recipe import Recipe
@@ -39,6 +41,7 @@ def compress_model(
     folder: Path | str | None = None,
     calibration: dict | None = None,
     statistics: dict[str, InputStatistics] | None = None,
+    weights: Mapping[str, CompressedWeight] | None = None,
     progress: bool = True,
     **settings,
 ) -> Report:
@@ -52,6 +55,8 @@ def compress_model(
     folder:     keep the run there, and resume it from there if it was interrupted.
     calibration: how the batches were made (source, seed, ...), to be kept in the folder's config.json.
     statistics: of the original model, from `collect_statistics`; they replace the pass, so inputs must be "original".
+    weights:    module name -> W^ made elsewhere, such as a `GptqCheckpoint`, in place of the compressor, whose settings
+                are then mere notes. Linears without one stay as they are.
     Raises EoraLabError before anything is changed when a setting does not fit the model, and on NaN or Inf in
     activations, with the layer's name.
     """
@@ -61,11 +66,13 @@ def compress_model(
     recipe = Recipe(
         compressor=compressor, bits=bits, group_size=group_size, method=method, rank=rank, inputs=inputs, **settings
     )
-    recipe.check(model, ranks)
+    recipe.check(model, ranks, given=weights)
     if statistics is not None and inputs != "original":
         raise EoraLabError('statistics measured before are of the original model: pass inputs="original"')
     blocks = decoder_blocks(model)
     about = {"ranks": ranks} | asdict(recipe) | (calibration or {}) | identity(model, batches)
+    if weights is not None:
+        about["given"] = check_given(model, weights, progress)
     run = RunFolder(folder, about) if folder else None
     stream = BlockStream(model, batches, held_out=recipe.held_out) if statistics is None else None
     report = Report()
@@ -82,10 +89,13 @@ def compress_model(
                 found = stream.statistics(index, inputs == "original", names) if stream else statistics
                 for local in names:
                     name = f"{prefix}.{local}"
+                    if weights is not None and name not in weights:
+                        continue
                     if name not in found:
                         raise EoraLabError(f"{name}: no statistics")
                     layer_rank = recipe.rank if ranks is None else ranks.get(name, 0)
-                    modules[name], layer = compress_linear(model, name, found[name], recipe, layer_rank)
+                    given = weights[name] if weights else None
+                    modules[name], layer = compress_linear(model, name, found[name], recipe, layer_rank, given)
                     layers.append(layer)
             if run:
                 run.save_block(index, modules, layers)
@@ -100,9 +110,14 @@ def compress_model(
 
 
 def compress_linear(
-    model: nn.Module, name: str, statistics: InputStatistics, recipe: Recipe, rank: int
+    model: nn.Module,
+    name: str,
+    statistics: InputStatistics,
+    recipe: Recipe,
+    rank: int,
+    given: CompressedWeight | None = None,
 ) -> tuple[CompensatedLinear, LayerReport]:
-    """Compress one linear, compensate it at `rank`, and put it in place."""
+    """Compress one linear, unless W^ is given, compensate it at `rank`, and put it in place."""
     linear = model.get_submodule(name)
     weight = linear.weight.float()
     tokens, usable = statistics.tokens, statistics.or_identity(recipe.held_out > 0)
@@ -111,9 +126,9 @@ def compress_linear(
     target, least = weight, None
     for _ in range(recipe.rounds if rank else 1):
         start = time.perf_counter()
-        tried = recipe.compress(target, statistics)
+        tried = given or recipe.compress(target, statistics)
         compressed_at = time.perf_counter()
-        error = weight - tried.dense(linear.weight.dtype).float()
+        error = weight - tried.dense(linear.weight.dtype).to(weight)
         answer = recipe.compensate(error, statistics, rank)
         seconds_compress += compressed_at - start
         seconds_solve += time.perf_counter() - compressed_at
@@ -169,6 +184,36 @@ def spectrum_summary(low_rank: LowRank, shape: torch.Size, error_energy: float |
         return {}
     ranks = sorted({2**k for k in range(16)} | {low_rank.rank})
     return {r: spectrum[:r].sum().item() / total if total else 1.0 for r in ranks if 0 < r <= len(spectrum)}
+
+
+def check_given(model: nn.Module, weights: Mapping, progress: bool = True) -> str:
+    """A digest of weights that came compressed.
+
+    Raises EoraLabError when one belongs to no linear, is of another shape, or cannot be a compression of that linear:
+    when it is further from W than zero is. (Unrelated weights of the same size are sqrt(2) |W| away; round to nearest
+    in 2 bits about |W| / 2.)
+    """
+    from tqdm.auto import tqdm
+
+    modules, digest = block_linears(model), hashlib.sha256()
+    for name in tqdm(weights, desc="compressed weights", unit="layer", disable=not progress, leave=False):
+        if name not in modules:
+            raise EoraLabError(f"{name} comes compressed, but is no linear in the decoder blocks of this model")
+        given, weight = weights[name], modules[name].weight.float()
+        if given.codes.shape != weight.shape:
+            raise EoraLabError(
+                f"{name} comes compressed as {tuple(given.codes.shape)}, but is {tuple(weight.shape)} in this model: "
+                "it is not the original model"
+            )
+        distance = (weight - given.dense().to(weight)).norm()
+        if not distance <= weight.norm():
+            raise EoraLabError(
+                f"{name} comes compressed, but {distance / weight.norm():.2f} times the weight's norm away from it: "
+                "this is not the model that it was made from"
+            )
+        for tensor in given.state_dict().values():
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def identity(model: nn.Module, batches: Int[Tensor, "nsamples seqlen"]) -> dict[str, str]:

@@ -1,11 +1,14 @@
 """Plan the ranks of a pass: one solve a layer gives the eigenvalues that the budget is spread by."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 
-from eora_lab.blocks import decoder_blocks, linears
+from eora_lab.blocks import block_linears
 from eora_lab.compensate import solve
 from eora_lab.compensate.budget import Budget, LayerSpectrum, allocate_ranks
+from eora_lab.compress import CompressedWeight
 from eora_lab.errors import EoraLabError
 from eora_lab.recipe import Recipe
 from eora_lab.statistics import InputStatistics, output_energy
@@ -13,23 +16,30 @@ from eora_lab.statistics import InputStatistics, output_energy
 
 @torch.no_grad()
 def plan_ranks(
-    model: nn.Module, statistics: dict[str, InputStatistics], recipe: Recipe, budget: Budget, progress: bool = True
+    model: nn.Module,
+    statistics: dict[str, InputStatistics],
+    recipe: Recipe,
+    budget: Budget,
+    progress: bool = True,
+    weights: Mapping[str, CompressedWeight] | None = None,
 ) -> dict[str, int]:
     """Module name -> rank, for `compress_model(..., ranks=...)`, with recipe.rank as the average.
 
     statistics: of the original model, from `collect_statistics`. The model is not changed.
+    weights:    as for `compress_model`.
     Raises EoraLabError when the recipe or the budget does not fit the model.
     """
     from tqdm.auto import tqdm
 
-    recipe.check(model)
-    names = [f"{prefix}.{local}" for prefix, block in decoder_blocks(model).items() for local in linears(block)]
+    recipe.check(model, given=weights)
+    names = [name for name in block_linears(model) if weights is None or name in weights]
     layers = {}
     for name in tqdm(names, desc="spectra", unit="layer", disable=not progress, leave=False):
         if name not in statistics:
             raise EoraLabError(f"{name}: no statistics")
         weight, usable = model.get_submodule(name).weight, statistics[name].or_identity(recipe.held_out > 0)
-        residual = weight.float() - recipe.compress(weight.float(), usable).dense(weight.dtype).float()
+        compressed = weights[name] if weights else recipe.compress(weight.float(), usable)
+        residual = weight.float() - compressed.dense(weight.dtype).to(weight).float()
         highest = min(weight.shape) if budget.maximum is None else min(*weight.shape, budget.maximum)
         spectrum = solve("eora", residual, usable, highest).spectrum
         signal = output_energy(weight.float(), usable.second_moment)

@@ -1,11 +1,12 @@
 """What to do to a model: the settings of a compression pass, checked before anything is changed."""
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eora_lab.blocks import check_experts, decoder_blocks, linears
+from eora_lab.blocks import block_linears, check_experts
 from eora_lab.compensate import SOLVERS, LowRank, solve
 from eora_lab.compensate.factors import check_factor_bits
 from eora_lab.compensate.shrinkage import solve_shrunk
@@ -67,8 +68,11 @@ class Recipe:
         rounds = f"x{self.rounds}" if self.rounds > 1 else ""
         return " ".join(part for part in (self.compressor, self.sparsity, quantised, rounds) if part)
 
-    def check(self, model: nn.Module, ranks: dict[str, int] | None = None) -> None:
-        """Raise EoraLabError when a setting is unknown or does not fit a layer of the model."""
+    def check(self, model: nn.Module, ranks: dict[str, int] | None = None, given: Container[str] | None = None) -> None:
+        """Raise EoraLabError when a setting is unknown or does not fit a layer of the model.
+
+        given: the layers that come compressed, so that the compressor and its grid do not matter.
+        """
         if any(isinstance(module, CompensatedLinear) for module in model.modules()):
             raise EoraLabError("this model is compressed already: load the original one")
         for kind, name, known in (
@@ -99,16 +103,17 @@ class Recipe:
                 if prunes
                 else f"{self.compressor} does not prune: leave sparsity out, or use one of {', '.join(PRUNERS)}"
             )
-        for prefix, block in decoder_blocks(model).items():
-            for local, linear in linears(block).items():
-                if prunes:
-                    Sparsity.parse(self.sparsity).check(linear.in_features)
-                if not (prunes and self.bits == 16):
-                    check_grid(linear.in_features, self.bits, self.group_size)
-                smaller = min(linear.in_features, linear.out_features)
-                rank = self.rank if ranks is None else ranks.get(f"{prefix}.{local}", 0)
-                if self.method != "none" and rank > smaller:
-                    raise EoraLabError(f"rank {rank} is larger than {prefix}.{local} allows: at most {smaller}")
+        for name, linear in block_linears(model).items():
+            if given is not None and name not in given:
+                continue
+            if given is None and prunes:
+                Sparsity.parse(self.sparsity).check(linear.in_features)
+            if given is None and not (prunes and self.bits == 16):
+                check_grid(linear.in_features, self.bits, self.group_size)
+            smaller = min(linear.in_features, linear.out_features)
+            rank = self.rank if ranks is None else ranks.get(name, 0)
+            if self.method != "none" and rank > smaller:
+                raise EoraLabError(f"rank {rank} is larger than {name} allows: at most {smaller}")
 
     def compress(self, weight: Float[Tensor, "out in"], statistics: InputStatistics) -> Compressed:
         """Compress one weight with these settings."""

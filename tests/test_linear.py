@@ -31,7 +31,7 @@ def layer(
             offsets = torch.randint(2**bits, scales.shape, generator=generator, dtype=torch.uint8)
         weight = CompressedWeight(codes if mask is None else codes * mask, scales, offsets, bits, mask, group_size)
     old = nn.Linear(features, out).to(dtype)
-    return CompensatedLinear(old, weight, StoredFactors(random(rank, features).half() / 16, random(rank, out).half()))
+    return CompensatedLinear(old, weight, StoredFactors(random(rank, features).half() / 16, random(out, rank).half()))
 
 
 EVERY_KIND = [

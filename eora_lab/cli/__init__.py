@@ -6,9 +6,11 @@ import tyro
 
 from eora_lab.cli.bench import Bench
 from eora_lab.cli.compare import Compare
+from eora_lab.cli.compensate import Compensate
 from eora_lab.cli.compress import Compress
 from eora_lab.cli.demo import Demo
 from eora_lab.cli.evaluate import Evaluate
+from eora_lab.cli.export import Export
 from eora_lab.cli.generate import Generate
 from eora_lab.cli.models import Models
 from eora_lab.errors import EoraLabError
@@ -17,8 +19,10 @@ COMMANDS = {
     "demo": Demo,
     "compare": Compare,
     "compress": Compress,
+    "compensate": Compensate,
     "evaluate": Evaluate,
     "generate": Generate,
+    "export": Export,
     "models": Models,
     "bench": Bench,
 }

@@ -1,5 +1,6 @@
 """`eora-lab compress`."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +9,7 @@ import tyro
 
 from eora_lab.cli.options import Calibration, Dtype, Evaluation
 from eora_lab.compensate.budget import Budget
+from eora_lab.compress import CompressedWeight
 from eora_lab.recipe import Recipe
 
 
@@ -35,27 +37,52 @@ class Compress:
     """cpu or cuda"""
 
     def run(self) -> None:
-        from eora_lab.blocks import collect_statistics
-        from eora_lab.evaluate import perplexity
         from eora_lab.models import load_model
-        from eora_lab.pipeline import compress_model
-        from eora_lab.plan import plan_ranks
-        from eora_lab.runs import write_report
 
         model, tokenizer = load_model(self.model, dtype=self.dtype, device=self.device)
-        self.recipe.check(model)
-        windows = self.evaluation.tokens(tokenizer) if self.evaluate else None
-        batches = self.calibration.batches(model, tokenizer)
-        dense = perplexity(model, windows, progress=True) if self.evaluate else None
-        ranks = None
-        if self.budget != Budget():
-            ranks = plan_ranks(model, collect_statistics(model, batches), self.recipe, self.budget)
-        about = asdict(self.calibration)
-        report = compress_model(
-            model, batches, **asdict(self.recipe), ranks=ranks, folder=self.output, calibration=about
+        run_pass(
+            model,
+            tokenizer,
+            self.recipe,
+            self.output,
+            budget=self.budget,
+            calibration=self.calibration,
+            evaluation=self.evaluation if self.evaluate else None,
         )
-        if self.evaluate:
-            report.perplexity = {"dense": dense, "compressed": perplexity(model, windows, progress=True)}
-            write_report(self.output, report)
-        print(report)
-        print(f"wrote {self.output}: try  eora-lab generate {self.output} 'The capital of France is'")
+
+
+def run_pass(
+    model,
+    tokenizer,
+    recipe: Recipe,
+    output: Path,
+    *,
+    budget: Budget,
+    calibration: Calibration,
+    evaluation: Evaluation | None,
+    weights: Mapping[str, CompressedWeight] | None = None,
+    about: dict | None = None,
+) -> None:
+    """Plan the ranks, run the pass into the folder `output`, evaluate and print. `about` is noted in config.json."""
+    from eora_lab.blocks import collect_statistics
+    from eora_lab.evaluate import perplexity
+    from eora_lab.pipeline import compress_model
+    from eora_lab.plan import plan_ranks
+    from eora_lab.runs import write_report
+
+    recipe.check(model, given=weights)
+    windows = evaluation.tokens(tokenizer) if evaluation else None
+    batches = calibration.batches(model, tokenizer)
+    dense = perplexity(model, windows, progress=True) if evaluation else None
+    ranks = None
+    if budget != Budget():
+        ranks = plan_ranks(model, collect_statistics(model, batches), recipe, budget, weights=weights)
+    notes = asdict(calibration) | (about or {})
+    report = compress_model(
+        model, batches, **asdict(recipe), ranks=ranks, folder=output, calibration=notes, weights=weights
+    )
+    if evaluation:
+        report.perplexity = {"dense": dense, "compressed": perplexity(model, windows, progress=True)}
+        write_report(output, report)
+    print(report)
+    print(f"wrote {output}: try  eora-lab generate {output} 'The capital of France is'")

@@ -14,7 +14,8 @@ FEW_PER_FOUR = (1, 2)  # kept weights of every four for which 2-bit positions ta
 def pack(codes: UInt8[Tensor, "rows columns"], bits: int) -> UInt8[Tensor, "rows bytes"]:
     """Codes of `bits` bits each, 1 to 8, as one little-endian bit stream a row, padded to whole bytes."""
     columns = codes.shape[1]
-    words = F.pad(codes, (0, -columns % 8)).contiguous().view(torch.int64)  # (rows, n): eight codes, a byte each
+    words = F.pad(codes, (0, -columns % 8)).flatten().view(torch.int64)  # eight codes, a byte each
+    words = words.view(len(codes), -(-columns // 8))
     for half in (1, 2, 4):  # two fields of `half` codes become one without a gap
         low = fields(half * bits, 16 * half)
         words = words & low | (words >> 8 * half & low) << half * bits

@@ -4,15 +4,17 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped, UInt8
+from jaxtyping import Bool, Float, Int32, Shaped, UInt8
 from torch import Tensor
 
 from eora_lab.compress.packing import pack, pack_kept, pack_mask, unpack, unpack_kept, unpack_mask
 
+WHOLE = ("layout", "g_idx")  # tensors of a state_dict that are not cut by rows
+
 
 @dataclass(frozen=True)
 class CompressedWeight:
-    """W^[o, i] = (codes[o, i] - zero[o, g]) * scales[o, g] where mask[o, i], else 0; g = i // group_size.
+    """W^[o, i] = (codes[o, i] - zero[o, g]) * scales[o, g] where mask[o, i], else 0; g = i // group_size or g_idx[i].
 
     codes:   integers in 0 .. 2^bits - 1; 0 where the mask is False.
     scales:  float16 or float32, stored as they are used.
@@ -20,6 +22,7 @@ class CompressedWeight:
              weight of code 0, so that zero = -offset / scale.
     mask:    the weights that were not pruned; None: all.
     group_size: channels that share a grid; the last group may be shorter. If not given, all are of the same size.
+    g_idx:   the group of every input channel, where groups are not runs of neighbours (GPTQ's desc_act).
     """
 
     codes: UInt8[Tensor, "out in"]
@@ -28,6 +31,7 @@ class CompressedWeight:
     bits: int
     mask: Bool[Tensor, "out in"] | None = None
     group_size: int | None = None
+    g_idx: Int32[Tensor, " in"] | None = None
 
     def __post_init__(self):
         if self.group_size is None:
@@ -40,9 +44,13 @@ class CompressedWeight:
 
     def dense(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:
         """The weight that a matrix product sees."""
-        codes = in_groups(self.codes, self.group_size).float()
-        dense = codes.sub_(zero_points(self.scales, self.offsets)[..., None]).mul_(self.scales.float()[..., None])
-        dense = dense.flatten(1)[:, : self.shape[1]]
+        zero, scale = zero_points(self.scales, self.offsets), self.scales.float()
+        if self.g_idx is not None:
+            group = self.g_idx.long()
+            dense = self.codes.float().sub_(zero[:, group]).mul_(scale[:, group])
+        else:
+            dense = in_groups(self.codes, self.group_size).float().sub_(zero[..., None]).mul_(scale[..., None])
+            dense = dense.flatten(1)[:, : self.shape[1]]
         if self.mask is not None:
             dense = dense * self.mask
         return dense.to(dtype)
@@ -53,12 +61,14 @@ class CompressedWeight:
         return sum(tensor.nbytes for name, tensor in self.state_dict().items() if name != "layout")
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Packed tensors, ready for safetensors. A row of a tensor is a row of the weight, except in "layout"."""
-        codes, masks, positions = self.codes, {}, 0
+        """Packed tensors, ready for safetensors. A row of a tensor is a row of the weight, except in those of WHOLE."""
+        codes, more, positions = self.codes, {}, 0
         if self.mask is not None:
             codes = pack_kept(codes, self.mask)
-            masks["mask"], positions = pack_mask(self.mask)
-        return masks | {
+            more["mask"], positions = pack_mask(self.mask)
+        if self.g_idx is not None:
+            more["g_idx"] = self.g_idx
+        return more | {
             "codes": pack(codes, self.bits),
             "offsets": pack(self.offsets, self.bits) if self.offsets.dtype == torch.uint8 else self.offsets,
             "scales": self.scales,
@@ -77,7 +87,7 @@ class CompressedWeight:
             codes = unpack(state["codes"], bits, in_features)
         else:
             codes = unpack_kept(unpack(state["codes"], bits, state["codes"].shape[1] * 8 // bits), mask)
-        return cls(codes, scales, offsets, bits, mask, group_size)
+        return cls(codes, scales, offsets, bits, mask, group_size, state.get("g_idx"))
 
 
 def in_groups(matrix: Shaped[Tensor, "out in"], group_size: int) -> Shaped[Tensor, "out groups group_size"]:

@@ -1,0 +1,85 @@
+"""Model folders that transformers loads: dense weights, whatever they were compressed to."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from eora_lab.embedded import one_line, quiet_transformers
+from eora_lab.errors import EoraLabError
+from eora_lab.files import write_folder, write_json
+from eora_lab.linear import CompensatedLinear
+
+
+def write_dense(
+    folder: Path | str, model: nn.Module, tokenizer, dtype: torch.dtype = torch.float16, merge: bool = False
+) -> None:
+    """Write a compressed model with W^ in full, or W^ + B A if merged, in the place of every compressed linear.
+
+    Pruned weights are zeros in the file, unless the low-rank path is merged, which fills them again.
+    Raises EoraLabError when weights do not fit the dtype, or the folder is taken.
+    """
+    tensors = dense_tensors(model, dtype)
+    for name, module in model.named_modules():
+        if isinstance(module, CompensatedLinear):
+            weight = module.compressed.dense()
+            if merge:
+                A, B = module.factors.dense()
+                weight = weight + B @ A
+            tensors[f"{name}.weight"] = to_dtype(weight, dtype, f"{name}.weight")
+    write_model_folder(folder, model, tokenizer, tensors, dtype)
+
+
+def dense_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
+    """All parameters but the weights of compressed linears. Tied tensors stay one tensor under two names."""
+    compressed = {name for name, module in model.named_modules() if isinstance(module, CompensatedLinear)}
+    converted: dict[int, Tensor] = {}
+    tensors = {}
+    for key, tensor in model.state_dict().items():
+        module, kind = key.rpartition(".")[::2]
+        if module in compressed and kind != "bias":
+            continue
+        if tensor.data_ptr() not in converted:
+            converted[tensor.data_ptr()] = to_dtype(tensor, dtype, key)
+        tensors[key] = converted[tensor.data_ptr()]
+    return tensors
+
+
+def to_dtype(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Convert; raises EoraLabError when values overflow."""
+    converted = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
+    if not torch.isfinite(converted).all():
+        raise EoraLabError(f"{name} does not fit {str(dtype).removeprefix('torch.')}: use bfloat16 or float32")
+    return converted
+
+
+def write_model_folder(
+    folder: Path | str,
+    model: nn.Module,
+    tokenizer,
+    tensors: dict[str, Tensor],
+    dtype: torch.dtype,
+    quantization: dict | None = None,
+) -> None:
+    """Write tensors in the files of `model`'s architecture, with its configuration and tokenizer, all or nothing.
+
+    quantization: how weights are quantised, for config.json and quantize_config.json.
+    """
+
+    def write(partial: Path) -> None:
+        try:
+            with quiet_transformers():
+                model.save_pretrained(partial, state_dict=tensors, max_shard_size="5GB")
+                tokenizer.save_pretrained(partial)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise EoraLabError(f"transformers cannot write this model: {one_line(error)}") from error
+        path = partial / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        if quantization:
+            config["quantization_config"] = quantization
+            write_json(partial / "quantize_config.json", quantization)
+        write_json(path, config)
+
+    write_folder(Path(folder), write)

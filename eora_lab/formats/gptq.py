@@ -1,0 +1,181 @@
+"""GPTQ checkpoints, one linear: its tensors, bit for bit, to and from a `CompressedWeight`.
+
+qweight  int32 (in * bits / 32, out)      a column is a row of codes
+qzeros   int32 (groups, out * bits / 32)  a row is a group's zero points
+scales   float16 (groups, out)
+g_idx    int32 (in,)                      the group of every input channel
+
+W^ = (q - z) * s[g_idx]. Codes form one little-endian stream of bits, cut into 32-bit words, so that with 3 bits a code
+can lie across two words. Format "gptq" stores z - 1, "gptq_v2" stores z.
+"""
+
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+from jaxtyping import Int32, UInt8
+from torch import Tensor
+
+from eora_lab.compress import CompressedWeight
+from eora_lab.compress.packing import pack, unpack
+from eora_lab.compress.weight import zero_points
+from eora_lab.errors import EoraLabError
+
+BITS = (2, 3, 4, 8)
+FORMATS = ("gptq", "gptq_v2")
+TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+@dataclass(frozen=True)
+class GptqConfig:
+    """What a checkpoint says of itself, in quantize_config.json and in config.json's quantization_config."""
+
+    bits: int
+    group_size: int  # input channels; -1: all
+    sym: bool
+    desc_act: bool
+    checkpoint_format: str = "gptq"
+
+    @classmethod
+    def from_dict(cls, data: dict, where: str) -> "GptqConfig":
+        """Read today's keys or older spellings. Raises EoraLabError on a method or format that is not GPTQ's."""
+
+        def find(*keys: str, default=None):
+            return next((data[key] for key in keys if data.get(key) is not None), default)
+
+        method = str(find("quant_method", "method", default="gptq")).lower()
+        checkpoint_format = str(find("checkpoint_format", "format", default="gptq")).lower()
+        if data.get("is_marlin_format"):
+            checkpoint_format = "marlin"
+        bits, group_size = find("bits", "wbits", "w_bit"), find("group_size", "groupsize", "q_group_size")
+        if method != "gptq":
+            raise EoraLabError(f"{where}: quant_method {method!r} is not read, only gptq")
+        if checkpoint_format not in FORMATS:
+            raise EoraLabError(f"{where}: checkpoint_format {checkpoint_format!r} is not read, only gptq and gptq_v2")
+        if bits not in BITS:
+            raise EoraLabError(f"{where}: bits must be one of 2, 3, 4 and 8, not {bits}")
+        if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
+            raise EoraLabError(f"{where}: group_size must be a positive number or -1, not {group_size}")
+        if str(data.get("pack_dtype") or "int32") != "int32":
+            raise EoraLabError(f"{where}: pack_dtype {data['pack_dtype']!r} is not read, only int32")
+        if any(settings and not key.startswith("-:") for key, settings in (data.get("dynamic") or {}).items()):
+            raise EoraLabError(f"{where}: layers with settings of their own (dynamic) are not read")
+        sym, desc_act = bool(find("sym", default=True)), bool(find("desc_act", default=False))
+        return cls(bits, group_size, sym, desc_act, checkpoint_format)
+
+    def to_dict(self) -> dict:
+        """For both JSON files. Older loaders know checkpoint_format and quant_method, newer ones format and method."""
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "sym": self.sym,
+            "desc_act": self.desc_act,
+            "lm_head": False,
+            "quant_method": "gptq",
+            "method": "gptq",
+            "checkpoint_format": self.checkpoint_format,
+            "format": self.checkpoint_format,
+            "pack_dtype": "int32",
+            "meta": {"quantizer": [f"eora_lab:{metadata.version('eora-lab')}"]},
+        }
+
+    def recipe(self) -> dict:
+        """The fields of `Recipe` that say the same."""
+        grid = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym}
+        return {"compressor": "gptq", "zero_point": "integer", "scale_dtype": "float16"} | grid
+
+
+def to_words(codes: UInt8[Tensor, "rows columns"], bits: int) -> Int32[Tensor, "rows words"]:
+    """Each row as a stream of codes, in 32-bit words; columns * bits must fill whole words."""
+    return pack(codes, bits).view(torch.int32)
+
+
+def from_words(words: Int32[Tensor, "rows words"], bits: int) -> UInt8[Tensor, "rows columns"]:
+    """The inverse of `to_words`."""
+    columns = words.shape[1] * 32 // bits
+    return unpack(words.contiguous().view(torch.uint8), bits, columns)
+
+
+def read_linear(tensors: dict[str, Tensor], config: GptqConfig, name: str) -> CompressedWeight:
+    """Read one linear from its tensors (the keys are TENSORS).
+
+    Raises EoraLabError, with the tensor's name, when one is missing, of another type or shape, or out of range.
+    """
+    bits, damaged = config.bits, "the checkpoint is damaged, or its configuration is that of another"
+    for key in TENSORS:
+        if key not in tensors and (key != "g_idx" or config.desc_act):
+            raise EoraLabError(f"the checkpoint lacks {name}.{key}: copy or download it again")
+        if key == "scales" and not tensors[key].is_floating_point():
+            raise EoraLabError(f"{name}.scales is {tensors[key].dtype}, not float16: {damaged}")
+        if key in tensors and key != "scales" and tensors[key].dtype != torch.int32:
+            raise EoraLabError(f"{name}.{key} is {tensors[key].dtype}, not int32: {damaged}")
+    qweight, qzeros, scales = (tensors[key] for key in ("qweight", "qzeros", "scales"))
+    if qweight.ndim != 2 or qweight.shape[0] * 32 % bits:
+        raise EoraLabError(f"{name}.qweight {tuple(qweight.shape)} does not hold {bits}-bit codes: {damaged}")
+    in_features, out_features = qweight.shape[0] * 32 // bits, qweight.shape[1]
+    group_size = in_features if config.group_size == -1 else config.group_size
+    groups = -(-in_features // group_size)
+    neighbours = torch.arange(in_features, dtype=torch.int32) // group_size
+    g_idx = tensors.get("g_idx", neighbours)
+    for key, tensor, shape in (
+        ("qzeros", qzeros, (groups, out_features * bits // 32)),
+        ("scales", scales, (groups, out_features)),
+        ("g_idx", g_idx, (in_features,)),
+    ):
+        if tensor.shape != shape:
+            raise EoraLabError(f"{name}.{key} is {tuple(tensor.shape)}, not {shape}: {damaged}")
+    if not torch.isfinite(scales).all():
+        raise EoraLabError(f"{name}.scales has NaN or Inf: {damaged}")
+    if g_idx.min() < 0 or g_idx.max() >= groups:
+        raise EoraLabError(f"{name}.g_idx names groups beyond the {groups} there are: {damaged}")
+    return CompressedWeight(
+        codes=from_words(qweight.T, bits),
+        scales=(scales if scales.dtype == torch.float16 else scales.float()).T.contiguous(),
+        offsets=read_zeros(qzeros, config).T.contiguous(),
+        bits=bits,
+        group_size=min(group_size, in_features),
+        g_idx=None if torch.equal(g_idx, neighbours) else g_idx,
+    )
+
+
+def read_zeros(qzeros: Int32[Tensor, "groups words"], config: GptqConfig) -> UInt8[Tensor, "groups out"]:
+    """Zero points. Format "gptq" adds 1.
+
+    A zero point of 0 does not fit that format. GPTQModel, which writes it all the same, takes 1 from whole words, where
+    it borrows from the neighbours; adding to whole words undoes that. With 3 bits it works on codes, and so do we.
+    """
+    if config.checkpoint_format == "gptq_v2":
+        return from_words(qzeros, config.bits)
+    if config.bits == 3:
+        return (from_words(qzeros, 3) + 1) & 7
+    ones = sum(1 << shift for shift in range(0, 32, config.bits))
+    return from_words(qzeros + ones, config.bits)
+
+
+def write_linear(weight: CompressedWeight, checkpoint_format: str, name: str) -> dict[str, Tensor]:
+    """The tensors of one linear. Raises EoraLabError on a grid that the format cannot say, with what to do."""
+    bits, (out_features, in_features) = weight.bits, weight.shape
+    again = "compress again with --zero-point integer --scale-dtype float16"
+    if bits not in BITS:
+        raise EoraLabError(f"{name} has {bits} bits, and GPTQ checkpoints 2, 3, 4 or 8: compress again with those")
+    if weight.offsets.dtype != torch.uint8:
+        raise EoraLabError(f"{name} has grids without a whole zero point, which no GPTQ checkpoint can hold: {again}")
+    if not torch.equal(weight.scales.half().float(), weight.scales.float()):
+        raise EoraLabError(f"{name} has scales that are no float16 numbers, as GPTQ checkpoints want them: {again}")
+    if in_features * bits % 32 or out_features * bits % 32:
+        raise EoraLabError(f"{name}: {out_features} x {in_features} codes of {bits} bits do not fill 32-bit words")
+    if checkpoint_format == "gptq" and (weight.offsets == 0).any():
+        raise EoraLabError(f"{name} has zero points of 0, which format gptq cannot hold: use gptq_v2")
+    g_idx = weight.g_idx
+    if g_idx is None:
+        g_idx = torch.arange(in_features, dtype=torch.int32) // weight.group_size
+    group = g_idx.long()
+    # from the dense weight, where this division is exact: a pruned weight gets its group's zero point
+    codes = weight.dense() / weight.scales.float()[:, group] + zero_points(weight.scales, weight.offsets)[:, group]
+    stored = weight.offsets - (1 if checkpoint_format == "gptq" else 0)
+    return {
+        "qweight": to_words(codes.round().nan_to_num().to(torch.uint8), bits).T.contiguous(),  # NaN: a scale of 0
+        "qzeros": to_words(stored.T.contiguous(), bits),
+        "scales": weight.scales.half().T.contiguous(),
+        "g_idx": g_idx,
+    }

@@ -1,0 +1,180 @@
+"""GPTQ checkpoints, whole folders: codes beside the tensors that stay dense, in safetensors, with two JSON files."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from eora_lab.blocks import block_linears
+from eora_lab.compress import CompressedWeight
+from eora_lab.errors import EoraLabError
+from eora_lab.formats.dense import dense_tensors, write_model_folder
+from eora_lab.formats.gptq import TENSORS, GptqConfig, read_linear, write_linear
+from eora_lab.linear import CompensatedLinear
+
+SAME = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+ROUNDING = 0.05  # relative distance of a dense tensor that 16 bits explain many times over
+
+
+class GptqCheckpoint(Mapping[str, CompressedWeight]):
+    """The quantised linears of a GPTQ checkpoint folder: module name -> W^, read from the files when asked for.
+
+    One safetensors file or several; configuration in quantize_config.json or config.json.
+    Raises EoraLabError when the folder is no such checkpoint, is incomplete or damaged, or of a kind that is not read;
+    reading a linear does so when a tensor of it is missing or damaged.
+    """
+
+    def __init__(self, folder: Path | str):
+        self.folder = Path(folder)
+        self.model_config = self._read_json("config.json")
+        config = self._read_json("quantize_config.json") or self.model_config.get("quantization_config")
+        if not config:
+            raise EoraLabError(
+                f"{folder} is no GPTQ checkpoint: it has neither quantize_config.json nor a quantization_config in "
+                "config.json"
+            )
+        self.config = GptqConfig.from_dict(config, str(folder))
+        self._files = self._read_headers()
+        self._names = sorted(key.removesuffix(".qweight") for key in self._files if key.endswith(".qweight"))
+        if not self._names:
+            raise EoraLabError(f"{folder} is no GPTQ checkpoint: no tensor in it is named qweight")
+
+    def __contains__(self, name: object) -> bool:
+        return f"{name}.qweight" in self._files
+
+    def __getitem__(self, name: str) -> CompressedWeight:
+        if name not in self:
+            raise KeyError(name)
+        found = {key: self.tensor(f"{name}.{key}") for key in TENSORS if f"{name}.{key}" in self._files}
+        return read_linear(found, self.config, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def tensor(self, key: str) -> Tensor:
+        """Any tensor of the files."""
+        try:
+            with safe_open(self.folder / self._files[key], framework="pt") as file:
+                return file.get_tensor(key)
+        except (OSError, SafetensorError) as error:
+            raise EoraLabError(f"cannot read {key} in {self.folder}: {error}") from error
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise EoraLabError unless this can be a checkpoint of `model`, by all but the codes themselves.
+
+        Compared are the sizes in config.json, the names of linears, and the tensors that are not quantised.
+        """
+        original = model.config.name_or_path or "the given model"
+        for key in SAME:
+            ours, theirs = self.model_config.get(key), getattr(model.config, key, None)
+            if None not in (ours, theirs) and ours != theirs:
+                raise EoraLabError(
+                    f"{self.folder} was not made from {original}: its {key} is {ours}, that of the model {theirs}"
+                )
+        linears = block_linears(model)
+        for name in self._names:
+            if name not in linears:
+                raise EoraLabError(
+                    f"{self.folder} quantises {name}, which is no linear layer in the decoder blocks of {original}"
+                )
+        state = model.state_dict()
+        for name in self._names:  # some tools write a bias of zeros for every linear
+            bias = f"{name}.bias"
+            if bias in self._files and bias not in state and self.tensor(bias).any():
+                raise EoraLabError(f"{self.folder} was not made from {original}: the model has no {bias}")
+        stored = {tensor.data_ptr() for key, tensor in state.items() if key in self._files}  # tied: under one name
+        for key, tensor in state.items():
+            module, kind = key.rpartition(".")[::2]
+            if key not in self._files and tensor.data_ptr() not in stored and not (module in self and kind == "weight"):
+                raise EoraLabError(f"{self.folder} lacks the tensor {key} of {original}")
+        for key in filter(self._files.__contains__, state):
+            ours, theirs = self.tensor(key), state[key].float()
+            if ours.shape != theirs.shape:
+                raise EoraLabError(
+                    f"{self.folder} was not made from {original}: {key} is {tuple(ours.shape)}, in the model "
+                    f"{tuple(theirs.shape)}"
+                )
+            if not (ours.to(theirs) - theirs).norm() <= ROUNDING * theirs.norm():
+                raise EoraLabError(f"{self.folder} was not made from {original}: the values of {key} differ")
+
+    def _read_json(self, name: str) -> dict:
+        """A JSON file of the folder; empty if there is none."""
+        path = self.folder / name
+        try:
+            data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except (OSError, ValueError) as error:
+            raise EoraLabError(f"cannot read {path}: {error}") from error
+        if not isinstance(data, dict):
+            raise EoraLabError(f"cannot read {path}: it is no JSON object")
+        return data
+
+    def _read_headers(self) -> dict[str, str]:
+        """Tensor name -> file name."""
+        indices = sorted(self.folder.glob("*.safetensors.index.json"))
+        listed = {}
+        for index in indices:
+            weight_map = self._read_json(index.name).get("weight_map")
+            if not isinstance(weight_map, dict):
+                raise EoraLabError(f"{index} has no weight_map: copy or download it again")
+            listed |= weight_map
+        names = set(listed.values()) if indices else {path.name for path in self.folder.glob("*.safetensors")}
+        if not names:
+            raise EoraLabError(f"{self.folder} has no safetensors weights; pickled ones (.bin, .pt) are not read")
+        files = {}
+        for name in sorted(names):
+            try:
+                with safe_open(self.folder / name, framework="pt") as file:
+                    files |= dict.fromkeys(file.keys(), name)
+            except (OSError, SafetensorError) as error:
+                raise EoraLabError(
+                    f"{self.folder / name} is missing or damaged ({error}): copy or download it again"
+                ) from error
+        for key, name in listed.items():
+            if key not in files:
+                raise EoraLabError(f"{self.folder / name} lacks the tensor {key}: copy or download it again")
+        return files
+
+
+def write_checkpoint(
+    folder: Path | str, model: nn.Module, tokenizer, checkpoint_format: str = "gptq", dtype: torch.dtype = torch.float16
+) -> GptqConfig:
+    """Write a compressed model as a GPTQ checkpoint, without its low-rank path. Returns the configuration.
+
+    checkpoint_format: "gptq", which every loader knows but cannot hold a zero point of 0, or "gptq_v2".
+    dtype: of the tensors that are not quantised.
+    Raises EoraLabError when the model is not compressed, or on grids that the format cannot say, with what to do.
+    """
+    modules = {name: m for name, m in model.named_modules() if isinstance(m, CompensatedLinear)}
+    if not modules:
+        raise EoraLabError("this model is not compressed: give a run folder")
+    tensors = dense_tensors(model, dtype)
+    for name, module in modules.items():
+        linear = write_linear(module.compressed, checkpoint_format, name)
+        tensors |= {f"{name}.{key}": tensor for key, tensor in linear.items()}
+    config = config_of({name: module.compressed for name, module in modules.items()}, checkpoint_format)
+    write_model_folder(folder, model, tokenizer, tensors, dtype, config.to_dict())
+    return config
+
+
+def config_of(weights: dict[str, CompressedWeight], checkpoint_format: str) -> GptqConfig:
+    """The configuration that says how these are stored. Raises EoraLabError when one cannot say it of all."""
+    one_group = all(weight.scales.shape[1] == 1 for weight in weights.values())
+    kinds = {}
+    for name, weight in weights.items():
+        largest = weight.group_size if weight.g_idx is None else int(weight.g_idx.bincount().max())
+        kinds.setdefault((weight.bits, -1 if one_group else largest), name)
+    if len(kinds) > 1:
+        (first, one), (second, other) = list(kinds.items())[:2]
+        raise EoraLabError(
+            f"a GPTQ checkpoint has one number of bits and one group size, but {one} has {first} and {other} {second}"
+        )
+    ((bits, group_size),) = kinds
+    sym = all(bool((weight.offsets == 2 ** (bits - 1)).all()) for weight in weights.values())
+    desc_act = any(weight.g_idx is not None for weight in weights.values())
+    return GptqConfig(bits, group_size, sym, desc_act, checkpoint_format)
