@@ -24,6 +24,11 @@ class CompensatedLinear(nn.Module):
             self.register_buffer(name, tensor.to(old.weight.device, old.weight.dtype), persistent=name != "weight")
         self.register_buffer("bias", old.bias)
 
+    def set_factors(self, factors: StoredFactors) -> None:
+        """Put another low-rank path beside the same compressed weight. Of rank 0: none."""
+        A, B = factors.dense()
+        self.factors, self.lora_A, self.lora_B = factors, A.to(self.lora_A), B.to(self.lora_B)
+
     @property
     def out_features(self) -> int:
         return self.weight.shape[0]
