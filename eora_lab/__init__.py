@@ -5,6 +5,7 @@ batches = calibration_batches(tokenizer, "pydoc", nsamples=32, seqlen=512)
 report = compress_model(model, batches, compressor="rtn", bits=3, method="eora", rank=64)
 """
 
+from eora_lab.adapters import Adapters
 from eora_lab.blocks import collect_statistics
 from eora_lab.calibration import calibration_batches, token_windows
 from eora_lab.compensate import LowRank, solve
@@ -15,8 +16,10 @@ from eora_lab.pipeline import compress_model
 from eora_lab.report import Report
 from eora_lab.runs import load_run
 from eora_lab.statistics import InputStatistics
+from eora_lab.task_adapter import solve_adapter
 
 __all__ = [
+    "Adapters",
     "EoraLabError",
     "InputStatistics",
     "LowRank",
@@ -28,5 +31,6 @@ __all__ = [
     "load_run",
     "perplexity",
     "solve",
+    "solve_adapter",
     "token_windows",
 ]

@@ -38,6 +38,11 @@ class CompensatedLinear(nn.Module):
         self.register_buffer("bias", old.bias)
         self._int4: tuple[Tensor, int, Tensor] | None = None
 
+    def set_factors(self, factors: StoredFactors) -> None:
+        """Put another low-rank path beside the same compressed weight. Of rank 0: none."""
+        A, B = factors.dense()
+        self.factors, self.lora_A, self.lora_B = factors, A.to(self.lora_A), B.to(self.lora_B)
+
     @property
     def rank(self) -> int:
         return self.lora_A.shape[0]

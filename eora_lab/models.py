@@ -48,6 +48,17 @@ def load_model(name: str | Path = "smollm2-135m", dtype: torch.dtype | str = tor
     return model.requires_grad_(False).eval(), tokenizer
 
 
+def load_skeleton(name: str | Path) -> torch.nn.Module:
+    """The modules of a model without its weights: on torch's meta device. `name` and errors as for `load_model`."""
+    import transformers
+
+    path = _local_path(str(name))
+    if path.is_file():  # a GGUF file tells its structure only when it is read
+        return load_model(name)[0]
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(_read_config(path, str(name)))
+
+
 def _dtype(dtype: torch.dtype | str) -> torch.dtype:
     text = str(dtype).removeprefix("torch.")
     if text not in DTYPES:

@@ -22,7 +22,7 @@ from eora_lab.errors import EoraLabError
 from eora_lab.linear import CompensatedLinear
 from eora_lab.recipe import Recipe
 from eora_lab.report import LayerReport, Report, peak_memory
-from eora_lab.runs import RunFolder
+from eora_lab.runs import RunFolder, fingerprint
 from eora_lab.statistics import InputStatistics, output_energy
 
 
@@ -218,13 +218,9 @@ def check_given(model: nn.Module, weights: Mapping, progress: bool = True) -> st
 
 def identity(model: nn.Module, batches: Int[Tensor, "nsamples seqlen"]) -> dict[str, str]:
     """Which model and which tokens: what a resumed run must share with the interrupted one, beside its settings."""
-    weights = hashlib.sha256()
-    for block in decoder_blocks(model).values():
-        for linear in linears(block).values():
-            weights.update(linear.weight[0].float().cpu().numpy().tobytes())  # a row tells models apart
     return {
         "model": model.config.name_or_path,
         "dtype": str(model.dtype),
-        "weights": weights.hexdigest(),
+        "weights": fingerprint(model),
         "tokens": hashlib.sha256(batches.cpu().numpy().tobytes()).hexdigest(),
     }

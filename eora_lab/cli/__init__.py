@@ -4,13 +4,16 @@ import sys
 
 import tyro
 
+from eora_lab.cli.adapter import Adapter
 from eora_lab.cli.bench import Bench
+from eora_lab.cli.chat import Chat
 from eora_lab.cli.compare import Compare
 from eora_lab.cli.compensate import Compensate
 from eora_lab.cli.compress import Compress
 from eora_lab.cli.demo import Demo
 from eora_lab.cli.evaluate import Evaluate
 from eora_lab.cli.export import Export
+from eora_lab.cli.finetune import Finetune
 from eora_lab.cli.generate import Generate
 from eora_lab.cli.models import Models
 from eora_lab.errors import EoraLabError
@@ -23,6 +26,9 @@ COMMANDS = {
     "evaluate": Evaluate,
     "generate": Generate,
     "export": Export,
+    "chat": Chat,
+    "adapter": Adapter,
+    "finetune": Finetune,
     "models": Models,
     "bench": Bench,
 }

@@ -14,6 +14,8 @@ class Evaluate:
 
     model: Annotated[str, tyro.conf.Positional] = "smollm2-135m"
     """embedded model, hub id, model folder, or run folder"""
+    adapter: str | None = None
+    """PEFT adapter folder to use with a run folder's compressed weights, in place of its own; off: none"""
     evaluation: Annotated[Evaluation, tyro.conf.arg(name="")] = field(default_factory=Evaluation)
     dtype: Dtype = "float32"
     """type that the model is held in"""
@@ -21,10 +23,13 @@ class Evaluate:
     """cpu or cuda"""
 
     def run(self) -> None:
+        from eora_lab.adapters import use_only
         from eora_lab.evaluate import perplexity
         from eora_lab.runs import load_model_or_run
 
         model, tokenizer = load_model_or_run(self.model, self.dtype, self.device)
+        if self.adapter:
+            use_only(model, self.adapter)
         windows = self.evaluation.tokens(tokenizer)
         value = perplexity(model, windows, progress=True)
         print(f"perplexity {value:.4f} on {len(windows)} x {windows.shape[1]} tokens of {self.evaluation.source}")

@@ -16,6 +16,8 @@ class Generate:
     """embedded model, hub id, model folder, or run folder"""
     prompt: Annotated[str, tyro.conf.Positional]
     """text to continue"""
+    adapter: str | None = None
+    """PEFT adapter folder to use with a run folder's compressed weights, in place of its own; off: none"""
     tokens: int = 48
     """how many tokens to add at the most"""
     temperature: float = 0.0
@@ -28,8 +30,11 @@ class Generate:
     """cpu or cuda"""
 
     def run(self) -> None:
+        from eora_lab.adapters import use_only
         from eora_lab.generate import generate
         from eora_lab.runs import load_model_or_run
 
         model, tokenizer = load_model_or_run(self.model, self.dtype, self.device)
+        if self.adapter:
+            use_only(model, self.adapter)
         print(self.prompt + generate(model, tokenizer, self.prompt, self.tokens, self.temperature, self.seed))

@@ -1,0 +1,110 @@
+"""`eora-lab chat`."""
+
+import sys
+from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
+
+from eora_lab.cli.options import Dtype
+
+HELP = """\
+/adapter          the adapters, and which one is in use
+/adapter NAME     switch to one; own: that of the run folder, off: none
+/reset            start a new conversation
+/help             this text
+/quit             leave (as does the end of the input; Ctrl-C stops an answer)"""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """Talk with a model or a run folder; switch between task adapters without loading the model again.
+
+    Reads messages line by line, from a terminal or a pipe. A line that starts with / is a command; /help lists them.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    """embedded model, hub id, model folder, or run folder"""
+    adapter: tuple[str, ...] = ()
+    """NAME=FOLDER of PEFT adapters for a run folder's compressed model; the first one is in use at the start"""
+    tokens: int = 256
+    """how many tokens an answer has at the most"""
+    temperature: float = 0.0
+    """0: always the likeliest token"""
+    seed: int = 0
+    """seed of the sampling"""
+    dtype: Dtype = "float32"
+    """type that the model is held in"""
+    device: str = "cpu"
+    """cpu or cuda"""
+
+    def run(self) -> None:
+        from transformers import TextStreamer
+
+        from eora_lab import generate
+        from eora_lab.adapters import Adapters
+        from eora_lab.errors import EoraLabError
+        from eora_lab.linear import CompensatedLinear
+        from eora_lab.runs import load_model_or_run
+
+        folders = dict(named(text) for text in self.adapter)
+        model, tokenizer = load_model_or_run(self.model, self.dtype, self.device)
+        chat = generate.Chat(model, tokenizer, self.tokens, self.temperature, self.seed)
+        compressed = any(isinstance(module, CompensatedLinear) for module in model.modules())
+        adapters = Adapters(model, folders) if compressed or folders else None
+        if folders:
+            adapters.use(next(iter(folders)))
+        streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        print("/help lists the commands, /quit leaves")
+        while (line := read_line(f"{adapters.active or 'off'}> " if adapters else "> ")) is not None:
+            command, _, argument = line.partition(" ")
+            try:
+                if command == "/quit":
+                    return
+                elif command == "/help":
+                    print(HELP)
+                elif command == "/reset":
+                    chat.reset()
+                    print("a new conversation")
+                elif command == "/adapter":
+                    print(switch(adapters, argument.strip()))
+                elif command.startswith("/"):
+                    print(f"no command {command}; /help lists them")
+                elif line:
+                    chat.reply(line, streamer)
+            except EoraLabError as error:
+                print(f"eora-lab: {error}", file=sys.stderr)
+            except KeyboardInterrupt:
+                print("\n(stopped, and left out of the conversation)")
+
+
+def named(text: str) -> tuple[str, str]:
+    """NAME=FOLDER as a pair. Raises EoraLabError when it is none."""
+    from eora_lab.errors import EoraLabError
+
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise EoraLabError(f"--adapter {text!r}: write NAME=FOLDER, such as arc=adapters/arc")
+    return name, folder
+
+
+def switch(adapters, name: str) -> str:
+    """Switch adapters if a name is given. Says which one is in use."""
+    from eora_lab.adapters import OFF
+
+    if adapters is None:
+        return "this model is not compressed: it has no adapters"
+    if name:
+        adapters.use(None if name == OFF else name)
+    return f"in use: {adapters.active or OFF}; there are {', '.join((*adapters.names, OFF))}"
+
+
+def read_line(prompt: str) -> str | None:
+    """The next line without its blanks, or None at the end. A prompt is shown on a terminal only."""
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.strip() if line else None
+    try:
+        return input(prompt).strip()
+    except EOFError:
+        return None

@@ -1,0 +1,198 @@
+"""What other tools would make of a PEFT adapter: the mistakes of each loader, named before it makes them.
+
+The rules were read in the loaders' sources (peft 0.21, vLLM, SGLang and GPTQModel of 2025 and 2026); nothing is run.
+"""
+
+import re
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from eora_lab.errors import EoraLabError
+from eora_lab.formats.peft import (
+    SERVED_RANKS,
+    Factors,
+    adapter_factors,
+    by_pattern,
+    pairs,
+    peft_scaling,
+    scaling,
+)
+
+FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # projections that servers join into one
+Shapes = dict[str, tuple[int, int]]  # module name -> (out_features, in_features)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a loader ("any": all of them) refuses, ignores or computes otherwise than meant."""
+
+    loader: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.loader}: {self.problem}"
+
+
+def check_adapter(tensors: dict[str, Tensor], config: dict, shapes: Shapes) -> list[Finding]:
+    """Everything that one of peft, vLLM, SGLang and GPTQModel would get wrong; empty when all load it alike.
+
+    tensors, config: from `read_files`.
+    shapes:          of all linears in the decoder blocks of the base model.
+    """
+    found, unknown = pairs(tensors)
+    names = match_names(found, shapes)
+    known = {module: halves for module, halves in found.items() if names.get(module) == module}
+    complete = {module: halves for module, halves in known.items() if len(halves) == 2}
+    ranks = {module: len(halves["A"]) for module, halves in complete.items()}
+    findings = [
+        *_damage(found, unknown, names, shapes),
+        *_features(config),
+        *_peft(config, ranks),
+        *_vllm(config, ranks),
+        *_sglang(config, ranks),
+        *_gptqmodel(ranks, shapes),
+        *_scaling(config, ranks),
+    ]
+    return [Finding(loader, problem) for loader, problem in findings]
+
+
+def fix_adapter(tensors: dict[str, Tensor], config: dict, shapes: Shapes) -> Factors:
+    """What to write as a universal adapter instead: every linear, the scaling in B, names spelt as the model's.
+
+    Linears without a path get rank 0, which the universal form pads with zeros.
+    Raises EoraLabError when a finding cannot be mended: a missing or misshapen half, a layer that the model does not
+    have, NaN or Inf, DoRA, saved modules.
+    """
+    factors = adapter_factors(tensors, config)
+    names = match_names(factors, shapes)
+    mended = {}
+    for module, (A, B) in factors.items():
+        if module not in names:
+            raise EoraLabError(f"the model has no linear {module} in its decoder blocks")
+        if (len(B), A.shape[1]) != tuple(shapes[names[module]]):
+            raise EoraLabError(
+                f"{module}: factors of a {len(B)}x{A.shape[1]} layer, {_size(shapes[names[module]])} here"
+            )
+        mended[names[module]] = A, B
+    like = next(iter(tensors.values()))
+    empty = {m: (like.new_zeros(0, i), like.new_zeros(o, 0)) for m, (o, i) in shapes.items() if m not in mended}
+    return mended | empty
+
+
+def match_names(modules, shapes: Shapes) -> dict[str, str]:
+    """Adapter's module name -> the model's. They may differ in case, for GPTQModel writes lower case."""
+    lower = {name.lower(): name for name in shapes}
+    return {m: m if m in shapes else lower[m.lower()] for m in modules if m in shapes or m.lower() in lower}
+
+
+def _damage(found: dict, unknown: list[str], names: dict[str, str], shapes: Shapes):
+    if unknown:
+        yield "any", f"{_some(unknown)} is no lora_A or lora_B matrix of a layer"
+    if strangers := [module for module in found if module not in names]:
+        yield "any", f"the model has no linear {_some(strangers)} in its decoder blocks"
+    if respelt := [module for module in found if names.get(module, module) != module]:
+        yield "any", f"{_some(respelt)} is spelt otherwise in the model ({names[respelt[0]]})"
+    if halved := [module for module, halves in found.items() if len(halves) == 1]:
+        yield "any", f"one of lora_A and lora_B is missing of {_some(halved)}"
+    for module, halves in found.items():
+        for half, tensor in halves.items():
+            if not tensor.isfinite().all():
+                yield "any", f"lora_{half} of {module} has NaN or Inf"
+        if module in names:
+            out_features, in_features = shapes[names[module]]
+            if "A" in halves and halves["A"].shape[1] != in_features:
+                yield "any", f"lora_A of {module} is for {halves['A'].shape[1]} inputs, the layer has {in_features}"
+            if "B" in halves and len(halves["B"]) != out_features:
+                yield "any", f"lora_B of {module} is for {len(halves['B'])} outputs, the layer has {out_features}"
+        if len(halves) == 2 and len(halves["A"]) != halves["B"].shape[1]:
+            yield "any", f"{module}: lora_A has rank {len(halves['A'])}, lora_B {halves['B'].shape[1]}"
+
+
+def _features(config: dict):
+    if config.get("modules_to_save"):
+        yield "vllm", "refuses modules_to_save"
+    if config.get("use_dora"):
+        yield "vllm", "refuses DoRA"
+        yield "sglang", "refuses DoRA"
+        yield "gptqmodel", "ignores DoRA's magnitudes"
+    if config.get("bias", "none") != "none" or config.get("lora_bias"):
+        yield "vllm", "refuses biases in an adapter"
+
+
+def _peft(config: dict, ranks: dict[str, int]):
+    target = config.get("target_modules")
+    if untargeted := [module for module in ranks if not _targets(target, module)]:
+        yield "peft", f"ignores {_some(untargeted)}, which target_modules does not name"
+    if other := [m for m in ranks if _targets(target, m) and ranks[m] != by_pattern(config, "rank_pattern", "r", m)]:
+        expected = by_pattern(config, "rank_pattern", "r", other[0])
+        yield "peft", f"refuses {_some(other)}: rank {ranks[other[0]]} in the file, {expected} in the configuration"
+
+
+def _vllm(config: dict, ranks: dict[str, int]):
+    if not config.get("target_modules"):
+        yield "vllm", "needs target_modules"
+    highest = max([config["r"], *ranks.values()])
+    if highest > SERVED_RANKS[-1]:
+        yield "vllm", f"refuses rank {highest}: at most {SERVED_RANKS[-1]}"
+    elif highest not in SERVED_RANKS:
+        known = ", ".join(map(str, SERVED_RANKS))
+        yield "vllm", f"rank {highest} is none of the --max-lora-rank it takes ({known}): start it with the next one"
+    if max(ranks.values(), default=0) > config["r"]:
+        yield "vllm", f"reserves room for rank {config['r']}, a layer has {max(ranks.values())}"
+
+
+def _sglang(config: dict, ranks: dict[str, int]):
+    if other := [module for module, rank in ranks.items() if rank != config["r"]]:
+        yield "sglang", f"older versions need rank {config['r']} in every layer; {_some(other)} has {ranks[other[0]]}"
+    for group in FUSED:
+        parents: dict[str, set[str]] = {}
+        for module in ranks:
+            parent, _, leaf = module.rpartition(".")
+            if leaf in group:
+                parents.setdefault(parent, set()).add(leaf)
+        if partial := [parent for parent, leaves in parents.items() if len(leaves) < len(group)]:
+            lacks = ", ".join(leaf for leaf in group if leaf not in parents[partial[0]])
+            yield "sglang", f"joins {', '.join(group)} and needs all of them: {_some(partial)} lacks {lacks}"
+
+
+def _gptqmodel(ranks: dict[str, int], shapes: Shapes):
+    if missing := [module for module in shapes if module not in ranks]:
+        yield "gptqmodel", f"needs both halves for every quantised linear; {_some(missing)} has none"
+    if upper := [module for module in ranks if module != module.lower()]:
+        yield "gptqmodel", f"looks for lower-case names and does not find {_some(upper)}"
+
+
+def _scaling(config: dict, ranks: dict[str, int]):
+    """Each loader's own idea of a layer's scaling beside what is meant."""
+    uniform = config["lora_alpha"] / config["r"]
+    served = config["lora_alpha"] / config["r"] ** 0.5 if config.get("use_rslora") else uniform
+    loaders = {
+        "peft": lambda module: peft_scaling(config, module),
+        "vllm": lambda module: served,  # reads neither pattern
+        "sglang": lambda module: uniform,  # older versions: nor rsLoRA
+        "gptqmodel": lambda module: 1.0,
+    }
+    for loader, scale in loaders.items():
+        if wrong := [m for m in ranks if abs(scale(m) / scaling(config, m) - 1) > 1e-6]:
+            is_, meant = scale(wrong[0]), scaling(config, wrong[0])
+            yield loader, f"scales {_some(wrong)} by {is_:.4g}, {meant:.4g} is meant (r, lora_alpha and their patterns)"
+
+
+def _targets(target, module: str) -> bool:
+    """Whether peft's target_modules names a layer."""
+    if isinstance(target, str):
+        try:
+            return target == "all-linear" or re.fullmatch(target, module) is not None
+        except re.error:
+            return False
+    return any(module == name or module.endswith(f".{name}") for name in target or ())
+
+
+def _some(names: list[str]) -> str:
+    """The first of several, and how many there are."""
+    return names[0] if len(names) == 1 else f"{names[0]} (and {len(names) - 1} more)"
+
+
+def _size(shape: tuple[int, int]) -> str:
+    return f"{shape[0]}x{shape[1]}"
