@@ -18,10 +18,17 @@ from eora_lab.triton_kernels.configs import Config
 from eora_lab.triton_kernels.decode import decode_kernel, down_kernel
 from eora_lab.triton_kernels.prefill import dense_kernel, prefill_kernel
 from eora_lab.triton_kernels.ptx import PLANES
+from eora_lab.triton_kernels.sparse24_kernel import sparse_decode_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 INSTRUCTION = re.compile(r"^\s+(?:/\*[0-9a-f]+\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
-KERNELS = {"decode": decode_kernel, "down": down_kernel, "prefill": prefill_kernel, "dense": dense_kernel}
+KERNELS = {
+    "decode": decode_kernel,
+    "down": down_kernel,
+    "prefill": prefill_kernel,
+    "dense": dense_kernel,
+    "sparse": sparse_decode_kernel,
+}
 INTEGERS = {"M", "N", "K", "KP", "NP", "R", "blocks", "chunks", "chunk", "counters", "stride_xm", "stride_wn"}
 
 
@@ -54,8 +61,8 @@ def compile_kernel(
     if name == "down":
         constants |= {"GROUP": group or 128, "BLOCK_R": 16}
     pointers = {
-        "q_ptr": "i16", "tiles_ptr": "i32", "scales_ptr": scales, "offsets_ptr": offsets, "sums_ptr": "fp32",
-        "partial_ptr": "fp32", "counters_ptr": "i32", "xa_ptr": dtype if name == "prefill" else "fp32",
+        "q_ptr": "i16", "places_ptr": "i16", "tiles_ptr": "i32", "scales_ptr": scales, "offsets_ptr": offsets,
+        "sums_ptr": "fp32", "partial_ptr": "fp32", "counters_ptr": "i32", "xa_ptr": dtype if name == "prefill" else "fp32",
     }  # fmt: skip
     names = kernel.arg_names
     signature = {
@@ -78,7 +85,8 @@ def compile_kernel(
         usage = disassemble("cuobjdump", "-res-usage", cubin.name)
         code = disassemble("nvdisasm", "-c", cubin.name)
     everything = count(code)
-    weights = 16 * PLANES[bits] * config.block_n / (32 * config.num_warps)
+    channels = 256 if name == "sparse" else 16 * PLANES[bits]  # a round of the main loop
+    weights = channels * config.block_n / (32 * config.num_warps)
     return Report(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         spills=sum(n for op, n in everything.items() if op in {"LDL", "STL"}),

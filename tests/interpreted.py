@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -56,8 +57,8 @@ def cases() -> list[Case]:
     def case(path: str, dtype: str, bits: int, group: int, zero: str, **others) -> Case:
         K = next(channels) if group == -1 else group * next(groups)
         return Case(
-            path, dtype, bits, group, zero, K=K, bias=next(bias), layout=next(layout), scales=next(scales),
-            **({"M": next(M), "N": next(N), "ranks": (next(rank),)} | others),
+            path, dtype, bits, group, zero, bias=next(bias), layout=next(layout), scales=next(scales),
+            **({"K": K, "M": next(M), "N": next(N), "ranks": (next(rank),)} | others),
         )  # fmt: skip
 
     grid = itertools.product(("float16", "bfloat16"), (3, 4), (32, 64, 128, -1), ("float", "integer", "sym"))
@@ -73,13 +74,17 @@ def cases() -> list[Case]:
     found += [
         case("decode", "float16", bits, group, "integer", act_order=True) for bits in (3, 4) for group in (32, 96, 192)
     ]
+    found += [
+        case("sparse", dtype, 16, -1, "sym", split_k=split_k, M=M, K=K, N=N, ranks=(rank,))
+        for dtype in ("float16", "bfloat16")
+        for M, K, N, rank, split_k in ((1, 256, (64,), 16, 1), (5, 404, (129,), 7, 2), (17, 512, (36,), 0, 1))
+    ]
     return found
 
 
 def relative_error(case: Case, seed: int) -> float:
     """||y - reference|| / ||reference||, the reference in float64 from the codes themselves."""
     from eora_lab.triton_kernels import merge, repack
-    from eora_lab.triton_kernels.configs import Config
     from eora_lab.triton_kernels.launch import launch
     from eora_lab.triton_kernels.op import rows
 
@@ -89,6 +94,8 @@ def relative_error(case: Case, seed: int) -> float:
     dtype, scale_dtype = getattr(torch, case.dtype), getattr(torch, case.scales)
     x = arrange(normal(case.M, case.K).to(dtype) + 0.5, case.layout)
     groups = 1 if case.group == -1 else case.K // case.group
+    if case.path == "sparse":
+        return sparse_error(case, x, normal)
     index = torch.arange(case.K) // (case.K // groups)
     if case.act_order:
         index = index[torch.randperm(case.K, generator=generator)]
@@ -111,10 +118,33 @@ def relative_error(case: Case, seed: int) -> float:
         y = x.double() @ W.T + x.double() @ A.double().T @ B.double().T
         reference.append(y + bias.double() if case.bias else y)
     weight = merge(layers) if len(layers) > 1 else layers[0]
-    blocks = {"block_m": 16 if case.M <= 16 else 32, "block_n": 64 if seed % 2 else 32, "split_k": case.split_k}
-    y = launch(rows(x, weight.order), weight, Config(case.path, **blocks)).double()
+    y = launch(rows(x, weight.order), weight, blocks(case, 64 if seed % 2 else 32)).double()
     expected = torch.cat(reference, 1)
     return ((y - expected).norm() / expected.norm()).item()
+
+
+def sparse_error(case: Case, x: torch.Tensor, normal: Callable[..., torch.Tensor]) -> float:
+    """The same for a 2:4 weight; one four in eight keeps a single weight, or none."""
+    from eora_lab.triton_kernels.launch import sparse_decode
+    from eora_lab.triton_kernels.op import rows
+    from eora_lab.triton_kernels.sparse24 import pack24
+
+    (N,), (rank,), dtype = case.N, case.ranks, x.dtype
+    kept = normal(N, case.K // 4, 4).argsort(-1) < 2
+    kept[:, ::8] &= normal(*kept[:, ::8].shape) > 0
+    W = (normal(N, case.K) * kept.flatten(1)).to(dtype)
+    A, B = (normal(rank, case.K) / case.K**0.5).to(dtype), normal(N, rank).to(dtype)
+    bias = normal(N).to(dtype) if case.bias else None
+    y = sparse_decode(rows(x, None), pack24(W, A, B, bias, dtype), blocks(case, 64))
+    expected = x.double() @ W.double().T + x.double() @ A.double().T @ B.double().T
+    expected += bias.double() if case.bias else 0
+    return ((y.double() - expected).norm() / expected.norm()).item()
+
+
+def blocks(case: Case, columns: int) -> "Config":
+    from eora_lab.triton_kernels.configs import Config
+
+    return Config(case.path, block_m=16 if case.M <= 16 else 32, block_n=columns, split_k=case.split_k)
 
 
 def arrange(x: torch.Tensor, layout: str) -> torch.Tensor:
@@ -130,11 +160,14 @@ def arrange(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def main() -> None:
+    """Arguments: what case names must contain."""
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     for seed, case in enumerate(cases()):
+        if not all(part in case.name for part in sys.argv[1:]):
+            continue
         try:
             error = relative_error(case, seed)
         except Exception as problem:  # the others still run
@@ -143,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -9,8 +9,12 @@ from eora_lab.triton_kernels.decode import decode_kernel, down_kernel
 from eora_lab.triton_kernels.prefill import dense_kernel, prefill_kernel
 from eora_lab.triton_kernels.ptx import PLANES
 from eora_lab.triton_kernels.repack import FusedWeight
+from eora_lab.triton_kernels.sparse24 import BLOCK as SPARSE_BLOCK
+from eora_lab.triton_kernels.sparse24 import Sparse24Weight
+from eora_lab.triton_kernels.sparse24_kernel import sparse_decode_kernel
 
-BLOCK_R = 32
+BLOCK_R = 32  # ranks a step of the product with B
+DOWN_R = 16  # ranks a program of the down-projection
 CHUNKS = 8  # of K in the down-projection: enough programs to be quick, few enough to add up again
 
 
@@ -33,33 +37,67 @@ def sizes(weight: FusedWeight) -> tuple[int, int, int]:
 def decode(x: Float[Tensor, "rows in"], weight: FusedWeight, config: Config, y: Float[Tensor, "rows out"]) -> None:
     M, K = x.shape
     NP, blocks, block = sizes(weight)
-    R, sum_group = weight.A.shape[0], weight.group or 128
-    KP = blocks * block
-    chunk = max(512, -(-KP // CHUNKS // 256) * 256)
-    chunks = -(-KP // chunk)
     grid = NP // config.block_n, config.split_k, -(-M // config.block_m)
-    tiles = grid[0] * grid[2]
-    parts = 0 if config.split_k == 1 else tiles * config.split_k * config.block_m * config.block_n
-    needs = [parts, chunks * M * R, M * (KP // sum_group), tiles]
-    offsets = [0]
-    for need in needs:
-        offsets.append(offsets[-1] + -(-need // 32) * 32)  # 128 bytes
-    workspace = torch.empty(offsets[-1], dtype=torch.float32, device=x.device)
-    partial, xa, sums, counters = (workspace[offset:] for offset in offsets[:-1])
-    counters = counters.view(torch.int32)
-    block_r = 16
-    down_kernel[(1 + -(-R // block_r), chunks, grid[2])](
-        x, weight.A, xa, sums, counters, tiles, M, K, KP, R, x.stride(0), chunk,
-        GROUP=sum_group, BLOCK_M=config.block_m, BLOCK_R=block_r, PDL=config.pdl, num_warps=4, num_stages=3,
-    )  # fmt: skip
+    partial, xa, sums, counters, chunks = first_launch(x, weight.A, blocks * block, weight.group or 128, grid, config)
     decode_kernel[grid](
         x, weight.planes, weight.scales, weight.offsets, weight.tiles, xa, sums, weight.Bt,
         weight.Bt if weight.bias is None else weight.bias, partial, counters, y,
-        M, y.shape[1], K, NP, R, blocks, chunks, x.stride(0),
-        BITS=weight.bits, GROUP=weight.group, HAS_BIAS=weight.bias is not None, EVEN_K=K == KP,
+        M, y.shape[1], K, NP, len(weight.A), blocks, chunks, x.stride(0),
+        BITS=weight.bits, GROUP=weight.group, HAS_BIAS=weight.bias is not None, EVEN_K=blocks * block == K,
         SPLIT_K=config.split_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=BLOCK_R, PDL=config.pdl,
-        num_warps=config.num_warps, num_stages=config.num_stages, **({"launch_pdl": True} if config.pdl else {}),
+        **options(config),
     )  # fmt: skip
+
+
+def sparse_decode(x: Float[Tensor, "rows in"], weight: Sparse24Weight, config: Config) -> Float[Tensor, "rows out"]:
+    """y = x W^ᵀ + (x Aᵀ) Bᵀ + bias with a 2:4 weight. The last stride of x is 1."""
+    M, K = x.shape
+    NP, blocks = weight.places.shape[1], weight.places.shape[0] // 16
+    y = x.new_empty(M, weight.out_features)
+    grid = NP // config.block_n, config.split_k, -(-M // config.block_m)
+    partial, xa, _, counters, chunks = first_launch(x, weight.A, blocks * SPARSE_BLOCK, 128, grid, config)
+    sparse_decode_kernel[grid](
+        x, weight.values, weight.places, weight.tiles, xa, weight.Bt,
+        weight.Bt if weight.bias is None else weight.bias, partial, counters, y,
+        M, y.shape[1], K, NP, len(weight.A), blocks, chunks, x.stride(0),
+        HAS_BIAS=weight.bias is not None, EVEN_K=blocks * SPARSE_BLOCK == K,
+        SPLIT_K=config.split_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=BLOCK_R, PDL=config.pdl,
+        **options(config),
+    )  # fmt: skip
+    return y
+
+
+def first_launch(
+    x: Float[Tensor, "rows in"],
+    A: Float[Tensor, "rank in"],
+    KP: int,
+    sum_group: int,
+    grid: tuple[int, int, int],
+    config: Config,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """Run `down_kernel`. One new workspace as partial tiles (still empty), x Aᵀ, sums and counters (zero); chunks."""
+    M, K = x.shape
+    R, tiles = len(A), grid[0] * grid[2]
+    chunk = max(512, -(-KP // CHUNKS // 256) * 256)
+    chunks = -(-KP // chunk)
+    parts = 0 if config.split_k == 1 else tiles * config.split_k * config.block_m * config.block_n
+    starts = [0]
+    for need in (parts, chunks * M * R, M * (KP // sum_group), tiles):
+        starts.append(starts[-1] + -(-need // 32) * 32)  # 128 bytes
+    workspace = torch.empty(starts[-1], dtype=torch.float32, device=x.device)
+    partial, xa, sums, counters = (workspace[start:] for start in starts[:-1])
+    counters = counters.view(torch.int32)
+    down_kernel[(1 + -(-R // DOWN_R), chunks, grid[2])](
+        x, A, xa, sums, counters, tiles, M, K, KP, R, x.stride(0), chunk,
+        GROUP=sum_group, BLOCK_M=config.block_m, BLOCK_R=DOWN_R, PDL=config.pdl, num_warps=4, num_stages=3,
+    )  # fmt: skip
+    return partial, xa, sums, counters, chunks
+
+
+def options(config: Config) -> dict[str, int | bool]:
+    """Of a launch. An interpreted or older GPU's launch does not know `launch_pdl`."""
+    chosen = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return chosen | {"launch_pdl": True} if config.pdl else chosen
 
 
 def prefill(x: Float[Tensor, "rows in"], weight: FusedWeight, config: Config, y: Float[Tensor, "rows out"]) -> None:

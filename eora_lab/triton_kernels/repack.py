@@ -153,15 +153,13 @@ def repack(
         return torch.nn.functional.pad(matrix, pad).T.contiguous()
 
     rank = A.shape[0]
-    starts = range(0, planes.shape[1], TILE)
-    tiles = [(0, rank, start, min(start + TILE, out_features)) for start in starts]
     return FusedWeight(
         planes=planes,
         scales=columns(scales, groups),
         offsets=columns(offsets, groups),
         A=A.to(dtype).contiguous(),
         Bt=columns(B.to(dtype), rank),
-        tiles=torch.tensor(tiles, dtype=torch.int32, device=codes.device),
+        tiles=tile_table(B),
         bias=None if bias is None else columns(bias.to(dtype)[:, None], 1)[0],
         order=order,
         bits=bits,
@@ -169,6 +167,13 @@ def repack(
         out_features=(out_features,),
         ranks=(rank,),
     )
+
+
+def tile_table(B: Float[Tensor, "out rank"]) -> Shaped[Tensor, "tiles 4"]:
+    """`tiles` of a layer by itself."""
+    out_features, rank = B.shape
+    tiles = [(0, rank, start, min(start + TILE, out_features)) for start in range(0, out_features, TILE)]
+    return torch.tensor(tiles, dtype=torch.int32, device=B.device)
 
 
 def fused_weight(
