@@ -47,9 +47,8 @@ def draw(result: dict | None, path: Path, machine: Machine = H200) -> list[Path]
         axes.set_yscale("log")
         axes.set_xlabel("rows of x")
         axes.set_ylabel("microseconds")
-        title = f"{machine.name}, 4096 to 14336 channels"
-        subtitle = "" if result else ": floors by arithmetic, nothing measured yet"
-        axes.set_title(title + subtitle, loc="left")
+        nothing = "" if result else " (arithmetic only; no time measured)"
+        axes.set_title(f"{machine.name}, 4096 → 14336{nothing}", loc="left")
         axes.legend(frameon=False, fontsize=8)
         return save(figure, path)
 

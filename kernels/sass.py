@@ -62,7 +62,8 @@ def compile_kernel(
         constants |= {"GROUP": group or 128, "BLOCK_R": 16}
     pointers = {
         "q_ptr": "i16", "places_ptr": "i16", "tiles_ptr": "i32", "scales_ptr": scales, "offsets_ptr": offsets,
-        "sums_ptr": "fp32", "partial_ptr": "fp32", "counters_ptr": "i32", "xa_ptr": dtype if name == "prefill" else "fp32",
+        "sums_ptr": "fp32", "partial_ptr": "fp32", "counters_ptr": "i32",
+        "xa_ptr": dtype if name == "prefill" else "fp32",
     }  # fmt: skip
     names = kernel.arg_names
     signature = {

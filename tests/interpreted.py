@@ -1,4 +1,4 @@
-"""Run the Triton kernels in Triton's interpreter and print each case's error against float64, one JSON line a case.
+"""Cases for the Triton kernels. Run: Triton's interpreter, and each case's error against float64 as a JSON line.
 
 A process of its own (`python -m tests.interpreted`), because the interpreter must be chosen before Triton is imported.
 Uninitialised memory is filled with NaN, so that an element that a kernel forgets or reads too early is seen.
@@ -82,7 +82,7 @@ def cases() -> list[Case]:
     return found
 
 
-def relative_error(case: Case, seed: int) -> float:
+def relative_error(case: Case, seed: int, device: str = "cpu") -> float:
     """||y - reference|| / ||reference||, the reference in float64 from the codes themselves."""
     from eora_lab.triton_kernels import merge, repack
     from eora_lab.triton_kernels.launch import launch
@@ -92,7 +92,7 @@ def relative_error(case: Case, seed: int) -> float:
     normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     integers = lambda high, *shape: torch.randint(0, high, shape, generator=generator, dtype=torch.uint8)  # noqa: E731
     dtype, scale_dtype = getattr(torch, case.dtype), getattr(torch, case.scales)
-    x = arrange(normal(case.M, case.K).to(dtype) + 0.5, case.layout)
+    x = arrange((normal(case.M, case.K).to(dtype) + 0.5).to(device), case.layout)
     groups = 1 if case.group == -1 else case.K // case.group
     if case.path == "sparse":
         return sparse_error(case, x, normal)
@@ -115,10 +115,10 @@ def relative_error(case: Case, seed: int) -> float:
         layers.append(
             repack(codes, scales, offsets, case.bits, A, B, bias, index if case.act_order else None, dtype=dtype)
         )
-        y = x.double() @ W.T + x.double() @ A.double().T @ B.double().T
+        y = x.cpu().double() @ W.T + x.cpu().double() @ A.double().T @ B.double().T
         reference.append(y + bias.double() if case.bias else y)
-    weight = merge(layers) if len(layers) > 1 else layers[0]
-    y = launch(rows(x, weight.order), weight, blocks(case, 64 if seed % 2 else 32)).double()
+    weight = (merge(layers) if len(layers) > 1 else layers[0]).to(device)
+    y = launch(rows(x, weight.order), weight, blocks(case, 64 if seed % 2 else 32)).cpu().double()
     expected = torch.cat(reference, 1)
     return ((y - expected).norm() / expected.norm()).item()
 
@@ -135,7 +135,8 @@ def sparse_error(case: Case, x: torch.Tensor, normal: Callable[..., torch.Tensor
     W = (normal(N, case.K) * kept.flatten(1)).to(dtype)
     A, B = (normal(rank, case.K) / case.K**0.5).to(dtype), normal(N, rank).to(dtype)
     bias = normal(N).to(dtype) if case.bias else None
-    y = sparse_decode(rows(x, None), pack24(W, A, B, bias, dtype), blocks(case, 64))
+    y = sparse_decode(rows(x, None), pack24(W, A, B, bias, dtype).to(x.device), blocks(case, 64)).cpu()
+    x = x.cpu()
     expected = x.double() @ W.double().T + x.double() @ A.double().T @ B.double().T
     expected += bias.double() if case.bias else 0
     return ((y.double() - expected).norm() / expected.norm()).item()
@@ -154,7 +155,7 @@ def arrange(x: torch.Tensor, layout: str) -> torch.Tensor:
     if layout == "contiguous":
         return x
     step = (1, 3) if layout == "columns apart" else (3, 1)
-    wide = torch.full((x.shape[0] * step[0], x.shape[1] * step[1]), torch.nan, dtype=x.dtype)
+    wide = x.new_full((x.shape[0] * step[0], x.shape[1] * step[1]), torch.nan)
     wide[:: step[0], :: step[1]] = x
     return wide[:: step[0], :: step[1]]
 

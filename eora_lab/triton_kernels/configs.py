@@ -30,9 +30,13 @@ def key(rows: int, columns: int, channels: int, bits: int, group: int, rank: int
     return f"m{bucket(rows)} n{columns} k{channels} w{bits} g{group} r{-(-rank // 64) * 64} {dtype}"
 
 
+def tuned_path(gpu: str, triton_version: str) -> Path:
+    return TUNED / f"{gpu.replace(' ', '-')}-triton{triton_version}.json"
+
+
 @functools.cache
 def tuned(gpu: str, triton_version: str) -> dict[str, Config]:
-    path = TUNED / f"{gpu.replace(' ', '-')}-triton{triton_version}.json"
+    path = tuned_path(gpu, triton_version)
     if not path.is_file():
         return {}
     return {name: Config(**choice) for name, choice in json.loads(path.read_text())["choices"].items()}
@@ -47,7 +51,8 @@ def rule(rows: int, columns: int, channels: int, bits: int, processors: int, cap
         return Config("cublas")
     if rows > 64:
         tiles = -(-rows // 64) * -(-columns // 128)
-        return Config("prefill", block_m=64, block_n=128 if tiles >= processors and capability < 10 else 64)
+        block_n = 128 if tiles >= processors and capability < 10 else 64
+        return Config("prefill", 64, block_n, num_stages=3 if bits == 4 else 2)
     block_m = min(bucket(rows), 32)
     blocks = -(-channels // (128 if bits == 4 else 256))
     tiles = -(-columns // 64) * -(-rows // block_m)

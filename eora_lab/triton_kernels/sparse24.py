@@ -4,7 +4,7 @@ Few rows go through `sparse24_kernel`, which reads 9 bits a weight; for many row
 on the CPU. Quantised 2:4 weights need nothing of this: see `repack.fused_weight`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Shaped
@@ -34,6 +34,10 @@ class Sparse24Weight:
     tiles: Shaped[Tensor, "tiles 4"]  # as in FusedWeight
     bias: Float[Tensor, " N"] | None
     out_features: int
+
+    def to(self, device: torch.device | str) -> "Sparse24Weight":
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tensors)
 
 
 def pack24(
