@@ -8,6 +8,8 @@ scales the float32 partial sum once a group. What it then has too much or too li
 
 comes from the group sums: any zero point, whole or not, costs nothing a weight. x Aᵀ times B joins the same
 accumulator. Only these last steps need the first launch, so on sm_90 the second starts before it has ended (PDL).
+
+Counts that change from call to call are not specialised: one machine code a layer, the one whose spills are checked.
 """
 
 import triton
@@ -17,7 +19,7 @@ from eora_lab.triton_kernels.epilogue import finish
 from eora_lab.triton_kernels.planes import dot, load_planes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "counters"])
 def down_kernel(
     x_ptr,  # (M, K), rows stride_xm apart
     a_ptr,  # (R, K)
@@ -69,7 +71,7 @@ def down_kernel(
         tl.store(xa_ptr + place, xa, mask=(m < M)[:, None] & (r < R)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks", "chunks"])
 def decode_kernel(
     x_ptr,  # (M, K), rows stride_xm apart
     q_ptr,  # packed codes: (blocks * lanes * 16, NP) int16

@@ -35,7 +35,7 @@ def dense_planes(
     return dense
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks"])
 def prefill_kernel(
     x_ptr,  # (M, K), rows stride_xm apart
     q_ptr,  # packed codes, scales, offsets, tiles, B and bias: as in decode_kernel

@@ -10,7 +10,7 @@ from eora_lab.triton_kernels.epilogue import finish
 from eora_lab.triton_kernels.planes import dot
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "blocks", "chunks"])
 def sparse_decode_kernel(
     x_ptr,  # (M, K), rows stride_xm apart
     values_ptr,  # (2, KP / 4, NP): the first and the second kept weight of each four
