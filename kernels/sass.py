@@ -56,10 +56,10 @@ def compile_kernel(
     kernel = KERNELS[name]
     constants = {
         "BITS": bits, "GROUP": group, "HAS_BIAS": bias, "EVEN_K": even_k, "SPLIT_K": config.split_k,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": 32, "PDL": config.pdl,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": config.block_r, "PDL": config.pdl,
     }  # fmt: skip
     if name == "down":
-        constants |= {"GROUP": group or 128, "BLOCK_R": 16}
+        constants["GROUP"] = group or 128
     pointers = {
         "q_ptr": "i16", "places_ptr": "i16", "tiles_ptr": "i32", "scales_ptr": scales, "offsets_ptr": offsets,
         "sums_ptr": "fp32", "partial_ptr": "fp32", "counters_ptr": "i32",

@@ -41,9 +41,9 @@ def test_agrees_with_float64_when_run_on_the_cpu(bits, group, dtype, rank, bias,
     done = subprocess.run([*command, "-o", library, HARNESS], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     torch.manual_seed(bits)
-    M, N, K = 2, 70, 3 * group
-    codes, zeros = torch.randint(0, 2**bits, (N, K)), torch.randint(0, 2**bits, (N, 3))
-    scales, kind = torch.rand(N, 3) + 0.1, getattr(torch, dtype)
+    M, N, K = 2, 70, 5 * group
+    codes, zeros = torch.randint(0, 2**bits, (N, K)), torch.randint(0, 2**bits, (N, 5))
+    scales, kind = torch.rand(N, 5) + 0.1, getattr(torch, dtype)
     x, A, B, b = (torch.randn(*shape).to(kind) for shape in ((M, K), (rank, K), (N, rank), (N,)))
     A = A / 16
     weight = repack(codes.byte(), scales, -zeros * scales, bits, A, B, b if bias else None, dtype=kind)

@@ -20,6 +20,11 @@ class Config:
     num_stages: int = 3
     pdl: bool = False
 
+    @property
+    def block_r(self) -> int:
+        """Ranks a step: few where splits of K share them, and so that registers do not spill."""
+        return 16 if self.block_m == 16 else 32
+
 
 def bucket(rows: int) -> int:
     """Rows rounded up to a power of two, 16 at least: shapes that share a choice."""
@@ -52,7 +57,7 @@ def rule(rows: int, columns: int, channels: int, bits: int, processors: int, cap
     if rows > 64:
         tiles = -(-rows // 64) * -(-columns // 128)
         block_n = 128 if tiles >= processors and capability < 10 else 64
-        return Config("prefill", 64, block_n, num_stages=3 if bits == 4 else 2)
+        return Config("prefill", 64, block_n)
     block_m = min(bucket(rows), 32)
     blocks = -(-channels // (128 if bits == 4 else 256))
     tiles = -(-columns // 64) * -(-rows // block_m)

@@ -13,8 +13,6 @@ from eora_lab.triton_kernels.sparse24 import BLOCK as SPARSE_BLOCK
 from eora_lab.triton_kernels.sparse24 import Sparse24Weight
 from eora_lab.triton_kernels.sparse24_kernel import sparse_decode_kernel
 
-BLOCK_R = 32  # ranks a step of the product with B
-DOWN_R = 16  # ranks a program of the down-projection
 CHUNKS = 8  # of K in the down-projection: enough programs to be quick, few enough to add up again
 
 
@@ -44,7 +42,7 @@ def decode(x: Float[Tensor, "rows in"], weight: FusedWeight, config: Config, y: 
         weight.Bt if weight.bias is None else weight.bias, partial, counters, y,
         M, y.shape[1], K, NP, len(weight.A), blocks, chunks, x.stride(0),
         BITS=weight.bits, GROUP=weight.group, HAS_BIAS=weight.bias is not None, EVEN_K=blocks * block == K,
-        SPLIT_K=config.split_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=BLOCK_R, PDL=config.pdl,
+        SPLIT_K=config.split_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.block_r, PDL=config.pdl,
         **options(config),
     )  # fmt: skip
 
@@ -61,7 +59,7 @@ def sparse_decode(x: Float[Tensor, "rows in"], weight: Sparse24Weight, config: C
         weight.Bt if weight.bias is None else weight.bias, partial, counters, y,
         M, y.shape[1], K, NP, len(weight.A), blocks, chunks, x.stride(0),
         HAS_BIAS=weight.bias is not None, EVEN_K=blocks * SPARSE_BLOCK == K,
-        SPLIT_K=config.split_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=BLOCK_R, PDL=config.pdl,
+        SPLIT_K=config.split_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.block_r, PDL=config.pdl,
         **options(config),
     )  # fmt: skip
     return y
@@ -87,9 +85,9 @@ def first_launch(
     workspace = torch.empty(starts[-1], dtype=torch.float32, device=x.device)
     partial, xa, sums, counters = (workspace[start:] for start in starts[:-1])
     counters = counters.view(torch.int32)
-    down_kernel[(1 + -(-R // DOWN_R), chunks, grid[2])](
+    down_kernel[(1 + -(-R // config.block_r), chunks, grid[2])](
         x, A, xa, sums, counters, tiles, M, K, KP, R, x.stride(0), chunk,
-        GROUP=sum_group, BLOCK_M=config.block_m, BLOCK_R=DOWN_R, PDL=config.pdl, num_warps=4, num_stages=3,
+        GROUP=sum_group, BLOCK_M=config.block_m, BLOCK_R=config.block_r, PDL=config.pdl, num_warps=4, num_stages=3,
     )  # fmt: skip
     return partial, xa, sums, counters, chunks
 
@@ -109,7 +107,7 @@ def prefill(x: Float[Tensor, "rows in"], weight: FusedWeight, config: Config, y:
         weight.Bt if weight.bias is None else weight.bias, y,
         M, y.shape[1], K, NP, weight.A.shape[0], blocks, x.stride(0),
         BITS=weight.bits, GROUP=weight.group, HAS_BIAS=weight.bias is not None, EVEN_K=blocks * block == K,
-        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=BLOCK_R,
+        BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.block_r,
         num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
 
