@@ -1,7 +1,6 @@
 """What Triton makes of the shipped kernels on sm_80, sm_90 and sm_100, without a GPU: `python -m kernels.compiled`."""
 
 import argparse
-import json
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
@@ -52,20 +51,14 @@ def jobs() -> list[Job]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m kernels.compiled", description=__doc__)
-    parser.add_argument("--json", action="store_true", help="one JSON line a kernel instead of a table")
-    as_json = parser.parse_args().json
+    argparse.ArgumentParser(prog="python -m kernels.compiled", description=__doc__).parse_args()
     from kernels.sass import compile_kernel
 
-    if not as_json:
-        print(f"{'kernel':60} registers spills shared tensor-core instructions/weight")
-    for job in tqdm(jobs(), disable=as_json):
+    print(f"{'kernel':70} registers spills shared tensor-core instructions/weight")
+    for job in tqdm(jobs()):
         report = compile_kernel(job.kernel, job.config, job.capability, **PLAIN | job.settings)
-        if as_json:
-            print(json.dumps({"name": job.name, "per_weight": report.per_weight} | vars(report)), flush=True)
-        else:
-            numbers = f"{report.registers:9} {report.spills:6} {report.shared:6} {report.tensor_core:11}"
-            tqdm.write(f"{job.name:60} {numbers} {report.per_weight:19.2f}")
+        numbers = f"{report.registers:9} {report.spills:6} {report.shared:6} {report.tensor_core:11}"
+        tqdm.write(f"{job.name:70} {numbers} {report.per_weight:19.2f}")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def sparse24_linear(
 ) -> Tensor:
     """x (..., in) -> (..., out). The other arguments are the fields of `Sparse24Weight`."""
     weight, flat = Sparse24Weight(values, places, A, Bt, tiles, bias, out_features), rows(x, None)
-    if len(flat) <= DECODE_ROWS and choose_backend(x.device, x.dtype) == "triton":
+    if 0 < len(flat) <= DECODE_ROWS and choose_backend(x.device, x.dtype) == "triton":
         from eora_lab.triton_kernels.configs import choose
         from eora_lab.triton_kernels.launch import sparse_decode
 
