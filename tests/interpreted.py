@@ -32,6 +32,7 @@ class Case:
     layout: str = "contiguous"
     scales: str = "float32"
     act_order: bool = False
+    values: str = "usual"  # of x: or "far from zero", "one large channel", "tiny"
 
     @property
     def name(self) -> str:
@@ -39,6 +40,7 @@ class Case:
         return (
             f"{self.path}-{self.dtype}-w{self.bits}-g{self.group}-{self.zero}-m{self.M}-n{sizes[0]}-k{self.K}-r{sizes[1]}"
             f"-split{self.split_k}-{self.layout}{'-bias' if self.bias else ''}{'-act_order' if self.act_order else ''}"
+            f"{'' if self.values == 'usual' else '-' + self.values}"
         )
 
 
@@ -75,6 +77,11 @@ def cases() -> list[Case]:
         case("decode", "float16", bits, group, "integer", act_order=True) for bits in (3, 4) for group in (32, 96, 192)
     ]
     found += [
+        case("decode", "float16", bits, group, "float", values=values)
+        for bits, group in ((4, 128), (3, -1))
+        for values in ("far from zero", "one large channel", "tiny")
+    ]
+    found += [
         case("sparse", dtype, 16, -1, "sym", split_k=split_k, M=M, K=K, N=N, ranks=(rank,))
         for dtype in ("float16", "bfloat16")
         for M, K, N, rank, split_k in ((1, 256, (64,), 16, 1), (5, 404, (129,), 7, 2), (17, 512, (36,), 0, 1))
@@ -92,7 +99,14 @@ def relative_error(case: Case, seed: int, device: str = "cpu") -> float:
     normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     integers = lambda high, *shape: torch.randint(0, high, shape, generator=generator, dtype=torch.uint8)  # noqa: E731
     dtype, scale_dtype = getattr(torch, case.dtype), getattr(torch, case.scales)
-    x = arrange((normal(case.M, case.K).to(dtype) + 0.5).to(device), case.layout)
+    x = normal(case.M, case.K) + 0.5
+    if case.values == "far from zero":
+        x += 50
+    elif case.values == "one large channel":
+        x[:, 7] *= 1000
+    elif case.values == "tiny":
+        x *= 1e-4
+    x = arrange(x.to(dtype).to(device), case.layout)
     groups = 1 if case.group == -1 else case.K // case.group
     if case.path == "sparse":
         return sparse_error(case, x, normal)

@@ -48,11 +48,6 @@ class FusedWeight:
     def in_features(self) -> int:
         return self.A.shape[1]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that a call must read: everything but `order`."""
-        return sum(t.nbytes for name, t in self.tensors().items() if name != "order")
-
     def segments(self) -> Iterator[tuple[slice, slice, slice]]:
         """Each merged layer's packed columns (without padding), output columns and rows of A."""
         packed = out = rank = 0
