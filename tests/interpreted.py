@@ -82,6 +82,9 @@ def cases() -> list[Case]:
         for values in ("far from zero", "one large channel", "tiny")
     ]
     found += [
+        case("decode", "float16", bits, 48, "float", K=100 + bits, split_k=2) for bits in (3, 4)
+    ]  # last one short
+    found += [
         case("sparse", dtype, 16, -1, "sym", split_k=split_k, M=M, K=K, N=N, ranks=(rank,))
         for dtype in ("float16", "bfloat16")
         for M, K, N, rank, split_k in ((1, 256, (64,), 16, 1), (5, 404, (129,), 7, 2), (17, 512, (36,), 0, 1))
@@ -107,10 +110,11 @@ def relative_error(case: Case, seed: int, device: str = "cpu") -> float:
     elif case.values == "tiny":
         x *= 1e-4
     x = arrange(x.to(dtype).to(device), case.layout)
-    groups = 1 if case.group == -1 else case.K // case.group
     if case.path == "sparse":
         return sparse_error(case, x, normal)
-    index = torch.arange(case.K) // (case.K // groups)
+    group_size = case.K if case.group == -1 else case.group
+    groups = -(-case.K // group_size)
+    index = torch.arange(case.K) // group_size
     if case.act_order:
         index = index[torch.randperm(case.K, generator=generator)]
     layers, reference = [], []
@@ -126,9 +130,8 @@ def relative_error(case: Case, seed: int, device: str = "cpu") -> float:
             W = (codes.double() - offsets.double()[:, index]) * scales.double()[:, index]
         A, B = (normal(rank, case.K) / case.K**0.5).to(dtype), (0.3 * normal(N, rank)).to(dtype)
         bias = normal(N).to(dtype) if case.bias else None
-        layers.append(
-            repack(codes, scales, offsets, case.bits, A, B, bias, index if case.act_order else None, dtype=dtype)
-        )
+        order = index if case.act_order else None
+        layers.append(repack(codes, scales, offsets, case.bits, A, B, bias, order, group_size, dtype))
         y = x.cpu().double() @ W.T + x.cpu().double() @ A.double().T @ B.double().T
         reference.append(y + bias.double() if case.bias else y)
     weight = (merge(layers) if len(layers) > 1 else layers[0]).to(device)

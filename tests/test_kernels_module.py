@@ -103,6 +103,22 @@ def test_what_the_kernel_cannot_read_is_refused(change, message):
         fused_weight(*layer(**change), dtype=dtype)
 
 
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_last_group_that_is_shorter(act_order):
+    torch.manual_seed(0)
+    codes = torch.randint(0, 8, (36, 100), dtype=torch.uint8)
+    scales, offsets = torch.rand(36, 3) + 0.1, torch.randn(36, 3)
+    index = torch.arange(100) // 48
+    if act_order:
+        index = index[torch.randperm(100)]
+    A, B = torch.randn(4, 100).half() / 10, torch.randn(36, 4).half()
+    x = torch.randn(5, 100).half()
+    W = codes.double() * scales.double()[:, index] + offsets.double()[:, index]
+    weight = repack(codes, scales, offsets, 3, A, B, group_index=index if act_order else None, group_size=48)
+    expected = x.double() @ W.T + x.double() @ A.double().T @ B.double().T
+    assert error(FusedLinear(weight)(x), expected) < 5e-4
+
+
 def test_groups_of_unequal_size_are_refused():
     compressed, A, B, b = layer()
     index = torch.zeros(96, dtype=torch.int64)

@@ -108,16 +108,18 @@ def repack(
     B: Float[Tensor, "out rank"],
     bias: Float[Tensor, " out"] | None = None,
     group_index: Int[Tensor, " in"] | None = None,
+    group_size: int | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> FusedWeight:
     """Pack one layer. W^[o, i] = codes[o, i] scales[o, g] + offsets[o, g]; uint8 offsets are zero points instead.
 
     group_index: the group g of each channel (act-order); without it g = i // group_size.
+    group_size: needed only where the last group is shorter than the others.
     dtype: float16 or bfloat16, what x will be; A, B and bias are cast to it.
     Raises EoraLabError on bits, groups or a dtype that the kernel cannot read.
     """
     out_features, in_features = codes.shape
-    group_size = in_features // scales.shape[1]
+    group_size = group_size or in_features // scales.shape[1]
     if bits not in PLANES:
         raise EoraLabError(f"the fused kernel reads 3 or 4 bits, not {bits}; use the torch backend")
     if dtype not in (torch.float16, torch.bfloat16):
@@ -126,7 +128,7 @@ def repack(
     if group_index is not None and scales.shape[1] > 1:
         order = group_index.argsort(stable=True)
         counts = torch.bincount(group_index.long(), minlength=scales.shape[1])
-        if (counts != group_size).any():
+        if (counts[:-1] != group_size).any() or counts[-1] > group_size:
             raise EoraLabError("the fused kernel needs groups of equal size; use the torch backend")
         if (order == torch.arange(in_features, device=order.device)).all():
             order = None
@@ -179,16 +181,15 @@ def fused_weight(
     dtype: torch.dtype = torch.float16,
 ) -> FusedWeight:
     """`repack` of a `CompressedWeight`. A weight that its 2:4 mask drops is packed as the zero point, a code."""
-    codes, mask = compressed.codes, getattr(compressed, "mask", None)
+    codes, scales, offsets = compressed.codes, compressed.scales, compressed.offsets
+    mask, index = getattr(compressed, "mask", None), getattr(compressed, "g_idx", None)
+    group_size = getattr(compressed, "group_size", None) or codes.shape[1] // scales.shape[1]
     if mask is not None:
-        if compressed.offsets.dtype != torch.uint8:
+        if offsets.dtype != torch.uint8:
             raise EoraLabError("the fused kernel reads a 2:4 mask with integer zero points only; use the torch backend")
-        zero = compressed.offsets.repeat_interleave(codes.shape[1] // compressed.offsets.shape[1], 1)
-        if (index := getattr(compressed, "g_idx", None)) is not None:
-            zero = compressed.offsets[:, index.long()]
-        codes = torch.where(mask.bool(), codes, zero)
-    index = getattr(compressed, "g_idx", None)
-    return repack(codes, compressed.scales, compressed.offsets, compressed.bits, A, B, bias, index, dtype)
+        group = torch.arange(codes.shape[1], device=codes.device) // group_size if index is None else index.long()
+        codes = torch.where(mask, codes, offsets[:, group])
+    return repack(codes, scales, offsets, compressed.bits, A, B, bias, index, group_size, dtype)
 
 
 def merge(weights: list[FusedWeight]) -> FusedWeight:
