@@ -11,10 +11,11 @@ demo: $(BIN)/eora-lab ## compress and compensate a real language model, with a t
 	$(BIN)/eora-lab demo
 
 test: lint unit ## all tests
+	$(BIN)/pytest -m kernels
 	$(BIN)/pytest -m real
 
 unit: $(BIN)/eora-lab ## the tests that need no language model
-	$(BIN)/pytest -m "not real"
+	$(BIN)/pytest -m "not real and not kernels"
 
 lab: $(BIN)/eora-lab ## open JupyterLab (ARGS="..." is passed on)
 	$(BIN)/jupyter lab $(ARGS)

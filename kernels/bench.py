@@ -1,0 +1,120 @@
+"""Time the fused kernels beside their peers and their floors on this machine's GPU.
+
+Writes kernels/results/<gpu>.json and kernels/results/<gpu>.png/.svg.
+"""
+
+import argparse
+import sys
+from datetime import date
+from pathlib import Path
+
+import torch
+import triton
+from tqdm import tqdm
+
+from eora_lab.errors import EoraLabError
+from eora_lab.files import write_json
+from kernels.figure import draw
+from kernels.peers import Layer, ours_merged, peers
+from kernels.shapes import MERGED, MODELS, ROWS, Machine, floor_us
+from kernels.stack import time_stack
+from kernels.timing import copies_past_cache, measure_machine, median_us, require_gpu
+
+RESULTS = Path(__file__).with_name("results")
+TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 8e-3}
+CHECKED_ROWS = 64
+
+
+def check(name: str, y: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative error in the Frobenius norm. Raises EoraLabError above the tolerance: a wrong result is not timed."""
+    error = ((y[:CHECKED_ROWS].double() - expected).norm() / expected.norm()).item()
+    if not error <= TOLERANCE[y.dtype]:
+        raise EoraLabError(f"{name} is wrong: relative error {error:.1e} against float64")
+    return error
+
+
+def time_layer(name: str, N: int, K: int, bits: int, rank: int, dtype: torch.dtype, machine: Machine) -> list[dict]:
+    """Every peer at every number of rows."""
+    device = require_gpu()
+    layer = Layer.random(N, K, bits, rank, device, dtype)
+    copies = [layer] + [
+        Layer.random(N, K, bits, rank, device, dtype) for _ in range(copies_past_cache(N * K * bits // 8, device) - 1)
+    ]
+    found = []
+    for peer, (make, has_rank) in peers(layer).items():
+        calls = [make(one) for one in copies]
+        for M in ROWS:
+            x = torch.randn(M, K, device=device).to(dtype)
+            reference = layer if has_rank else Layer(layer.codes, layer.scales, bits, layer.A[:0], layer.B[:, :0])
+            error = check(peer, calls[0](x), reference.exact(x[:CHECKED_ROWS]))
+            time = median_us([lambda call=call, x=x: call(x) for call in calls])
+            weight_bits, path = (16 if peer == "dense16" else bits), rank if has_rank else 0
+            floor = floor_us(M, N, K, weight_bits, path, machine)
+            found.append(dict(layer=name, N=N, K=K, M=M, peer=peer, us=time, floor_us=floor, error=error))
+    return found
+
+
+def time_merged(model: str, name: str, bits: int, rank: int, dtype: torch.dtype, machine: Machine) -> list[dict]:
+    """Layers with the same input as one launch."""
+    device = require_gpu()
+    shapes = [MODELS[model].linears[part] for part in MERGED[name]]
+    K, N = shapes[0][1], sum(n for n, _ in shapes)
+    count = copies_past_cache(N * K * bits // 8, device)
+    sets = [[Layer.random(n, k, bits, rank, device, dtype) for n, k in shapes] for _ in range(count)]
+    calls = [ours_merged(layers) for layers in sets]
+    found = []
+    for M in ROWS:
+        x = torch.randn(M, K, device=device).to(dtype)
+        expected = torch.cat([layer.exact(x[:CHECKED_ROWS]) for layer in sets[0]], 1)
+        error = check(f"merged {name}", calls[0](x), expected)
+        time = median_us([lambda call=call, x=x: call(x) for call in calls])
+        floor = sum(floor_us(M, n, k, bits, rank, machine) for n, k in shapes)
+        found.append(dict(layer=name, N=N, K=K, M=M, peer="fused_merged", us=time, floor_us=floor, error=error))
+    return found
+
+
+def bench(models: list[str], rank: int, dtypes: list[str], stack: bool) -> dict:
+    device = require_gpu()
+    machine = measure_machine(device)
+    result = {
+        "gpu": machine.name,
+        "date": date.today().isoformat(),
+        "command": " ".join(["python -m kernels.bench", *sys.argv[1:]]),
+        "versions": {"torch": torch.__version__, "triton": triton.__version__, "cuda": torch.version.cuda},
+        "bandwidth": machine.bandwidth,
+        "rate": machine.rate,
+        "layers": [],
+        "stack": [],
+    }
+    work = [(model, dtype, bits) for model in models for dtype in dtypes for bits in (4, 3)]
+    for model, dtype_name, bits in tqdm(work, desc="layers"):
+        dtype = getattr(torch, dtype_name)
+        common = {"model": model, "dtype": dtype_name, "bits": bits, "rank": rank}
+        shapes = {shape: name for name, shape in reversed(MODELS[model].linears.items())}  # equal shapes once
+        for (N, K), name in shapes.items():
+            result["layers"] += [common | row for row in time_layer(name, N, K, bits, rank, dtype, machine)]
+        for name in MERGED:
+            result["layers"] += [common | row for row in time_merged(model, name, bits, rank, dtype, machine)]
+    if stack:
+        result["stack"] = time_stack("llama-3-8b", rank, device)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--rank", type=int, default=128)
+    parser.add_argument("--dtypes", nargs="+", choices=("float16", "bfloat16"), default=["float16", "bfloat16"])
+    parser.add_argument("--no-stack", action="store_true", help="leave out the whole LLaMA-3-8B-shaped model")
+    arguments = parser.parse_args()
+    try:
+        result = bench(arguments.models, arguments.rank, arguments.dtypes, not arguments.no_stack)
+        path = RESULTS / f"{result['gpu'].replace(' ', '-')}.json"
+        write_json(path, result)
+        print(path, *draw(result, path.with_suffix("")), sep="\n")
+    except EoraLabError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""The roofline figure: floors by arithmetic, and the measured times of a machine beside them where there are any.
+
+`python -m kernels.figure` draws the floors alone into kernels/floors.png/.svg.
+"""
+
+from pathlib import Path
+
+from eora_lab.plots import STYLE, save
+from kernels.shapes import H200, Machine, floor_us
+
+SHAPE = (14336, 4096)
+LINES = (
+    ("16 bits", 16, 0, "#999999"),
+    ("4 bits + rank 128", 4, 128, "#009E73"),
+    ("3 bits + rank 128", 3, 128, "#0072B2"),
+)
+MARKS = {"dense16": "s", "torch_int4_unfused": "v", "unfused": "^", "fused": "o"}
+NAMES = {"dense16": "cuBLAS", "torch_int4_unfused": "torch int4, unfused", "unfused": "unfused", "fused": "fused"}
+
+
+def draw(result: dict | None, path: Path, machine: Machine = H200) -> list[Path]:
+    """Microseconds over rows for a 4096 -> 14336 layer. result: of `kernels.bench`, or None for the floors alone."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    if result:
+        machine = Machine(result["gpu"], result["bandwidth"], result["rate"])
+    rows = [2 ** (i / 4) for i in range(49)]
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+        for label, bits, rank, colour in LINES:
+            times = [floor_us(M, *SHAPE, bits, rank, machine) for M in rows]
+            axes.plot(rows, times, color=colour, label=f"floor, {label}")
+            for peer, mark in MARKS.items():
+                points = [
+                    (row["M"], row["us"])
+                    for row in (result or {"layers": []})["layers"]
+                    if (row["N"], row["K"]) == SHAPE and row["peer"] == peer and row["dtype"] == "bfloat16"
+                    and (row["bits"] == bits or (bits == 16 and peer == "dense16" and row["bits"] == 4))
+                    and (bits == 16) == (peer == "dense16")
+                ]  # fmt: skip
+                if points:
+                    axes.plot(*zip(*points, strict=True), mark, color=colour, label=f"{NAMES[peer]}, {label}")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xlabel("rows of x")
+        axes.set_ylabel("microseconds")
+        nothing = "" if result else " (arithmetic only; no time measured)"
+        axes.set_title(f"{machine.name}, 4096 → 14336{nothing}", loc="left")
+        axes.legend(frameon=False, fontsize=8)
+        return save(figure, path)
+
+
+if __name__ == "__main__":
+    print(*draw(None, Path(__file__).with_name("floors")), sep="\n")

@@ -1,0 +1,75 @@
+"""The bench where there is no GPU: its floors, its figure, the decoder's variants, and what it says."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels.figure import draw
+from kernels.shapes import H200, MODELS, Dimensions, floor_us
+from kernels.stack import VARIANTS, Decoder
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("shape", "bits", "rank", "microseconds"),
+    [
+        ((14336, 4096), 16, 0, 27.3),
+        ((14336, 4096), 4, 128, 8.4),
+        ((4096, 14336), 3, 64, 6.1),
+        ((1024, 4096), 4, 64, 0.67),
+    ],
+)
+def test_floors_of_a_single_row_are_bytes_over_bandwidth(shape, bits, rank, microseconds):
+    assert floor_us(1, *shape, bits, rank, H200) == pytest.approx(microseconds, rel=0.02)
+
+
+def test_floors_of_many_rows_are_operations_over_rate():
+    assert floor_us(4096, 4096, 4096, 4, 0, H200) == pytest.approx(2 * 4096**3 / H200.rate * 1e6)
+
+
+def test_a_block_of_llama_3_8b_has_its_published_size():
+    parameters = sum(n * k for n, k in MODELS["llama-3-8b"].linears.values())
+    assert parameters == 218_103_808
+
+
+def test_every_variant_of_the_decoder_computes_the_same():
+    dimensions = Dimensions(256, 384, 4, 2, 64, 2, 100)
+    logits = {}
+    for variant in VARIANTS:
+        torch.manual_seed(0)
+        decoder = Decoder(dimensions, 4, 8, variant, "cpu", torch.bfloat16, context=16)
+        logits[variant] = decoder(torch.zeros(1, dtype=torch.long)).double()
+    dense = logits.pop("dense16")
+    for variant, other in logits.items():
+        assert (other - dense).norm() / dense.norm() < 8e-3, variant
+
+
+def test_the_figure_shows_floors_and_what_was_measured(tmp_path):
+    row = {"N": 14336, "K": 4096, "dtype": "bfloat16", "bits": 4, "M": 1, "peer": "fused", "us": 10.0}
+    measured = {"gpu": "a GPU", "bandwidth": 4e12, "rate": 7e14, "layers": [row]}
+    plain, with_point = (draw(result, tmp_path / name)[1] for result, name in ((None, "floors"), (measured, "points")))
+    assert plain.stat().st_size and with_point.read_text() != plain.read_text()
+
+
+def test_the_committed_floors_are_those_of_the_code(tmp_path):
+    assert draw(None, tmp_path / "floors")[1].read_bytes() == (ROOT / "kernels/floors.svg").read_bytes()
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", ["bench", "tune"])
+def test_says_in_one_line_that_it_needs_a_gpu(command):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    done = subprocess.run([sys.executable, "-m", f"kernels.{command}"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "GPU" in done.stderr
+
+
+def test_recorded_results_say_where_they_are_from():
+    for path in (ROOT / "kernels/results").glob("*.json"):
+        assert {"gpu", "date", "command", "versions", "layers"} <= set(json.loads(path.read_text())), path

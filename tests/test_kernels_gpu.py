@@ -1,0 +1,114 @@
+"""The kernels on a GPU: every interpreted case again, races under load, CUDA graphs, the CUDA C++ kernel."""
+
+import pytest
+import torch
+
+from tests.interpreted import Case, cases, relative_error
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU"),
+]
+TOLERANCE = {"float16": 1e-3, "bfloat16": 8e-3}
+REPEATS = 3000
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """New tensors are NaN until they are written."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def layer(N=4096, K=4096, bits=4, rank=128, dtype=torch.float16):
+    from kernels.peers import Layer
+
+    torch.manual_seed(0)
+    return Layer.random(N, K, bits, rank, torch.device("cuda"), dtype)
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_agrees_with_float64(case: Case):
+    for seed in (cases().index(case), 1000):
+        assert relative_error(case, seed, "cuda") < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_thousands_of_runs_under_load_give_the_same_bits(bits: int, pdl: bool):
+    """A race of the split-K counter or of the early second launch would show as another result."""
+    from eora_lab.triton_kernels.configs import Config
+    from eora_lab.triton_kernels.launch import launch
+
+    if pdl and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("programmatic dependent launch needs compute capability 9.0")
+    one = layer(bits=bits)
+    weight, config = one.fused(), Config("decode", 16, 64, split_k=8, num_warps=2, num_stages=4, pdl=pdl)
+    x = torch.randn(3, 4096, device="cuda").half()
+    first = launch(x, weight, config)
+    assert ((first.double() - one.exact(x)).norm() / one.exact(x).norm()) < 1e-3
+    other, load = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda")
+    wrong = torch.zeros((), dtype=torch.long, device="cuda")
+    for _ in range(REPEATS):
+        with torch.cuda.stream(other):
+            load @ load
+        wrong += (launch(x, weight, config) != first).any()
+    assert wrong.item() == 0
+
+
+def test_two_streams_do_not_share_scratch_memory():
+    from eora_lab.triton_kernels import FusedLinear
+
+    one = layer()
+    module, streams = FusedLinear(one.fused(), backend="triton"), [torch.cuda.Stream() for _ in range(2)]
+    inputs = [torch.randn(2, 4096, device="cuda").half() for _ in streams]
+    expected = [module(x) for x in inputs]
+    torch.cuda.synchronize()
+    for _ in range(200):
+        outputs = []
+        for stream, x in zip(streams, inputs, strict=True):
+            with torch.cuda.stream(stream):
+                outputs.append(module(x))
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
+
+
+def test_a_cuda_graph_replays_on_new_inputs():
+    from eora_lab.triton_kernels import FusedLinear
+    from kernels.timing import capture
+
+    one = layer(bits=3)
+    module, x, y = FusedLinear(one.fused(), backend="triton"), torch.zeros(1, 4096, device="cuda").half(), []
+    graph = capture([lambda: y.append(module(x))])
+    for _ in range(5):
+        x.copy_(torch.randn(1, 4096))
+        graph.replay()
+        assert ((y[-1].double() - one.exact(x)).norm() / one.exact(x).norm()) < 1e-3
+
+
+def test_compiles_with_inductor():
+    from eora_lab.triton_kernels import FusedLinear
+    from eora_lab.triton_kernels.repack import TENSORS
+
+    module, x = FusedLinear(layer().fused(), backend="triton"), torch.randn(2, 4096, device="cuda").half()
+    tensors = [getattr(module, name) for name in TENSORS]
+
+    def call(x):  # the module's own method carries a shape check, which cannot be traced
+        return torch.ops.eora_lab.fused_linear(x, *tensors, **module.numbers)
+
+    assert torch.equal(torch.compile(call, fullgraph=True)(x), module(x))
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_cuda_kernel_agrees(bits: int):
+    from eora_lab.triton_kernels import FusedLinear
+    from kernels.cuda.build import find_nvcc
+    from kernels.cuda.driver import fused
+
+    if find_nvcc() is None:
+        pytest.skip("no nvcc")
+    weight, x = layer(bits=bits).fused(), torch.randn(2, 4096, device="cuda").half()
+    ours, theirs = FusedLinear(weight, backend="triton")(x).double(), fused(x, weight).double()
+    assert ((ours - theirs).norm() / theirs.norm()) < 1e-3

@@ -1,0 +1,236 @@
+"""Repacking, the operator on the CPU, merging and the choice of a backend: what needs neither Triton nor a GPU."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from eora_lab.compress import CompressedWeight, rtn
+from eora_lab.errors import EoraLabError
+from eora_lab.triton_kernels import FusedLinear, choose_backend, fused_weight, merge, repack
+from eora_lab.triton_kernels.configs import bucket, rule
+
+
+def layer(out_features=36, in_features=96, rank=7, bits=4, group_size=32, dtype=torch.float16, bias=True, **grid):
+    """A compressed weight, its factors and bias, and the float64 matrix and vector that they stand for."""
+    compressed = rtn(torch.randn(out_features, in_features), None, bits=bits, group_size=group_size, **grid)
+    A = (torch.randn(rank, in_features) / in_features**0.5).to(dtype)
+    B, b = torch.randn(out_features, rank).to(dtype), torch.randn(out_features).to(dtype) if bias else None
+    return compressed, A, B, b
+
+
+def exact(compressed, A, B, b, x):
+    W = compressed.dense().double()
+    return x.double() @ W.T + x.double() @ A.double().T @ B.double().T + (0 if b is None else b.double())
+
+
+def error(y, expected):
+    return ((y.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize("group_size", [16, 48, 96, -1])
+@pytest.mark.parametrize(
+    "grid", [{}, {"sym": True}, {"zero_point": "integer", "scale_dtype": "float16"}, {"scale_dtype": "float16"}]
+)
+def test_a_compressed_weight_gives_the_same_layer(bits, group_size, grid):
+    torch.manual_seed(0)
+    parts = layer(bits=bits, group_size=group_size, **grid)
+    x = torch.randn(2, 5, 96).half()
+    y = FusedLinear(fused_weight(*parts))(x)
+    assert y.shape == (2, 5, 36) and y.dtype == x.dtype
+    assert error(y, exact(*parts, x)) < 5e-4  # one rounding to float16
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+def test_bfloat16_and_no_bias(rank):
+    torch.manual_seed(0)
+    parts = layer(rank=rank, bias=False, dtype=torch.bfloat16)
+    x = torch.randn(4, 96).bfloat16()
+    assert error(FusedLinear(fused_weight(*parts, dtype=torch.bfloat16))(x), exact(*parts, x)) < 4e-3
+
+
+def test_merged_layers_give_each_layers_output():
+    torch.manual_seed(0)
+    parts = [layer(out_features=n, rank=r) for n, r in ((130, 7), (36, 0), (36, 16))]
+    x = torch.randn(3, 96).half()
+    merged = FusedLinear(merge([fused_weight(*p) for p in parts]))
+    for y, p in zip(merged.split(merged(x)), parts, strict=True):
+        assert error(y, exact(*p, x)) < 5e-4
+
+
+def test_merging_twice_is_merging_once():
+    weights = [fused_weight(*layer(out_features=n)) for n in (130, 36, 20)]
+    once, twice = merge(weights), merge([merge(weights[:2]), weights[2]])
+    for name, tensor in once.tensors().items():
+        assert torch.equal(tensor, getattr(twice, name)), name
+    assert once.numbers() == twice.numbers()
+
+
+def test_layers_that_do_not_fit_are_not_merged():
+    weights = [fused_weight(*layer(bits=bits)) for bits in (3, 4)]
+    with pytest.raises(EoraLabError, match="merged only"):
+        merge(weights)
+
+
+def test_act_order_reads_channels_in_the_order_of_their_groups():
+    torch.manual_seed(0)
+    codes = torch.randint(0, 16, (36, 96), dtype=torch.uint8)
+    scales, zeros = torch.rand(36, 3) + 0.1, torch.randint(0, 16, (36, 3), dtype=torch.uint8)
+    index = (torch.arange(96) // 32)[torch.randperm(96)]
+    A, B = torch.randn(4, 96).half() / 10, torch.randn(36, 4).half()
+    x = torch.randn(5, 96).half()
+    W = (codes.double() - zeros.double()[:, index]) * scales.double()[:, index]
+    y = FusedLinear(repack(codes, scales, zeros, 4, A, B, group_index=index))(x)
+    assert error(y, x.double() @ W.T + x.double() @ A.double().T @ B.double().T) < 5e-4
+    in_order = repack(codes, scales, zeros, 4, A, B, group_index=torch.arange(96) // 32)
+    assert in_order.order is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bits": 5}, "3 or 4 bits"),
+        ({"dtype": torch.float32}, "float16 or bfloat16"),
+        ({"group_size": 8}, "divisible by 16"),
+    ],
+)
+def test_what_the_kernel_cannot_read_is_refused(change, message):
+    dtype = change.pop("dtype", torch.float16)
+    with pytest.raises(EoraLabError, match=message):
+        fused_weight(*layer(**change), dtype=dtype)
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_a_last_group_that_is_shorter(act_order):
+    torch.manual_seed(0)
+    codes = torch.randint(0, 8, (36, 100), dtype=torch.uint8)
+    scales, offsets = torch.rand(36, 3) + 0.1, torch.randn(36, 3)
+    index = torch.arange(100) // 48
+    if act_order:
+        index = index[torch.randperm(100)]
+    A, B = torch.randn(4, 100).half() / 10, torch.randn(36, 4).half()
+    x = torch.randn(5, 100).half()
+    W = codes.double() * scales.double()[:, index] + offsets.double()[:, index]
+    weight = repack(codes, scales, offsets, 3, A, B, group_index=index if act_order else None, group_size=48)
+    expected = x.double() @ W.T + x.double() @ A.double().T @ B.double().T
+    assert error(FusedLinear(weight)(x), expected) < 5e-4
+
+
+def test_groups_of_unequal_size_are_refused():
+    compressed, A, B, b = layer()
+    index = torch.zeros(96, dtype=torch.int64)
+    with pytest.raises(EoraLabError, match="equal size"):
+        repack(compressed.codes, compressed.scales, compressed.offsets, 4, A, B, b, group_index=index)
+
+
+def test_x_of_another_dtype_is_refused():
+    with pytest.raises(EoraLabError, match="packed for"):
+        FusedLinear(fused_weight(*layer()))(torch.randn(1, 96))
+
+
+def test_the_operator_passes_torchs_own_checks():
+    module = FusedLinear(fused_weight(*layer()))
+    weight = module.weight
+    arguments = [getattr(weight, n) for n in ("planes", "scales", "offsets", "A", "Bt", "tiles", "bias", "order")]
+    torch.library.opcheck(
+        torch.ops.eora_lab.fused_linear.default, (torch.randn(2, 3, 96).half(), *arguments, 4, 32, [36], [7])
+    )
+
+
+@pytest.mark.kernels
+def test_compiles_as_one_node():
+    """The module traces without a break into a single call; apart, as shape checks in annotations cannot be traced."""
+    code = """
+import torch
+from eora_lab.triton_kernels import FusedLinear, repack
+calls = []
+def backend(graph, _):
+    calls.extend(n.target for n in graph.graph.nodes if n.op == "call_function")
+    return graph.forward
+codes = torch.randint(0, 16, (40, 32), dtype=torch.uint8)
+weight = repack(codes, torch.ones(40, 1), torch.zeros(40, 1), 4, torch.randn(3, 32), torch.randn(40, 3))
+module, x = FusedLinear(weight), torch.randn(2, 32).half()
+assert torch.equal(torch.compile(module, backend=backend, fullgraph=True)(x), module(x))
+assert len(calls) == 1 and "fused_linear" in str(calls[0]), calls
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_moving_a_module_keeps_its_dtypes():
+    module = FusedLinear(fused_weight(*layer()))
+    before = {name: tensor.dtype for name, tensor in module.named_buffers()}
+    module.to(torch.bfloat16)
+    assert {name: tensor.dtype for name, tensor in module.named_buffers()} == before
+    assert module.to("meta").planes.is_meta
+
+
+def test_a_forced_torch_backend_agrees():
+    weight, x = fused_weight(*layer()), torch.randn(3, 96).half()
+    assert torch.equal(FusedLinear(weight, backend="torch")(x), FusedLinear(weight)(x))
+
+
+def test_backends():
+    assert choose_backend("cpu") == "torch"
+    assert choose_backend("cpu", backend="torch") == "torch"
+    with pytest.raises(EoraLabError, match="needs an NVIDIA GPU"):
+        choose_backend("cpu", backend="triton")
+    with pytest.raises(EoraLabError, match="unknown backend"):
+        choose_backend("cpu", backend="cuda")
+    with pytest.raises(EoraLabError, match="needs an NVIDIA GPU"):
+        FusedLinear(fused_weight(*layer()), backend="triton")(torch.randn(1, 96).half())
+
+
+def test_imports_no_triton_and_works_without():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from eora_lab.triton_kernels import FusedLinear, repack
+codes = torch.randint(0, 16, (8, 32), dtype=torch.uint8)
+weight = repack(codes, torch.ones(8, 1), torch.zeros(8, 1), 4, torch.zeros(0, 32), torch.zeros(8, 0))
+x = torch.ones(1, 32).half()
+assert torch.equal(FusedLinear(weight)(x)[0].double(), codes.double().sum(1))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_masked_weight_keeps_its_zeros():
+    """2:4 and integer zero points: a dropped weight is stored as its zero point."""
+    compressed, A, B, b = layer(zero_point="integer")
+    mask = torch.arange(96) % 4 < 2
+    masked = Masked(compressed.codes, compressed.scales, compressed.offsets, 4, mask.expand(36, 96))
+    x = torch.randn(3, 96).half()
+    expected = exact(replace(masked, codes=torch.where(mask, compressed.codes, zero_codes(compressed))), A, B, b, x)
+    assert error(FusedLinear(fused_weight(masked, A, B, b))(x), expected) < 5e-4
+
+
+@pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 512, 513])
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_rule_gives_blocks_that_fit(rows, bits):
+    for columns, channels in ((128, 128), (1024, 4096), (14336, 4096), (4096, 14336)):
+        config = rule(rows, columns, channels, bits, processors=132, capability=9)
+        assert 128 % config.block_n == 0 and config.split_k >= 1
+        assert config.path == ("decode" if rows <= 64 else "prefill" if rows <= 512 else "cublas")
+        assert config.split_k <= -(-channels // (128 if bits == 4 else 256))
+
+
+def test_buckets():
+    assert [bucket(m) for m in (1, 16, 17, 64, 65, 4096)] == [16, 16, 32, 64, 128, 4096]
+
+
+class Masked(CompressedWeight):
+    """A compressed weight with a 2:4 mask beside its codes."""
+
+    def __init__(self, codes, scales, offsets, bits, mask=None):
+        super().__init__(codes, scales, offsets, bits)
+        object.__setattr__(self, "mask", mask)
+
+
+def zero_codes(compressed):
+    group_size = compressed.codes.shape[1] // compressed.offsets.shape[1]
+    return compressed.offsets.repeat_interleave(group_size, 1)
