@@ -1,5 +1,8 @@
 """A linear layer that holds its compressed weight packed, and the low-rank path beside it."""
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -8,6 +11,8 @@ from torch import Tensor, nn
 from eora_lab.compensate.factors import StoredFactors
 from eora_lab.compress import CompressedWeight, SparseWeight, weight_from_state_dict
 from eora_lab.compress.weight import WHOLE, zero_points
+from eora_lab.errors import EoraLabError
+from eora_lab.triton_kernels import FusedLinear, choose_backend, fused_weight
 
 TILE = 2**18  # weights that are dense at once, on the CPU; they stay in its cache
 INT4_GROUPS = (32, 64, 128, 256)
@@ -21,10 +26,19 @@ class CompensatedLinear(nn.Module):
     unpacks some rows at a time, and again for gradients, so that W^ is never held dense.
 
     factors: A and B as stored. lora_A: (rank, in_features); lora_B: (out_features, rank). Rank 0: no path.
+    backend: "auto" computes with the fused Triton kernel where it can (3 and 4 bits in 16-bit models on a GPU, without
+        gradients; it holds W^ once more, in its own order), else with torch. "torch" or "triton" forces one.
     """
 
-    def __init__(self, old: nn.Linear, compressed: CompressedWeight | SparseWeight, factors: StoredFactors):
+    def __init__(
+        self,
+        old: nn.Linear,
+        compressed: CompressedWeight | SparseWeight,
+        factors: StoredFactors,
+        backend: str = "auto",
+    ):
         super().__init__()
+        self.backend = backend
         self.out_features, self.in_features = compressed.shape
         self.bits, self.factors = compressed.bits, factors
         self.group_size = getattr(compressed, "group_size", None)
@@ -36,12 +50,18 @@ class CompensatedLinear(nn.Module):
         for name, tensor in zip(("lora_A", "lora_B"), factors.dense(), strict=True):
             self.register_buffer(name, tensor.to(device, dtype))
         self.register_buffer("bias", old.bias)
+        self._forget()
+
+    def _forget(self) -> None:
+        """What was made from the buffers for one product is out of date."""
         self._int4: tuple[Tensor, int, Tensor] | None = None
+        self._fused: Callable[[Tensor], Tensor] | Literal["torch"] | None = None
 
     def set_factors(self, factors: StoredFactors) -> None:
         """Put another low-rank path beside the same compressed weight. Of rank 0: none."""
         A, B = factors.dense()
         self.factors, self.lora_A, self.lora_B = factors, A.to(self.lora_A), B.to(self.lora_B)
+        self._forget()
 
     @property
     def rank(self) -> int:
@@ -74,12 +94,12 @@ class CompensatedLinear(nn.Module):
         return packed | self.whole | self.factors.state_dict()
 
     @classmethod
-    def from_stored(cls, tensors: dict[str, Tensor], old: nn.Linear) -> "CompensatedLinear":
+    def from_stored(cls, tensors: dict[str, Tensor], old: nn.Linear, backend: str = "auto") -> "CompensatedLinear":
         """The inverse of `stored`. Raises KeyError when a tensor is missing or of another shape."""
         compressed = weight_from_state_dict(tensors)
         if compressed.shape != old.weight.shape:
             raise KeyError(f"a weight of {tuple(compressed.shape)} for a layer of {tuple(old.weight.shape)}")
-        return cls(old, compressed, StoredFactors.from_state_dict(tensors))
+        return cls(old, compressed, StoredFactors.from_state_dict(tensors), backend)
 
     def _apply(self, fn, recurse=True):
         """Move or cast the layer: the packed tensors follow to another device, and keep their dtypes."""
@@ -87,14 +107,31 @@ class CompensatedLinear(nn.Module):
         super()._apply(fn, recurse)
         for name, tensor in packed.items():
             setattr(self, name, tensor.to(self.lora_A.device))
-        self._int4 = None
+        self._forget()
         return self
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """Raises EoraLabError when Triton is asked for and cannot compute this layer here."""
+        if not (torch.is_grad_enabled() and x.requires_grad) and (fused := self.fused()) != "torch":
+            return fused(x)
         y = PackedProduct.apply(x, self)
         if self.rank:
             y = y + F.linear(F.linear(x, self.lora_A), self.lora_B)
         return y if self.bias is None else y + self.bias
+
+    def fused(self) -> Callable[[Tensor], Tensor] | Literal["torch"]:
+        """The whole layer as one call of the fused kernel, made when first asked for, or "torch"."""
+        if self._fused is None:
+            self._fused = "torch"
+            device, dtype = self.lora_A.device, self.lora_A.dtype
+            if choose_backend(device, dtype, self.backend) == "triton":
+                try:
+                    weight = fused_weight(self.compressed, self.lora_A, self.lora_B, self.bias, dtype)
+                    self._fused = FusedLinear(weight.to(device)).forward
+                except EoraLabError:
+                    if self.backend == "triton":
+                        raise
+        return self._fused
 
     def product(self, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
         """x W^ᵀ."""

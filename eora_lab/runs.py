@@ -106,7 +106,7 @@ def is_run(path: Path, file: str = CONFIG) -> bool:
         return False
 
 
-def install_block(model: nn.Module, path: Path) -> list[LayerReport]:
+def install_block(model: nn.Module, path: Path, backend: str = "auto") -> list[LayerReport]:
     """Replace the linears of one block by what a file holds. Returns the block's part of the report."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -116,15 +116,18 @@ def install_block(model: nn.Module, path: Path) -> list[LayerReport]:
             prefix = layer.name + "."
             stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
             old = model.get_submodule(layer.name)
-            model.set_submodule(layer.name, CompensatedLinear.from_stored(stored, old))
+            model.set_submodule(layer.name, CompensatedLinear.from_stored(stored, old, backend))
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
         raise EoraLabError(f"{path}: incomplete, corrupt, or of another model ({error})") from error
     return layers
 
 
-def load_run(path: Path | str, dtype: torch.dtype | str = torch.float32, device: str = "cpu") -> tuple:
+def load_run(
+    path: Path | str, dtype: torch.dtype | str = torch.float32, device: str = "cpu", backend: str = "auto"
+) -> tuple:
     """(model, tokenizer, report) of a finished run: its base model with the compressed layers and factors in place.
 
+    backend: "auto", "torch" or "triton", see `CompensatedLinear`.
     Raises EoraLabError when the folder is no run, is not finished, or is damaged.
     """
     path = Path(path)
@@ -133,7 +136,7 @@ def load_run(path: Path | str, dtype: torch.dtype | str = torch.float32, device:
     model, tokenizer = load_model(settings["model"], dtype=dtype, device=device)
     installed = set()
     for block in sorted((path / "blocks").glob("*.safetensors")):
-        installed |= {layer.name for layer in install_block(model, block)}
+        installed |= {layer.name for layer in install_block(model, block, backend)}
     for layer in report.layers:
         if layer.name not in installed:
             raise EoraLabError(f"{path}: the file in blocks/ that holds {layer.name} is missing")

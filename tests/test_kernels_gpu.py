@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+from eora_lab.compensate import solve
+from eora_lab.compensate.factors import store_factors
+from eora_lab.compress import rtn
+from eora_lab.linear import CompensatedLinear
 from tests.interpreted import Case, cases, relative_error
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -112,3 +116,19 @@ def test_the_cuda_kernel_agrees(bits: int):
     weight, x = layer(bits=bits).fused(), torch.randn(2, 4096, device="cuda").half()
     ours, theirs = FusedLinear(weight, backend="triton")(x).double(), fused(x, weight).double()
     assert ((ours - theirs).norm() / theirs.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_a_compensated_layer_computes_the_same_either_way(bits: int):
+    """8 bits: the kernel does not take them, and torch computes."""
+    torch.manual_seed(0)
+    old = torch.nn.Linear(512, 384).to("cuda", torch.float16)
+    W = old.weight.detach().float()
+    factors = store_factors(solve("svd", W, torch.eye(512, device="cuda"), 16))
+    fused = CompensatedLinear(old, rtn(W, None, bits=bits), factors)
+    plain = CompensatedLinear(old, rtn(W, None, bits=bits), factors, backend="torch")
+    assert (fused.fused() == "torch") == (bits == 8) and plain.fused() == "torch"
+    x = torch.randn(3, 512, device="cuda", dtype=torch.float16, requires_grad=True)
+    torch.testing.assert_close(fused(x.detach()), plain(x.detach()), rtol=2e-3, atol=2e-3)
+    fused(x).sum().backward()  # through torch
+    assert x.grad.isfinite().all()

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eora_lab.compress import CompressedWeight, rtn
+from eora_lab.compress import rtn
 from eora_lab.errors import EoraLabError
 from eora_lab.triton_kernels import FusedLinear, choose_backend, fused_weight, merge, repack
 from eora_lab.triton_kernels.configs import bucket, rule
@@ -202,11 +202,24 @@ assert torch.equal(FusedLinear(weight)(x)[0].double(), codes.double().sum(1))
 def test_a_masked_weight_keeps_its_zeros():
     """2:4 and integer zero points: a dropped weight is stored as its zero point."""
     compressed, A, B, b = layer(zero_point="integer")
-    mask = torch.arange(96) % 4 < 2
-    masked = Masked(compressed.codes, compressed.scales, compressed.offsets, 4, mask.expand(36, 96))
+    mask = (torch.arange(96) % 4 < 2).repeat(36, 1)
+    masked = replace(compressed, codes=compressed.codes * mask, mask=mask)
     x = torch.randn(3, 96).half()
-    expected = exact(replace(masked, codes=torch.where(mask, compressed.codes, zero_codes(compressed))), A, B, b, x)
+    expected = exact(replace(compressed, codes=torch.where(mask, compressed.codes, zero_codes(compressed))), A, B, b, x)
     assert error(FusedLinear(fused_weight(masked, A, B, b))(x), expected) < 5e-4
+    assert torch.equal(masked.dense() == 0, ~mask | (compressed.dense() == 0))
+
+
+def test_a_checkpoints_group_index_is_followed():
+    """desc_act: groups are no runs of neighbours."""
+    torch.manual_seed(0)
+    compressed, A, B, b = layer()
+    g_idx = (torch.arange(96) // compressed.group_size)[torch.randperm(96)].int()
+    shuffled = replace(compressed, g_idx=g_idx)
+    x = torch.randn(3, 96).half()
+    y = FusedLinear(fused_weight(shuffled, A, B, b))(x)
+    W = shuffled.dense().double() + B.half().double() @ A.half().double()
+    assert error(y, x.double() @ W.T + b.half().double()) < 1e-3
 
 
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 512, 513])
@@ -221,14 +234,6 @@ def test_the_rule_gives_blocks_that_fit(rows, bits):
 
 def test_buckets():
     assert [bucket(m) for m in (1, 16, 17, 64, 65, 4096)] == [16, 16, 32, 64, 128, 4096]
-
-
-class Masked(CompressedWeight):
-    """A compressed weight with a 2:4 mask beside its codes."""
-
-    def __init__(self, codes, scales, offsets, bits, mask=None):
-        super().__init__(codes, scales, offsets, bits)
-        object.__setattr__(self, "mask", mask)
 
 
 def zero_codes(compressed):

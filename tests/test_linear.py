@@ -8,6 +8,7 @@ from torch import nn
 
 from eora_lab.compensate.factors import StoredFactors
 from eora_lab.compress import CompressedWeight, SparseWeight
+from eora_lab.errors import EoraLabError
 from eora_lab.linear import CompensatedLinear
 
 
@@ -103,3 +104,10 @@ def test_a_change_of_dtype_keeps_the_weight(kind):
     half = copy.deepcopy(module).bfloat16()
     assert half(torch.ones(1, 128).bfloat16()).dtype == torch.bfloat16
     assert torch.equal(half.float().dense(), before)
+
+
+def test_triton_is_refused_where_it_cannot_run():
+    module = layer(dtype=torch.float16)
+    module.backend = "triton"
+    with pytest.raises(EoraLabError, match="the Triton backend needs an NVIDIA GPU, and the layer is on cpu"):
+        module(torch.ones(1, module.in_features, dtype=torch.float16))

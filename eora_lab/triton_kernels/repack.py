@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
-from eora_lab.compress import CompressedWeight
+from eora_lab.compress import CompressedWeight, SparseWeight
 from eora_lab.errors import EoraLabError
 from eora_lab.triton_kernels.ptx import LANES, PLANES
 
@@ -174,16 +174,20 @@ def tile_table(B: Float[Tensor, "out rank"]) -> Shaped[Tensor, "tiles 4"]:
 
 
 def fused_weight(
-    compressed: CompressedWeight,
+    compressed: CompressedWeight | SparseWeight,
     A: Float[Tensor, "rank in"],
     B: Float[Tensor, "out rank"],
     bias: Float[Tensor, " out"] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> FusedWeight:
-    """`repack` of a `CompressedWeight`. A weight that its 2:4 mask drops is packed as the zero point, a code."""
+    """`repack` of a `CompressedWeight`. A weight that its 2:4 mask drops is packed as the zero point, a code.
+
+    Raises EoraLabError as `repack` does, and on weights that were pruned only (see `sparse24_linear`).
+    """
+    if isinstance(compressed, SparseWeight):
+        raise EoraLabError("the fused kernel reads 3 or 4 bits, not 16; use the torch backend")
     codes, scales, offsets = compressed.codes, compressed.scales, compressed.offsets
-    mask, index = getattr(compressed, "mask", None), getattr(compressed, "g_idx", None)
-    group_size = getattr(compressed, "group_size", None) or codes.shape[1] // scales.shape[1]
+    mask, index, group_size = compressed.mask, compressed.g_idx, compressed.group_size
     if mask is not None:
         if offsets.dtype != torch.uint8:
             raise EoraLabError("the fused kernel reads a 2:4 mask with integer zero points only; use the torch backend")
