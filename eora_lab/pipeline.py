@@ -6,18 +6,18 @@ One block's statistics are held at a time. Linears that share an input share its
 import hashlib
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from eora_lab.blocks import BlockStream, block_linears, decoder_blocks, linears
 from eora_lab.compensate import SOLVERS, LowRank
 from eora_lab.compensate.eora import eora
 from eora_lab.compensate.factors import store_factors
-from eora_lab.compress import CompressedWeight
+from eora_lab.compress import Compressed, CompressedWeight
 from eora_lab.errors import EoraLabError
 from eora_lab.linear import CompensatedLinear
 from eora_lab.recipe import Recipe
@@ -115,31 +115,17 @@ def compress_linear(
     statistics: InputStatistics,
     recipe: Recipe,
     rank: int,
-    given: CompressedWeight | None = None,
+    given: Compressed | None = None,
 ) -> tuple[CompensatedLinear, LayerReport]:
     """Compress one linear, unless W^ is given, compensate it at `rank`, and put it in place."""
     linear = model.get_submodule(name)
     weight = linear.weight.float()
     tokens, usable = statistics.tokens, statistics.or_identity(recipe.held_out > 0)
     data_free, statistics = usable is not statistics, usable
-    seconds_compress = seconds_solve = 0.0
-    target, least = weight, None
-    for _ in range(recipe.rounds if rank else 1):
-        start = time.perf_counter()
-        tried = given or recipe.compress(target, statistics)
-        compressed_at = time.perf_counter()
-        error = weight - tried.dense(linear.weight.dtype).to(weight)
-        answer = recipe.compensate(error, statistics, rank)
-        seconds_compress += compressed_at - start
-        seconds_solve += time.perf_counter() - compressed_at
-        path = answer[0].dense()
-        loss = output_energy(error - path, statistics.second_moment)
-        if least is not None and loss >= least:
-            break  # a compressor is greedy, so that a round can do harm
-        compressed, residual, (low_rank, shrinkage), least = tried, error, answer, loss
-        target = weight - path
+    fit = in_turns(weight, linear.weight.dtype, statistics, recipe, rank, given)
+    residual, low_rank = fit.residual, fit.low_rank
     factors = store_factors(low_rank, recipe.factor_bits, (residual, statistics) if recipe.refit else None)
-    module = CompensatedLinear(linear, compressed, factors)
+    module = CompensatedLinear(linear, fit.compressed, factors)
     model.set_submodule(name, module)
     left = residual - module.lora_B.float() @ module.lora_A.float()
 
@@ -164,12 +150,55 @@ def compress_linear(
         tokens=tokens,
         held_out_before=held_out and held_out[1] / held_out[0],
         held_out_after=held_out and held_out[2] / held_out[0],
-        shrinkage=shrinkage,
+        shrinkage=fit.shrinkage,
         nbytes=module.nbytes,
-        seconds_compress=seconds_compress,
-        seconds_solve=seconds_solve,
+        seconds_compress=fit.seconds_compress,
+        seconds_solve=fit.seconds_solve,
         data_free=data_free,
     )
+
+
+@dataclass
+class Fit:
+    """A weight compressed and compensated: R = W - W^ and the answer to it."""
+
+    compressed: Compressed
+    residual: Float[Tensor, "out in"]
+    low_rank: LowRank
+    shrinkage: float
+    loss: float  # output energy of what is left
+    seconds_compress: float = 0.0
+    seconds_solve: float = 0.0
+
+
+def in_turns(
+    weight: Float[Tensor, "out in"],
+    dtype: torch.dtype,
+    statistics: InputStatistics,
+    recipe: Recipe,
+    rank: int,
+    given: Compressed | None,
+) -> Fit:
+    """Compress W, compensate; then compress W - B A, compensate again, for as many rounds as the recipe says.
+
+    A round that does not lower the loss, which greedy compressors can cause, ends it. dtype: of the model.
+    """
+    best, target, seconds = None, weight, [0.0, 0.0]
+    for _ in range(recipe.rounds if rank else 1):
+        start = time.perf_counter()
+        compressed = given or recipe.compress(target, statistics)
+        compressed_at = time.perf_counter()
+        residual = weight - compressed.dense(dtype).to(weight)
+        low_rank, shrinkage = recipe.compensate(residual, statistics, rank)
+        seconds[0] += compressed_at - start
+        seconds[1] += time.perf_counter() - compressed_at
+        path = low_rank.dense()
+        loss = output_energy(residual - path, statistics.second_moment)
+        if best and loss >= best.loss:
+            break
+        best, target = Fit(compressed, residual, low_rank, shrinkage, loss), weight - path
+    best.seconds_compress, best.seconds_solve = seconds
+    return best
 
 
 def spectrum_summary(low_rank: LowRank, shape: torch.Size, error_energy: float | None) -> dict[int, float]:

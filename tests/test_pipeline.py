@@ -98,6 +98,11 @@ def test_a_compensated_model_is_closer_and_rank_decides(kind, compressor):
     assert distance[32] < distance[8] < distance[0]
 
 
+def test_no_compensation_fits_whatever_the_rank():
+    report = compress_model(tiny_model("llama"), batches(), method="none", rank=1000, group_size=16)
+    assert all(layer.rank == 0 for layer in report.layers)
+
+
 @pytest.mark.parametrize("compressor", COMPRESSORS)
 def test_rounds_in_turn_lower_the_error(compressor):
     left = {}

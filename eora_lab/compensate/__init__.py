@@ -49,7 +49,7 @@ def solve(
         statistics = InputStatistics.from_second_moment(statistics)
     if residual.shape[1] != statistics.in_features:
         raise EoraLabError(f"a layer of {residual.shape[1]} inputs cannot use statistics of {statistics.in_features}")
-    if not 0 <= rank <= min(residual.shape):
+    if method != "none" and not 0 <= rank <= min(residual.shape):
         raise EoraLabError(
             f"rank {rank} does not fit a layer of {tuple(residual.shape)}: at most {min(residual.shape)}"
         )
