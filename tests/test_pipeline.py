@@ -110,7 +110,7 @@ def test_rounds_in_turn_lower_the_error(compressor):
         settings = SMALL | {"rounds": rounds, "inputs": "original"} | sparsity_for(compressor)
         report = compress_model(tiny_model("llama"), batches(), compressor, **settings)
         left[rounds] = [layer.error_after for layer in report.layers]
-    assert all(after <= before for before, after in zip(left[1], left[3], strict=True))
+    assert all(after <= before * 1.001 for before, after in zip(left[1], left[3], strict=True))  # 16-bit factors
     assert sum(left[3]) < 0.95 * sum(left[1]) or compressor == "gptq"  # whose errors leave a path little to take up
     with pytest.raises(EoraLabError, match="rounds must be 1 or more"):
         compress_model(tiny_model("llama"), batches(), **SMALL, rounds=0)
