@@ -21,16 +21,13 @@ def reference_gptq(weight, second_moment, grid: Grid, damp: float, desc_act: boo
     dense = torch.empty_like(W)
     left = power.argsort(descending=True).tolist() if desc_act else list(range(len(power)))
     group_size = len(power) if grid.group_size == -1 else grid.group_size
-    cost = torch.empty_like(power)
-    for k, q in enumerate(left):
-        cost[q] = 1 / torch.linalg.inv(H[left[k:]][:, left[k:]])[0, 0]
     grids = {}
     while left:
         q = left[0]
         first = q // group_size * group_size
         if first not in grids:
             group = slice(first, first + group_size)
-            grids[first] = grid.fit((weight if desc_act else W.float())[:, group], cost[group])
+            grids[first] = grid.fit((weight if desc_act else W.float())[:, group], power[group])
         scale, zero = grids[first][0][:, 0].double(), zero_points(*grids[first])[:, 0].double()
         code = (W[:, q] / scale + zero).round().clamp(0, 2**grid.bits - 1)
         dense[:, q] = (code - zero) * scale

@@ -95,7 +95,7 @@ def reference_sparsegpt(weight, second_moment, pattern: str, damp: float, grid: 
             mask[:, i : i + m] = keep(i, i + m)
         if grid and i % grid.group_size == 0:
             group = slice(i, min(i + grid.group_size, features))
-            fitted = grid.fit(W[:, group].float(), cost[group].float(), keep(group.start, group.stop))
+            fitted = grid.fit(W[:, group].float(), second_moment.diagonal()[group], keep(group.start, group.stop))
             scale, zero = fitted[0][:, 0].double(), zero_points(*fitted)[:, 0].double()
         compressed = W[:, i] * mask[:, i]
         if grid:

@@ -24,8 +24,7 @@ def gptq(
     desc_act: columns with the largest E[x²] come first (act-order). Groups keep their channels, and their grids are
         those of the original weights (static groups), so that the result is stored like any other. Without it,
         columns come as they are, and a group's grid is fitted to its weights as they stand when it is reached.
-    damp_percent: see `inverse_factor`. grid: the fields of `Grid`; its search weighs errors by 1 / U_ii², their cost
-        once the later columns have made up for them.
+    damp_percent: see `inverse_factor`. grid: the fields of `Grid`; its search weighs errors by E[x²].
     """
     grid, in_features = Grid(**grid), weight.shape[1]
     group_size = check_grid(in_features, grid.bits, grid.group_size)
@@ -36,15 +35,13 @@ def gptq(
     factor = inverse_factor(statistics.second_moment[order][:, order], damp_percent)
     columns = weight.T[order].clone()  # (in, out)
     codes = torch.empty_like(columns)
-    cost = torch.empty_like(power)
-    cost[order] = factor.diagonal() ** -2
-    scales, offsets = (part.T.contiguous() for part in grid.fit(weight, cost))  # (groups, out)
+    scales, offsets = (part.T.contiguous() for part in grid.fit(weight, power))  # (groups, out)
     scale, zero = scales.float(), zero_points(scales, offsets)
 
     def compress(i: int) -> Float[Tensor, " out"]:
         g = group[i]
         if not desc_act and i % group_size == 0:
-            fitted = grid.fit(columns[i : i + group_size].T, cost[i : i + group_size])
+            fitted = grid.fit(columns[i : i + group_size].T, power[i : i + group_size])
             scales[g], offsets[g] = (part[:, 0] for part in fitted)
             scale[g], zero[g] = scales[g].float(), zero_points(scales[g : g + 1], offsets[g : g + 1])[0]
         torch.addcdiv(zero[g], columns[i], scale[g], out=codes[i]).round_().clamp_(0, 2**grid.bits - 1)

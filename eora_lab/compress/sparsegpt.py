@@ -52,7 +52,7 @@ def sparsegpt(
     def prune_and_round(i: int) -> Float[Tensor, " out"]:
         if i % group_size == 0:
             group = slice(i, i + group_size)
-            grids.append(grid.fit(columns[group].T, cost[group], keep(i, group_size).T))
+            grids.append(grid.fit(columns[group].T, power[group], keep(i, group_size).T))
         scales, offsets = grids[-1]
         scale, zero = scales[:, 0].float(), zero_points(scales, offsets)[:, 0]
         kept = prune(i)
