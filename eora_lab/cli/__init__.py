@@ -11,6 +11,7 @@ from eora_lab.cli.demo import Demo
 from eora_lab.cli.evaluate import Evaluate
 from eora_lab.cli.generate import Generate
 from eora_lab.cli.models import Models
+from eora_lab.cli.sweep import Sweep
 from eora_lab.errors import EoraLabError
 
 COMMANDS = {
@@ -19,6 +20,7 @@ COMMANDS = {
     "compress": Compress,
     "evaluate": Evaluate,
     "generate": Generate,
+    "sweep": Sweep,
     "models": Models,
     "bench": Bench,
 }
