@@ -5,6 +5,8 @@ import pytest
 from eora_lab import EoraLabError
 from eora_lab.compensate import SOLVERS
 from eora_lab.paper import COLUMNS, FOLDER, METHODS, TABLES, published
+from eora_lab.paper_runs import measured, rivalry, table_rows
+from eora_lab.store import ResultStore
 
 EXTRA = {"T3": "finetuned", "T8": "nsamples", "T9": "kernel", "T11": "finetuned", "T12": "data_share"}
 EXTRA |= {"T13": "factor_bits", "T17": "layer"}
@@ -75,3 +77,42 @@ def test_methods_are_this_packages():
 def test_an_unknown_table_is_refused():
     with pytest.raises(EoraLabError, match="no table 'T20'"):
         published("T20")
+
+
+def test_rows_run_the_published_settings_on_another_model():
+    rows = table_rows("T2", "some/model", "full")
+    assert [(row.base, row.method) for row in rows[:4]] == [
+        ("GPTQ 4-bit", method) for method in ("none", "ZeroQuant-V2", "Act-S", "EoRA")
+    ]  # ApiQ is trained, and not here
+    eora = rows[3]
+    assert eora.published == {"wikitext2": 6.80, "arc_challenge": 47.44, "mathqa": 37.21, "gsm8k": 30.70}
+    cell = eora.cells["mathqa"]
+    assert (cell.recipe.bits, cell.recipe.rank, cell.recipe.group_size, cell.seqlen) == (4, 128, -1, 2048)
+    assert (cell.source, cell.base_source, cell.tasks) == ("mathqa+c4", "wikitext2", ("mathqa",))
+    small = table_rows("T2", "smollm2-135m", "small")[3].cells
+    assert set(small) == {"wikitext2", "arc_easy"} and small["arc_easy"].limit == 200
+    released = table_rows("T2", "some/model", "full", released=True)[2].cells["mathqa"]
+    assert released.recipe.method == "act_s_released" and released.share == 20 / 64
+    assert {row.extra for row in table_rows("T8", "some/model")} >= {"nsamples 16", "nsamples 512"}
+    with pytest.raises(EoraLabError, match="T9 cannot be run"):
+        table_rows("T9", "some/model")
+    with pytest.raises(EoraLabError, match="has no model 'GPT-2'"):
+        table_rows("T2", "some/model", published_model="GPT-2")
+
+
+def test_published_and_measured_stand_apart(tmp_path):
+    """Results are put into a store by hand: the table must show them under "here" and the paper's under "paper"."""
+    store, rows = ResultStore(tmp_path), table_rows("T2", "smollm2-135m", "small")[:4]
+    for i, row in enumerate(rows):
+        losses = [["wikitext2:test", [4.0 - i / 10, 5.0 - i / 10, 6.0 - i / 10]]]
+        result = {"perplexity": {"wikitext2:test": 100.0 - i}, "window_losses": losses}
+        store.put(row.cells["wikitext2"].config(), result=result)
+    store.put(rows[3].cells["arc_easy"].config(), error="no such data")
+    frame = measured(rows, store)
+    assert frame["paper wikitext2"].tolist() == [7.00, 6.80, 6.82, 6.80]
+    assert frame["here wikitext2"].tolist() == ["100.00", "99.00", "98.00", "97.00"]
+    assert frame["here arc_easy"].tolist() == ["not run"] * 3 + ["failed"]
+    assert frame["here rank"].tolist() == [0, 32, 32, 32] and frame["rank"].tolist() == [0, 128, 128, 128]
+    intervals = {rival.method: interval for rival, task, interval in rivalry(rows, store)}
+    assert set(intervals) == {"none", "ZeroQuant-V2", "Act-S"}
+    assert intervals["Act-S"].difference == pytest.approx(-0.1) and intervals["none"].difference == pytest.approx(-0.3)

@@ -11,6 +11,7 @@ from eora_lab.cli.demo import Demo
 from eora_lab.cli.evaluate import Evaluate
 from eora_lab.cli.generate import Generate
 from eora_lab.cli.models import Models
+from eora_lab.cli.paper import Paper
 from eora_lab.cli.sweep import Sweep
 from eora_lab.errors import EoraLabError
 
@@ -21,6 +22,7 @@ COMMANDS = {
     "evaluate": Evaluate,
     "generate": Generate,
     "sweep": Sweep,
+    "paper": Paper,
     "models": Models,
     "bench": Bench,
 }
