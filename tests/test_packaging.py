@@ -12,7 +12,9 @@ ROOT = Path(__file__).parent.parent
 
 def direct_dependencies() -> set[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    required = [*project["dependencies"], *(r for group in project["optional-dependencies"].values() for r in group)]
+    extras = project["optional-dependencies"]
+    del extras["ray"]  # its version is that of the user's cluster
+    required = [*project["dependencies"], *(r for group in extras.values() for r in group)]
     return {re.match(r"[\w-]+", requirement)[0].lower() for requirement in required}
 
 

@@ -16,6 +16,8 @@ from eora_lab.cli.export import Export
 from eora_lab.cli.finetune import Finetune
 from eora_lab.cli.generate import Generate
 from eora_lab.cli.models import Models
+from eora_lab.cli.paper import Paper
+from eora_lab.cli.sweep import Sweep
 from eora_lab.errors import EoraLabError
 
 COMMANDS = {
@@ -29,6 +31,8 @@ COMMANDS = {
     "chat": Chat,
     "adapter": Adapter,
     "finetune": Finetune,
+    "sweep": Sweep,
+    "paper": Paper,
     "models": Models,
     "bench": Bench,
 }

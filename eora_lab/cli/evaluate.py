@@ -1,5 +1,6 @@
 """`eora-lab evaluate`."""
 
+import sys
 from dataclasses import dataclass, field
 from typing import Annotated
 
@@ -10,26 +11,67 @@ from eora_lab.cli.options import Dtype, Evaluation
 
 @dataclass(frozen=True)
 class Evaluate:
-    """Measure the perplexity of a model or of a run folder."""
+    """Measure the perplexity of a model or of a run folder, and its accuracy on lm-eval tasks.
+
+    Tasks read their data from the mirror that EORA_LAB_DATA names, else from the hub; `exemplars` needs neither.
+    """
 
     model: Annotated[str, tyro.conf.Positional] = "smollm2-135m"
     """embedded model, hub id, model folder, or run folder"""
     adapter: str | None = None
     """PEFT adapter folder to use with a run folder's compressed weights, in place of its own; off: none"""
     evaluation: Annotated[Evaluation, tyro.conf.arg(name="")] = field(default_factory=Evaluation)
+    tasks: tuple[str, ...] = ()
+    """lm-eval tasks or groups: arc_easy, arc_challenge, mathqa, gsm8k, mmlu, ...; cnn_dailymail (ROUGE-Lsum);
+    exemplars (held-out worked questions that come with lm-eval)"""
+    limit: int | None = None
+    """the first so many questions of every task"""
+    num_fewshot: int | None = None
+    """worked examples before a question; as many as the task says if not given"""
+    batch_size: int = 8
+    """requests that run at once"""
+    against: str | None = None
+    """a second model or run folder: measure it too, and print the paired 95 % interval of second minus first"""
     dtype: Dtype = "float32"
     """type that the model is held in"""
     device: str = "cpu"
     """cpu or cuda"""
 
     def run(self) -> None:
+        first = self.measure(self.model, self.adapter)
+        if self.against is None:
+            return
+        from eora_lab.intervals import paired_bootstrap
+        from eora_lab.tasks import compare_results
+
+        second = self.measure(self.against)
+        print(f"{self.against} minus {self.model}, 95 % paired bootstrap:")
+        print(f"log perplexity {paired_bootstrap(first[0], second[0])}")
+        for task, result in first[1].items():
+            print(f"{task} {result.metric} {compare_results(result, second[1][task])}")
+
+    def measure(self, name: str, adapter: str | None = None) -> tuple:
+        """(loss of every window, results of the tasks) of one model, printed as they come."""
         from eora_lab.adapters import use_only
-        from eora_lab.evaluate import perplexity
+        from eora_lab.evaluate import window_losses
         from eora_lab.runs import load_model_or_run
 
-        model, tokenizer = load_model_or_run(self.model, self.dtype, self.device)
-        if self.adapter:
-            use_only(model, self.adapter)
+        model, tokenizer = load_model_or_run(name, self.dtype, self.device)
+        if adapter:
+            use_only(model, adapter)
         windows = self.evaluation.tokens(tokenizer)
-        value = perplexity(model, windows, progress=True)
+        if self.against is not None:
+            print(f"{name}:")
+        losses = window_losses(model, windows, progress=True)
+        value = losses.mean().exp().item()
         print(f"perplexity {value:.4f} on {len(windows)} x {windows.shape[1]} tokens of {self.evaluation.source}")
+        results = {}
+        if self.tasks:
+            from eora_lab.tasks import evaluate_tasks
+
+            results = evaluate_tasks(model, tokenizer, self.tasks, self.limit, self.num_fewshot, self.batch_size)
+        for result in results.values():
+            print(result)
+            if result.near_chance:
+                print(f"eora-lab: {result.near_chance}", file=sys.stderr)
+        return losses.tolist(), results

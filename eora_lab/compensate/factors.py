@@ -71,7 +71,7 @@ def store_factors(
     check_factor_bits(bits)
     if bits == 16 or not answer.rank:
         balanced = answer.balanced()
-        return StoredFactors(balanced.A.half(), balanced.B.half())
+        return StoredFactors(balanced.A.half().contiguous(), balanced.B.half().contiguous())
     grid = {"bits": bits, "group_size": -1, "zero_point": "integer", "scale_dtype": "float16"}
     norm = answer.B.norm(dim=0).float()
     A, B = answer.A.float() * norm[:, None], answer.B.float() / torch.where(norm > 0, norm, 1)

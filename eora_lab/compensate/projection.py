@@ -28,7 +28,7 @@ def principal_errors(
         M = (metric if isinstance(metric, Tensor) else metric.second_moment).to(dtype)
         if found := krylov.top_eigenvectors(R, M, rank):
             U, values = found
-            return LowRank(A=U.T @ R, B=U, spectrum=values.clamp_min(0))
+            return LowRank(A=U.T @ R, B=U.contiguous(), spectrum=values.clamp_min(0))
     R = residual.double()
     out_features, in_features = R.shape
     diagonal = metric.double() if isinstance(metric, Tensor) else None
@@ -41,4 +41,4 @@ def principal_errors(
         values, vectors = torch.linalg.eigh(RT.T @ RT)
         # orthonormal even where an eigenvalue is zero, and nested: column k depends on columns up to k only
         U = torch.linalg.qr(RT @ vectors.flip(1)[:, :rank]).Q
-    return LowRank(A=(U.T @ R).to(dtype), B=U.to(dtype), spectrum=values.flip(0).clamp_min(0))
+    return LowRank(A=(U.T @ R).to(dtype), B=U.to(dtype).contiguous(), spectrum=values.flip(0).clamp_min(0))

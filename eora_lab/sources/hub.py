@@ -52,6 +52,17 @@ def rows(
     return found
 
 
+def mirrored(dataset: str, config: str) -> dict[str, list[dict]]:
+    """Every split of a configuration that the mirror has, by name; empty when it has none.
+
+    Raises EoraLabError when a file is damaged.
+    """
+    root = os.environ.get("EORA_LAB_DATA")
+    files = sorted((Path(root).expanduser() / dataset / config).glob("*-*.parquet")) if root else []
+    names = dict.fromkeys(file.name.partition("-")[0] for file in files)
+    return {name: _read_parquet([f for f in files if f.name.partition("-")[0] == name], None) for name in names}
+
+
 def _mirror_files(dataset: str, configs: Sequence[str], split: str) -> tuple[list[Path], str]:
     """The mirror's files of the split, and what to say if there are none."""
     if not os.environ.get("EORA_LAB_DATA"):
@@ -87,14 +98,21 @@ def _from_hub(
     """Rows from the hub (or its local cache), or None and the reason."""
     import datasets
 
-    unreachable = _why_unreachable(hub_id)
     what = {"data_files": {split: data_file}} if data_file else {"name": config}
-    try:
-        with _offline() if unreachable else nullcontext():  # its cache on this machine may still have the dataset
+    with asking(hub_id) as unreachable:
+        try:
             found = datasets.load_dataset(hub_id, split=split, **what)
-        return found.select(range(min(len(found), limit or len(found)))).to_list(), ""
-    except Exception as error:  # of many kinds; each means "not from here"
-        return None, unreachable or _line(error)
+            return found.select(range(min(len(found), limit or len(found)))).to_list(), ""
+        except Exception as error:  # of many kinds; each means "not from here"
+            return None, unreachable or _line(error)
+
+
+@contextmanager
+def asking(hub_id: str) -> Iterator[str]:
+    """Load from the hub inside. Where it does not answer, its cache on this machine serves, and the value is why."""
+    unreachable = _why_unreachable(hub_id)
+    with _offline() if unreachable else nullcontext():
+        yield unreachable
 
 
 def _why_unreachable(hub_id: str) -> str:

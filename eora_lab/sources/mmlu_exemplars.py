@@ -19,6 +19,11 @@ def texts(split: str) -> list[str]:
     Raises:
         EoraLabError: no such split, lm-eval is not installed, or this version of it has no such files.
     """
+    return [f"Q: {sample['question'].strip()}\nA: {sample['target'].strip()}" for sample in samples(split)]
+
+
+def samples(split: str) -> list[dict]:
+    """The same as `question` (with its choices) and `target` (reasoning that ends in "The answer is (B).")."""
     if split not in ("calibration", "heldout"):
         raise EoraLabError(f"mmlu-exemplars has no split {split!r}; it has calibration and heldout")
     import yaml
@@ -26,8 +31,7 @@ def texts(split: str) -> list[str]:
     files = _subject_files()
     chosen = [file for i, file in enumerate(files) if (i % 3 == 2) == (split == "heldout")]
     subjects = [yaml.safe_load(file.read_text(encoding="utf-8")) for file in chosen]
-    samples = [sample for subject in subjects for sample in subject["fewshot_config"]["samples"]]
-    return [f"Q: {sample['question'].strip()}\nA: {sample['target'].strip()}" for sample in samples]
+    return [sample for subject in subjects for sample in subject["fewshot_config"]["samples"]]
 
 
 def _subject_files() -> list[Path]:

@@ -1,0 +1,68 @@
+"""`eora-lab sweep`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """Run a grid of experiments into a result store; start it again to go on after a stop of any kind.
+
+    The grid is a YAML file: settings with their values, a list of values being an axis, or a list of such grids.
+    Settings are those of a recipe (see `eora-lab compress --help`) and model, dtype, only, source, nsamples, seqlen,
+    share, first, seed, perplexity (texts), windows, window_length, tasks, limit, num_fewshot. `compressor: dense` is
+    the model as it is.
+    """
+
+    grid: Annotated[Path, tyro.conf.Positional]
+    """YAML file, or the name of an ablation: rank, calibration-size, source, inputs, group-size, factor-bits, modules,
+    equal-bytes"""
+    store: Path
+    """folder of the results, one file a cell"""
+    engine: Literal["local", "ray"] = "local"
+    """local: one cell after another; ray: one cell a task"""
+    workers: int = 2
+    """processes of a Ray started on this machine"""
+    address: str | None = None
+    """of a running Ray cluster, which must see the same store folder"""
+    retry_failed: bool = False
+    """run cells again that failed before"""
+    model: str | None = None
+    """run the grid on this model, in place of the one it names"""
+    dry_run: bool = False
+    """only say what is left to do"""
+    export: tuple[Path, ...] = ()
+    """write the store's table as .parquet, .csv, .md or .tex"""
+    batch_size: int = 8
+    """requests of a task that run at once"""
+    device: str = "cpu"
+    """cpu or cuda"""
+
+    def run(self) -> None:
+        from eora_lab.store import ResultStore
+        from eora_lab.sweep import expand, on_model, plan, read_grid, sweep
+
+        grid, store = read_grid(self.grid), ResultStore(self.store)
+        if self.model is not None:
+            grid = on_model(grid, self.model)
+        if self.dry_run:
+            print(plan(expand(grid), store, self.retry_failed, self.device))
+        else:
+            frame = sweep(
+                grid,
+                store,
+                self.engine,
+                self.workers,
+                self.address,
+                self.retry_failed,
+                self.batch_size,
+                self.device,
+            )
+            varied = [name for name in frame if frame[name].map(str).nunique() > 1 or name.startswith("perplexity")]
+            print(frame[[name for name in varied if not name.startswith("cost")]].to_string(index=False))
+        for path in self.export:
+            store.export(path)
+            print(f"wrote {path}")

@@ -1,0 +1,135 @@
+"""What a sweep will take: memory from the shape of the model, time from cells that ran before, else roughly."""
+
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from eora_lab.blocks import decoder_blocks, linears
+from eora_lab.cells import Cell
+from eora_lab.embedded import cache_folder
+from eora_lab.errors import EoraLabError
+from eora_lab.models import EMBEDDED
+
+SHARED_INPUTS = 4 / 7  # q, k and v read one input, gate and up another
+TASK_TOKENS = 500  # read for a question: its prompt with each of the choices
+WORKSPACE = 1.2  # activations, logits, a layer's temporary matrices
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model, read from its configuration alone."""
+
+    parameters: int
+    layers: list[tuple[int, int]]  # (out, in) of every linear in the blocks
+    blocks: int
+
+
+@lru_cache(maxsize=8)
+def model_shape(name: str) -> Shape | None:
+    """Sizes of a model; None where its configuration cannot be read before its weights are (GGUF, no network)."""
+    import transformers
+
+    from eora_lab.embedded import FOLDER, quiet_transformers
+
+    source = cache_folder() / FOLDER if name in EMBEDDED else name
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        blocks = decoder_blocks(model)
+    except Exception:  # of many kinds; the cell itself will say what is wrong
+        return None
+    shapes = [tuple(linear.weight.shape) for block in blocks.values() for linear in linears(block).values()]
+    return Shape(sum(p.numel() for p in model.parameters()), shapes, len(blocks))
+
+
+def memory(cell: Cell) -> int | None:
+    """Bytes that a cell needs at its highest point, or None when the model's sizes are unknown."""
+    shape = model_shape(cell.model)
+    if shape is None:
+        return None
+    weights = shape.parameters * getattr(torch, cell.dtype).itemsize
+    if cell.recipe is None:
+        return int(WORKSPACE * weights)
+    moments = int(SHARED_INPUTS * sum(4 * inputs**2 for _, inputs in shape.layers))  # S is float32
+    largest = max(max(pair) for pair in shape.layers)
+    return int(WORKSPACE * (2 * weights + (moments if cell.shared else moments / shape.blocks) + 6 * 8 * largest**2))
+
+
+def work(cell: Cell) -> float | None:
+    """Floating-point operations of a cell, roughly; what is shared with other cells counts in full."""
+    shape = model_shape(cell.model)
+    if shape is None:
+        return None
+    read = len(cell.perplexity) * cell.windows * cell.window_length
+    read += len(cell.tasks) * (cell.limit or 2000) * TASK_TOKENS
+    total = 2.0 * shape.parameters * read
+    if cell.recipe is not None:
+        tokens = cell.nsamples * cell.seqlen
+        total += 4.0 * shape.parameters * tokens
+        for out_features, in_features in shape.layers:
+            total += 2.0 * SHARED_INPUTS * tokens * in_features**2  # S
+            total += 2.0 * out_features * in_features**2  # R S, and GPTQ
+            total += 25.0 * min(out_features, in_features) ** 3  # eigenvectors
+    return total
+
+
+@lru_cache(maxsize=4)
+def speed(device: str) -> float:
+    """Floating-point operations a second of this machine in a float32 matrix product, measured in a moment."""
+    matrix = torch.ones(1024, 1024, device=device)
+    float((matrix @ matrix)[0, 0])
+    started = time.perf_counter()
+    float((matrix @ matrix)[0, 0])
+    return 2 * 1024**3 / (time.perf_counter() - started)
+
+
+def seconds(cells: list[Cell], finished: list[dict], device: str = "cpu") -> tuple[float | None, str]:
+    """How long cells will take one after another, and on what that rests.
+
+    finished: cells of the store (`ResultStore.cells`). Those with the same model and compressor are the best guess.
+    """
+    past: dict[tuple, list[float]] = {}
+    for cell in finished:
+        if cell["status"] == "done" and "total" in cell["cost"]:
+            past.setdefault(_kind(cell["config"]), []).append(cell["cost"]["total"])
+    known = [past.get(_kind(cell.config())) for cell in cells]
+    if all(known):
+        return float(sum(sum(times) / len(times) for times in known)), "from finished cells"
+    operations = [work(cell) for cell in cells]
+    if None in operations:
+        return None, "unknown"
+    return 3 * sum(operations) / speed(device), "rough"  # half of it runs far below the speed of a matrix product
+
+
+def _kind(config: dict) -> tuple:
+    names = ("model", "compressor", "method", "source", "nsamples", "seqlen", "perplexity", "windows", "tasks", "limit")
+    return tuple(str(config.get(name)) for name in names)
+
+
+def available(device: str = "cpu") -> int | None:
+    """Bytes that a process can still get on a device, or None when the system does not say."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def check_memory(cells: list[Cell], device: str = "cpu", processes: int = 1) -> int | None:
+    """The largest memory of all cells, times the processes. Raises EoraLabError when it is more than there is."""
+    needs = [need for cell in cells if (need := memory(cell)) is not None]
+    if not needs:
+        return None
+    largest, there = processes * max(needs), available(device)
+    if there is not None and largest > there:
+        raise EoraLabError(
+            f"this sweep needs about {largest / 1e9:.1f} GB on {device} and {there / 1e9:.1f} GB are free: use a "
+            "smaller model, dtype bfloat16, inputs compensated (statistics of one block at a time), or a larger machine"
+        )
+    return largest

@@ -1,0 +1,165 @@
+"""The paper's tables as experiments: the published rows, run on any model beside the published figures.
+
+scale "full":  the paper's setting: one grid a channel, 64 sequences of 2048 tokens, all questions.
+scale "small": the same rows on a small model: groups of 64, 32 sequences of 512 tokens, 200 questions, ranks divided
+               by 4, WikiText-2 perplexity and ARC-Easy whatever the table measures. Its figures stand beside the
+               published ones and mean something else.
+
+As in the paper, the compressor is calibrated on WikiText-2 and the compensation on the task. Unlike there, statistics
+come from the original model, so that all rows of a table share them.
+"""
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from eora_lab.cells import Cell
+from eora_lab.errors import EoraLabError
+from eora_lab.intervals import Interval, paired_bootstrap
+from eora_lab.paper import METHODS, published
+from eora_lab.store import ResultStore
+
+if TYPE_CHECKING:
+    import pandas
+
+BASES = {
+    "dense": {"compressor": "dense"},
+    "GPTQ 4-bit": {"compressor": "gptq", "bits": 4},
+    "GPTQ 3-bit": {"compressor": "gptq", "bits": 3},
+    "GPTQ 2-bit": {"compressor": "gptq", "bits": 2},
+    "GPTQ 4-bit g128": {"compressor": "gptq", "bits": 4, "group_size": 128},
+    "GPTQ 3-bit g128": {"compressor": "gptq", "bits": 3, "group_size": 128},
+    "SparseGPT 2:4": {"compressor": "sparsegpt", "sparsity": "2:4", "bits": 16},
+    "SparseGPT 2:4 + GPTQ 4-bit": {"compressor": "sparsegpt", "sparsity": "2:4", "bits": 4},
+    "Wanda 2:4": {"compressor": "wanda", "sparsity": "2:4", "bits": 16},
+}
+RUNNABLE = ("T1", "T2", "T4", "T5", "T6", "T7", "T8", "T10", "T13", "T14", "T15", "T16", "T18")
+
+FULL = {
+    "common": {"group_size": -1, "seqlen": 2048, "nsamples": 64, "window_length": 2048, "windows": 0},
+    "wikitext2": {"source": "wikitext2", "perplexity": "wikitext2:test"},
+    "arc_challenge": {"source": "arc+c4", "base_source": "wikitext2", "tasks": "arc_challenge"},
+    "mathqa": {"source": "mathqa+c4", "base_source": "wikitext2", "tasks": "mathqa"},
+    "gsm8k": {"source": "gsm8k+c4", "base_source": "wikitext2", "tasks": "gsm8k"},
+    "mmlu": {"source": "mmlu+c4", "base_source": "wikitext2", "tasks": "mmlu"},
+    "cnn_dailymail": {"source": "wikitext2", "tasks": "cnn_dailymail"},
+}
+SMALL = {
+    "common": {"group_size": 64, "seqlen": 512, "nsamples": 32, "window_length": 512, "windows": 20},
+    "wikitext2": {"source": "wikitext2:validation", "perplexity": "wikitext2:test"},
+    "arc_easy": {
+        "source": "arc+wikitext2:validation",
+        "base_source": "wikitext2:validation",
+        "tasks": "arc_easy",
+        "limit": 200,
+    },
+}
+RANK_DIVISOR = 4
+RELEASED = {"method": {"act_s": "act_s_released"}, "share": {"mathqa": 20 / 64, "arc_challenge": 30 / 64}}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table: what it is, what the paper prints, and the cell that measures each column."""
+
+    base: str
+    method: str  # the paper's name
+    rank: int  # the paper's
+    extra: str  # of tables with one column more, such as "nsamples 64"
+    published: dict[str, float]
+    cells: dict[str, Cell]
+
+
+def table_rows(
+    table: str, model: str, scale: str = "full", published_model: str = "", released: bool = False
+) -> list[Row]:
+    """The rows of a published table that this package can run, with their cells on `model`.
+
+    published_model: whose rows; the table's first if empty.
+    released: where the authors' code differs from their paper, do as the code: Act-S scales by mean |x|, and task mixes
+        hold 20 of 64 sequences of MathQA, 30 of 64 of ARC.
+    Raises EoraLabError when the table cannot be run or does not hold that model.
+    """
+    if table not in RUNNABLE:
+        raise EoraLabError(f"{table} cannot be run here; these can: {', '.join(RUNNABLE)}")
+    if scale not in ("full", "small"):
+        raise EoraLabError(f"unknown scale {scale!r}; known: full, small")
+    frame = published(table)
+    chosen = published_model or frame["model"].iloc[0]
+    if chosen not in set(frame["model"]):
+        raise EoraLabError(f"{table} has no model {chosen!r}; it has {', '.join(frame['model'].unique())}")
+    frame = frame[(frame["model"] == chosen) & frame["method"].isin(METHODS) & frame["base"].isin(BASES)]
+    extra = next((name for name in ("nsamples", "factor_bits") if name in frame), None)
+    settings = FULL if scale == "full" else SMALL
+    columns = [task for task in settings if task != "common" and (scale == "small" or task in set(frame["task"]))]
+    rows = []
+    keys = ["base", "method", "rank", *([extra] if extra else [])]
+    for values, group in frame.groupby(keys, sort=False, dropna=False):
+        base, method, rank = values[:3]
+        own: dict = {extra: int(values[3])} if extra and str(values[3]).isdigit() else {}
+        cells = {task: _cell(model, base, method, int(rank), own, task, settings, released) for task in columns}
+        about = " ".join(f"{name} {value}" for name, value in own.items())
+        figures = {name: float(value) for name, value in zip(group["task"], group["value"], strict=True)}
+        rows.append(Row(base, method, int(rank), about, figures, cells))
+    return rows
+
+
+def _cell(model: str, base: str, method: str, rank: int, own: dict, task: str, settings: dict, released: bool) -> Cell:
+    small = settings is SMALL
+    solver = METHODS[method]
+    config = {"model": model, "inputs": "original", "perplexity": [], "method": solver}
+    config |= settings["common"] | BASES[base] | settings[task] | own
+    config["rank"] = rank // RANK_DIVISOR if small else rank
+    if small and "group_size" in BASES[base]:
+        config["group_size"] = settings["common"]["group_size"]
+    if released:
+        config["method"] = RELEASED["method"].get(solver, solver)
+        config["share"] = RELEASED["share"].get(task, 0.5)
+    return Cell.from_config(config)
+
+
+def measured(rows: list[Row], store: ResultStore) -> "pandas.DataFrame":
+    """Published and measured side by side: columns "paper ..." and "here ...", never one for both."""
+    import pandas
+
+    lines = []
+    for row in rows:
+        line = {"base": row.base, "method": row.method, "": row.extra, "rank": row.rank}
+        line |= {f"paper {task}": value for task, value in row.published.items()}
+        ranks = [cell.recipe.rank for cell in row.cells.values() if cell.recipe]
+        line["here rank"] = ranks[0] if ranks else 0
+        for task, cell in row.cells.items():
+            line[f"here {task}"] = _figure(task, store.get(cell.config()))
+        lines.append(line)
+    return pandas.DataFrame(lines)
+
+
+def _figure(task: str, found: dict | None) -> str:
+    """A measured value with its standard error, in the paper's unit."""
+    if found is None or found["status"] == "failed":
+        return "not run" if found is None else "failed"
+    if task == "wikitext2":
+        return f"{found['result']['perplexity'].popitem()[1]:.2f}"
+    result = found["result"]["tasks"][task]
+    percent = 100 if result["metric"] in ("acc", "exact_match") else 1
+    return f"{percent * result['value']:.2f} +- {percent * (result['stderr'] or 0):.2f}"
+
+
+def rivalry(rows: list[Row], store: ResultStore) -> list[tuple[Row, str, Interval]]:
+    """EoRA minus each rival on the same base and rank: paired intervals of log perplexity or of the task's score."""
+    found = []
+    for eora in (row for row in rows if row.method == "EoRA"):
+        for rival in rows:
+            same = replace(rival, method="", published={}, cells={}) == replace(eora, method="", published={}, cells={})
+            if rival.method == "EoRA" or not (same or (rival.method == "none" and rival.base == eora.base)):
+                continue
+            for task in eora.cells:
+                scores = [_scores(task, store.get(row.cells[task].config())) for row in (rival, eora)]
+                if all(scores):
+                    found.append((rival, task, paired_bootstrap(*scores)))
+    return found
+
+
+def _scores(task: str, found: dict | None) -> list[float]:
+    if found is None or found["status"] == "failed":
+        return []
+    return found["result"]["window_losses"][0][1] if task == "wikitext2" else found["result"]["tasks"][task]["outcomes"]

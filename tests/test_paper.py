@@ -1,0 +1,118 @@
+"""The published figures: every table is there, well formed, and reads as printed."""
+
+import pytest
+
+from eora_lab import EoraLabError
+from eora_lab.compensate import SOLVERS
+from eora_lab.paper import COLUMNS, FOLDER, METHODS, TABLES, published
+from eora_lab.paper_runs import measured, rivalry, table_rows
+from eora_lab.store import ResultStore
+
+EXTRA = {"T3": "finetuned", "T8": "nsamples", "T9": "kernel", "T11": "finetuned", "T12": "data_share"}
+EXTRA |= {"T13": "factor_bits", "T17": "layer"}
+
+
+@pytest.mark.parametrize("table", [*TABLES, "abstracts"])
+def test_schema(table):
+    frame = published(table)
+    assert set(frame) == {*COLUMNS, *([EXTRA[table]] if table in EXTRA else [])}
+    keys = [name for name in frame if name not in ("value", "note", "source")]
+    assert len(frame) and not frame.duplicated(keys).any()
+    assert frame["value"].notna().all() and (frame["value"] >= 0).all()
+    assert frame["source"].str.match(r"arXiv:2410\.21271v\d ").all()
+    assert frame.loc[frame["unit"] == "%", "value"].between(0, 100).all()
+    none = frame["method"] == "none"
+    assert (frame.loc[none, "rank"] == 0).all()
+    assert not (frame.loc[~none, "rank"] == 0).any()
+
+
+def test_no_file_is_left_out():
+    assert {path.stem for path in FOLDER.glob("*.csv")} == {*TABLES, "abstracts"}
+
+
+@pytest.mark.parametrize(
+    ("table", "row", "value"),
+    [
+        ("T1", {"model": "LLaMA3-8B", "base": "dense", "task": "wikitext2"}, 6.13),
+        ("T4", {"model": "LLaMA2-13B", "base": "SparseGPT 2:4", "method": "ApiQ", "task": "gsm8k"}, 12.13),
+        ("T2", {"model": "LLaMA3-8B", "base": "GPTQ 3-bit", "method": "none", "task": "wikitext2"}, 15.64),
+        ("T2", {"model": "LLaMA3-8B", "base": "GPTQ 3-bit", "method": "EoRA", "task": "arc_challenge"}, 31.74),
+        ("T5", {"model": "LLaMA2-13B", "base": "GPTQ 3-bit", "method": "EoRA", "task": "gsm8k"}, 15.08),
+        ("T6", {"model": "LLaMA3-8B", "method": "none", "task": "wikitext2"}, 86.15),
+        ("T7", {"method": "EoRA", "task": "arc_challenge"}, 34.81),
+        ("T8", {"base": "GPTQ 3-bit", "nsamples": 512, "task": "mathqa"}, 30.40),
+        ("T9", {"base": "3-bit", "rank": 128, "kernel": "yes"}, 43),
+        ("T10", {"model": "LLaMA3-8B", "method": "EoRA", "rank": 512, "task": "gsm8k"}, 23.28),
+        ("T11", {"base": "GPTQ 3-bit", "method": "LoftQ", "task": "mathqa"}, 48.17),
+        ("T12", {"method": "EoRA", "data_share": "30%", "task": "mathqa"}, 44.79),
+        ("T13", {"base": "GPTQ 3-bit", "rank": 512, "factor_bits": 3, "task": "mathqa"}, 30.45),
+        ("T14", {"base": "GPTQ 3-bit", "method": "Act-S"}, 0.1286),
+        ("T15", {"base": "GPTQ 4-bit", "method": "none"}, 24.16),
+        ("T16", {"base": "GPTQ 3-bit g128", "method": "EoRA"}, 35.10),
+        ("T17", {"method": "none", "layer": 30}, 11.5),
+        ("T18", {"base": "GPTQ 4-bit", "method": "SLiM"}, 35.90),
+        ("T19", {"method": "RILQ+EoRA-init"}, 38.90),
+    ],
+)
+def test_figures(table, row, value):
+    frame = published(table)
+    for column, wanted in row.items():
+        found = frame[column].astype("str") == str(wanted)
+        frame = frame[found | (frame[column].astype("str") == f"{wanted}.0")]
+    assert frame["value"].tolist() == [value]
+
+
+def test_odd_figures_carry_a_note():
+    base = published("T15").query("base == 'GPTQ 4-bit' and method == 'none'")
+    assert "chance" in base["note"].item()
+    copied = published("T6").query("model == 'LLaMA2-7B' and method == 'ApiQ' and task == 'wikitext2'")
+    assert "copy error" in copied["note"].item()
+
+
+def test_methods_are_this_packages():
+    names = set(published("T18")["method"]) | set(published("T2")["method"])
+    assert set(METHODS) <= names and set(METHODS.values()) <= set(SOLVERS)
+
+
+def test_an_unknown_table_is_refused():
+    with pytest.raises(EoraLabError, match="no table 'T20'"):
+        published("T20")
+
+
+def test_rows_run_the_published_settings_on_another_model():
+    rows = table_rows("T2", "some/model", "full")
+    assert [(row.base, row.method) for row in rows[:4]] == [
+        ("GPTQ 4-bit", method) for method in ("none", "ZeroQuant-V2", "Act-S", "EoRA")
+    ]  # ApiQ is trained, and not here
+    eora = rows[3]
+    assert eora.published == {"wikitext2": 6.80, "arc_challenge": 47.44, "mathqa": 37.21, "gsm8k": 30.70}
+    cell = eora.cells["mathqa"]
+    assert (cell.recipe.bits, cell.recipe.rank, cell.recipe.group_size, cell.seqlen) == (4, 128, -1, 2048)
+    assert (cell.source, cell.base_source, cell.tasks) == ("mathqa+c4", "wikitext2", ("mathqa",))
+    small = table_rows("T2", "smollm2-135m", "small")[3].cells
+    assert set(small) == {"wikitext2", "arc_easy"} and small["arc_easy"].limit == 200
+    released = table_rows("T2", "some/model", "full", released=True)[2].cells["mathqa"]
+    assert released.recipe.method == "act_s_released" and released.share == 20 / 64
+    assert {row.extra for row in table_rows("T8", "some/model")} >= {"nsamples 16", "nsamples 512"}
+    with pytest.raises(EoraLabError, match="T9 cannot be run"):
+        table_rows("T9", "some/model")
+    with pytest.raises(EoraLabError, match="has no model 'GPT-2'"):
+        table_rows("T2", "some/model", published_model="GPT-2")
+
+
+def test_published_and_measured_stand_apart(tmp_path):
+    """Results are put into a store by hand: the table must show them under "here" and the paper's under "paper"."""
+    store, rows = ResultStore(tmp_path), table_rows("T2", "smollm2-135m", "small")[:4]
+    for i, row in enumerate(rows):
+        losses = [["wikitext2:test", [4.0 - i / 10, 5.0 - i / 10, 6.0 - i / 10]]]
+        result = {"perplexity": {"wikitext2:test": 100.0 - i}, "window_losses": losses}
+        store.put(row.cells["wikitext2"].config(), result=result)
+    store.put(rows[3].cells["arc_easy"].config(), error="no such data")
+    frame = measured(rows, store)
+    assert frame["paper wikitext2"].tolist() == [7.00, 6.80, 6.82, 6.80]
+    assert frame["here wikitext2"].tolist() == ["100.00", "99.00", "98.00", "97.00"]
+    assert frame["here arc_easy"].tolist() == ["not run"] * 3 + ["failed"]
+    assert frame["here rank"].tolist() == [0, 32, 32, 32] and frame["rank"].tolist() == [0, 128, 128, 128]
+    intervals = {rival.method: interval for rival, task, interval in rivalry(rows, store)}
+    assert set(intervals) == {"none", "ZeroQuant-V2", "Act-S"}
+    assert intervals["Act-S"].difference == pytest.approx(-0.1) and intervals["none"].difference == pytest.approx(-0.3)

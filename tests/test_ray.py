@@ -1,0 +1,55 @@
+"""The Ray engine on two workers of this machine, one of which is killed in the middle of a sweep."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from eora_lab.store import ResultStore
+from tests.test_sweep import SMALL, contents, quiet_sweep, workplace  # noqa: F401
+
+ray = pytest.importorskip("ray", reason='Ray is the extra `ray`: pip install "eora-lab[ray]"')
+
+GRID = SMALL | {"bits": [2, 3], "method": ["svd", "eora"], "rank": [2, 4, 8]}  # 12 cells
+
+
+def kill_a_worker(store: Path, killed: list[int]) -> None:
+    """SIGKILL to a Ray worker that runs a cell, once the store holds two."""
+    while len(list(store.glob("*.json"))) < 2:
+        time.sleep(0.02)
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            title = (process / "cmdline").read_bytes().decode(errors="replace")
+            parent = (process / "environ").read_bytes().decode(errors="replace")
+        except OSError:
+            continue
+        if title.startswith("ray::task") and f"EORA_LAB_TEST={os.getpid()}" in parent:  # ours alone
+            os.kill(int(process.name), signal.SIGKILL)
+            killed.append(int(process.name))
+            return
+
+
+def test_a_killed_worker_loses_nothing(workplace, monkeypatch):  # noqa: F811
+    quiet_sweep(GRID, "local")
+    monkeypatch.setenv("EORA_LAB_TEST", str(os.getpid()))
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_a_worker, args=(Path("ray"), killed), daemon=True)
+    killer.start()
+    frame = quiet_sweep(GRID, "ray", engine="ray", workers=2)
+    killer.join(timeout=10)
+    assert killed, "no worker was there to be killed"
+    assert frame["status"].tolist() == ["done"] * 12
+
+    def numbers(folder: str) -> dict:
+        """Results rounded to what another thread count may change."""
+        return {
+            name: round(cell["result"]["perplexity"]["text.txt"], 3) for name, cell in contents(Path(folder)).items()
+        }
+
+    assert numbers("ray") == numbers("local")
+    assert len(list(ResultStore("ray").cells())) == 12

@@ -1,0 +1,327 @@
+"""Stores and sweeps on a tiny model: what is kept, what is shared, and what a kill, an error or damage does."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import string
+import time
+import warnings
+from pathlib import Path
+
+import pandas
+import pytest
+import torch
+
+from eora_lab import EoraLabError, calibration_batches, compress_model, load_model, perplexity, token_windows
+from eora_lab.cache import ContentCache
+from eora_lab.cells import Cell
+from eora_lab.cli import main
+from eora_lab.store import ResultStore
+from eora_lab.sweep import expand, highest_ranks, named_grids, on_model, plan, read_grid, sweep
+from tests.tiny import tiny_model, tiny_tokenizer
+
+TEXT = "The quick brown fox jumps over the lazy dog, and 12 more. " * 60
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder with a tiny model and a text."""
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama").save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+SMALL = {"model": "model", "group_size": 32, "inputs": "original", "source": "text.txt", "nsamples": 4, "seqlen": 32}
+SMALL |= {"perplexity": ["text.txt"], "windows": 2, "window_length": 32}
+GRID = SMALL | {"compressor": ["rtn", "gptq"], "bits": [2, 3], "method": ["svd", "eora"], "rank": [2, 4, 8]}  # 24 cells
+
+
+def contents(folder: Path) -> dict[str, dict]:
+    """Everything in a store but what differs from run to run."""
+    cells = {path.name: json.loads(path.read_text()) for path in folder.glob("*.json")}
+    return {name: {key: value for key, value in cell.items() if key != "cost"} for name, cell in cells.items()}
+
+
+def quiet_sweep(grid, folder, **options):
+    return sweep(grid, folder, announce=lambda plan: None, **options)
+
+
+# --- grids ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_grid_is_the_product_of_its_axes_without_repeats():
+    grid = [{"compressor": "dense", "nsamples": [8, 16]}, {"method": ["none", "eora"], "rank": [4, 8], "bits": [3, 4]}]
+    cells = expand(grid)
+    assert [cell.recipe is None for cell in cells] == [True] + [False] * 6  # dense and none have no rank
+    assert {(c.recipe.bits, c.recipe.method, c.recipe.rank) for c in cells[1:]} == {
+        (bits, *rest) for bits in (3, 4) for rest in (("none", 0), ("eora", 4), ("eora", 8))
+    }
+    assert [Cell.from_config(cell.config()).config() for cell in cells] == [cell.config() for cell in cells]
+    assert expand({"perplexity": ["a.txt", "b.txt"], "tasks": ["arc_easy"]})[0].perplexity == ("a.txt", "b.txt")
+
+
+def test_the_named_grids_are_well_formed():
+    assert set(named_grids()) == {
+        "rank", "calibration-size", "source", "inputs", "group-size", "factor-bits", "modules", "equal-bytes",
+    }  # fmt: skip
+    for name in named_grids():
+        cells = expand(read_grid(name))
+        assert len(cells) >= 4 and {cell.model for cell in cells} == {"smollm2-135m"}
+        assert {cell.model for cell in expand(on_model(read_grid(name), "other"))} == {"other"}
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"bitz": 3}, "unknown setting 'bitz'"),
+        ({"bits": "three"}, "bits must be int"),
+        ({"source": 124}, "needs quotes in YAML"),
+        ({"bits": []}, "empty"),
+        (["rtn"], "mapping"),
+    ],
+)
+def test_a_grid_that_cannot_be_understood_is_refused(grid, message):
+    with pytest.raises(EoraLabError, match=message):
+        expand(grid)
+
+
+def test_cells_that_differ_in_rank_alone_share_a_solve():
+    cells = expand({"method": ["svd", "eora"], "rank": [4, 16], "bits": 3}) + expand({"rank": 8, "bits": 4})
+    assert sorted(highest_ranks(cells).values()) == [8, 16, 16, 16, 16]
+
+
+# --- what a sweep measures -----------------------------------------------------------------------------------------
+
+
+def test_shared_cells_are_what_compress_model_gives(workplace):
+    """Sharing statistics, weights and solves must not show in the numbers."""
+    frame = quiet_sweep(SMALL | {"compressor": "gptq", "method": ["none", "eora"], "rank": [4, 8]}, "store")
+    windows = token_windows(tiny_tokenizer(), "text.txt", 2, 32)
+    for _, row in frame.iterrows():
+        model, tokenizer = load_model("model")
+        batches = calibration_batches(tokenizer, "text.txt", 4, 32)
+        settings = {"compressor": "gptq", "group_size": 32, "inputs": "original", "progress": False}
+        report = compress_model(model, batches, method=row["method"], rank=int(row["rank"]), **settings)
+        assert row["perplexity.text.txt"] == pytest.approx(perplexity(model, windows), rel=1e-4)
+        assert row["nbytes"] == report.nbytes
+        after = sum(layer.error_after for layer in report.layers) / len(report.layers)
+        assert row["output_error.after"] == pytest.approx(after, rel=1e-3)
+
+
+def test_the_compressor_may_have_a_text_of_its_own(workplace):
+    Path("other.txt").write_text(string.printable * 20)
+    grid = SMALL | {"compressor": "gptq", "method": ["none", "eora"], "rank": 8}
+    one, both, other = (quiet_sweep(grid | change, "store") for change in (
+        {}, {"base_source": "text.txt", "source": "other.txt"}, {"source": "other.txt"},
+    ))  # fmt: skip
+    none = [frame["perplexity.text.txt"][0] for frame in (one, both, other)]
+    assert none[0] == none[1] != none[2]  # the base depends on its own text alone
+    assert both["perplexity.text.txt"][1] != one["perplexity.text.txt"][1]
+    frame = quiet_sweep(grid | {"base_source": "text.txt", "inputs": "compensated"}, "store")
+    assert frame["error"].str.contains("base_source needs").all()
+
+
+def test_compensated_inputs_and_a_choice_of_layers(workplace):
+    grid = SMALL | {"inputs": "compensated", "bits": 2, "rank": 8, "only": ["", "down_proj"]}
+    frame = quiet_sweep([SMALL | {"compressor": "dense"}, grid], "store")
+    dense, whole, part = (row for _, row in frame.iterrows())
+    assert dense["perplexity.text.txt"] == pytest.approx(
+        perplexity(load_model("model")[0], token_windows(tiny_tokenizer(), "text.txt", 2, 32))
+    )
+    assert part["nbytes"] < whole["nbytes"] and part["output_error.after"] > whole["output_error.after"]
+    layers = next(c["result"]["layers"] for c in ResultStore("store").cells() if c["config"].get("only"))
+    assert {name: rank for name, rank, *_ in layers if rank} == dict.fromkeys(
+        (f"model.layers.{i}.mlp.down_proj" for i in (0, 1)), 8
+    )
+
+
+def test_one_calibration_pass_one_base_and_one_solve_serve_many_cells(workplace):
+    quiet_sweep(GRID, "store")
+    cache = Path("store/cache")
+    assert len(list((cache / "statistics").glob("*/index.json"))) == 1
+    assert len([p for p in (cache / "weights").iterdir() if p.is_dir()]) == 4  # rtn and gptq at 2 and 3 bits
+    assert len([p for p in (cache / "solves").iterdir() if p.is_dir()]) == 8  # each with svd and eora, at rank 8
+    statistics = next((cache / "statistics").glob("*/"))
+    assert len(list(statistics.glob("*.safetensors"))) == 2 * 4  # inputs, not linears
+
+
+def test_tasks_are_measured_and_kept_question_by_question(workplace):
+    pytest.importorskip("lm_eval", reason="lm-eval is the extra `eval`")
+    frame = quiet_sweep(SMALL | {"method": "none", "tasks": ["exemplars"], "limit": 5}, "store")
+    assert 0 <= frame["tasks.exemplars.value"].item() <= 1 and frame["tasks.exemplars.chance"].item() == 0.25
+    (cell,) = ResultStore("store").cells()
+    task = cell["result"]["tasks"]["exemplars"]
+    assert len(task["outcomes"]) == len(task["questions"]) == 5
+    assert "within noise of chance" in task["warning"]  # a random model
+
+
+# --- going on ------------------------------------------------------------------------------------------------------
+
+
+def test_a_failing_cell_is_recorded_and_the_others_run(workplace):
+    grid = SMALL | {"rank": [4, 500], "source": ["text.txt", "absent.txt"]}
+    frame = quiet_sweep(grid, "store")
+    assert frame["status"].tolist().count("done") == 1
+    errors = " ".join(frame["error"])
+    assert "rank 500 is larger than" in errors and "unknown source 'absent.txt'" in errors
+    store, cells = ResultStore("store"), expand(grid)
+    assert (plan(cells, store).failed, len(plan(cells, store).todo)) == (3, 0)
+    Path("absent.txt").write_text(TEXT)
+    assert quiet_sweep(grid, "store")["status"].tolist().count("done") == 1  # not tried again unasked
+    assert quiet_sweep(grid, "store", retry_failed=True)["status"].tolist().count("done") == 2
+
+
+def test_a_sweep_killed_three_times_ends_like_an_undisturbed_one(workplace):
+    started = time.perf_counter()
+    quiet_sweep(GRID, "undisturbed")
+    took = time.perf_counter() - started
+    assert len(contents(Path("undisturbed"))) == 24
+    process = multiprocessing.get_context("fork")
+    for _ in range(3):
+        child = process.Process(target=quiet_sweep, args=(GRID, "killed"))
+        child.start()
+        child.join(random.uniform(0.05, took / 4))  # any moment: between cells, in a cell, while a file is written
+        if child.is_alive():
+            os.kill(child.pid, signal.SIGKILL)
+        child.join()
+        before = {path: path.stat().st_mtime_ns for path in Path("killed").glob("*.json")}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet_sweep(GRID, "killed")
+    aside = [str(warning.message) for warning in caught if "cannot be used" in str(warning.message)]
+    assert all(
+        "cache" in message for message in aside
+    )  # a kill leaves nothing to set aside but half-made cache entries
+    assert all(path.stat().st_mtime_ns == at for path, at in before.items())  # nothing done twice
+    assert contents(Path("killed")) == contents(Path("undisturbed"))
+    assert not list(Path("killed").glob(".*")) or all(p.name.endswith(".partial") for p in Path("killed").glob(".*"))
+
+
+def test_the_plan_says_what_is_left_and_refuses_what_cannot_fit(workplace, monkeypatch):
+    store, cells = ResultStore("store"), expand(GRID)
+    first = plan(cells, store)
+    assert (len(first.todo), first.done) == (24, 0) and first.basis == "rough" and first.seconds > 0
+    assert first.memory > 2 * sum(p.numel() * 4 for p in tiny_model("llama").parameters())
+    quiet_sweep(GRID | {"bits": 3}, store)
+    second = plan(cells, store)
+    assert (len(second.todo), second.done, second.basis) == (12, 12, "from finished cells")
+    assert "12 done" in str(second) and "12 to run" in str(second)
+    tiny_config = json.loads(Path("model/config.json").read_text())
+    Path("huge").mkdir()
+    huge = {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 100, "head_dim": 16384}
+    Path("huge/config.json").write_text(json.dumps(tiny_config | huge))
+    with pytest.raises(EoraLabError, match=r"needs about [\d.]+ GB"):
+        quiet_sweep(SMALL | {"model": "huge"}, store)
+
+
+# --- damage --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["truncated", "edited", "foreign", "renamed", "not text"])
+def test_files_that_cannot_be_trusted_are_set_aside(workplace, damage):
+    grid = SMALL | {"method": "none"}
+    quiet_sweep(grid, "store")
+    before = contents(Path("store"))
+    (path,) = Path("store").glob("*.json")
+    text = path.read_text()
+    if damage == "truncated":
+        path.write_text(text[: len(text) // 2])
+    elif damage == "edited":
+        path.write_text(text.replace('"nbytes": ', '"nbytes": 1'))
+    elif damage == "foreign":
+        path.write_text('{"config": {}, "status": "done"}')
+    elif damage == "renamed":
+        path = path.rename(path.with_name("0" * 24 + ".json"))
+    else:
+        path.write_bytes(b"\xff\xfe\x00")
+    kept = path.read_bytes()
+    with pytest.warns(UserWarning, match="cannot be used"):
+        rows = len(ResultStore("store").frame())
+    assert rows == 0
+    assert (Path("store/aside") / path.name).read_bytes() == kept  # never deleted
+    quiet_sweep(grid, "store")
+    assert contents(Path("store")) == before
+
+
+def test_two_damaged_files_of_one_name_are_both_kept(workplace):
+    store = ResultStore("store")
+    for text in ("one", "two"):
+        Path("store/x.json").write_text(text)
+        with pytest.warns(UserWarning, match="cannot be used"):
+            list(store.cells())
+    assert {path.read_text() for path in Path("store/aside").iterdir()} == {"one", "two"}
+
+
+def test_a_damaged_cache_entry_is_made_again(workplace):
+    quiet_sweep(SMALL | {"method": "none"}, "store")
+    before = contents(Path("store"))
+    for path in Path("store").glob("*.json"):
+        path.unlink()
+    for path in [*Path("store/cache").glob("*/*/*.safetensors")][::3]:
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    with pytest.warns(UserWarning, match="checksum"):
+        quiet_sweep(SMALL | {"method": "none"}, "store")
+    assert contents(Path("store")) == before
+
+
+def test_cached_statistics_are_those_that_were_measured(workplace):
+    model = load_model("model")[0]
+    tokens = torch.randint(3, 97, (4, 32), generator=torch.Generator().manual_seed(0))
+    first = ContentCache("cache").statistics(model, tokens, 0.25, "key")
+    second = ContentCache("cache").statistics(model, tokens[:0], 0.25, "key")  # nothing is measured again
+    assert set(first) == set(second)
+    for name, statistics in first.items():
+        assert torch.equal(statistics.second_moment, second[name].second_moment)
+        assert torch.equal(statistics.held_out.mean_abs, second[name].held_out.mean_abs)
+        assert statistics.tokens == second[name].tokens
+    assert len({id(s) for s in second.values()}) == len({id(s) for s in first.values()}) == 8
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+def test_a_store_says_what_its_numbers_were_made_with(workplace):
+    quiet_sweep(SMALL | {"method": "none", "seed": 7}, "store")
+    (cell,) = ResultStore("store").cells()
+    assert cell["config"]["seed"] == 7 and cell["cost"]["total"] > 0 and cell["cost"]["peak_memory"] > 0
+    assert {"versions", "commit", "machine"} == set(cell["environment"])
+    assert cell["environment"]["versions"]["torch"] == torch.__version__
+    assert str(workplace) not in json.dumps(cell)
+
+
+def test_exports_hold_the_same_table(workplace):
+    quiet_sweep(SMALL | {"method": "eora", "rank": [2, 4]}, "store")
+    store = ResultStore("store")
+    frame = store.frame()
+    for suffix in ("parquet", "csv", "md", "tex"):
+        store.export(f"table.{suffix}")
+    assert pandas.read_parquet("table.parquet")["nbytes"].tolist() == frame["nbytes"].tolist()
+    assert pandas.read_csv("table.csv")["rank"].tolist() == frame["rank"].tolist()
+    assert Path("table.md").read_text().count("\n") == 2 + len(frame)
+    assert "\\begin{tabular}" in Path("table.tex").read_text()
+    with pytest.raises(EoraLabError, match=r"must end in .parquet"):
+        store.export("table.xlsx")
+
+
+def test_the_command(workplace, capsys):
+    grid = "model: model\ngroup_size: 32\nsource: text.txt\nnsamples: 2\nseqlen: 32\nperplexity: text.txt\n"
+    Path("grid.yaml").write_text(grid + "windows: 2\nwindow_length: 32\nmethod: [none, eora]\nrank: [4]\n")
+    assert main(["sweep", "grid.yaml", "--store", "store", "--dry-run"]) == 0
+    assert "2 to run" in capsys.readouterr().out and not list(Path("store").glob("*.json"))
+    assert main(["sweep", "grid.yaml", "--store", "store", "--export", "t.csv"]) == 0
+    out = capsys.readouterr().out
+    assert "2 to run" in out and "eora" in out and len(pandas.read_csv("t.csv")) == 2
+    assert main(["sweep", "grid.yaml", "--store", "store"]) == 0
+    assert "2 done" in capsys.readouterr().out
+    Path("grid.yaml").write_text("bits: [2, 3")
+    assert main(["sweep", "grid.yaml", "--store", "store"]) == 1
+    assert "cannot read the grid" in capsys.readouterr().err
+    Path("grid.yaml").write_text("rtn")
+    assert main(["sweep", "grid.yaml", "--store", "store"]) == 1
+    assert "holds no grid" in capsys.readouterr().err
