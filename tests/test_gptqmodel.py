@@ -43,8 +43,9 @@ THEIRS = {
 }
 
 
-def run_peer(*arguments) -> None:
-    done = subprocess.run([PYTHON, PEER, *map(str, arguments)], capture_output=True, text=True)
+def run_peer(folder: Path, *arguments) -> None:
+    """Run the script in `folder`, where GPTQModel leaves its logs."""
+    done = subprocess.run([PYTHON, PEER, *map(str, arguments)], capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
 
 
@@ -76,8 +77,8 @@ def folder(tmp_path_factory):
     for name, (checkpoint_format, grid) in OURS.items():
         write_ours(folder / name, checkpoint_format, name.endswith("desc_act"), grid)
     theirs = {str(folder / name): settings | {"group_size": 32} for name, settings in THEIRS.items()}
-    run_peer("make", folder / "model", json.dumps(theirs))
-    run_peer("read", folder / "read.safetensors", *(folder / name for name in (*OURS, *THEIRS)))
+    run_peer(folder, "make", folder / "model", json.dumps(theirs))
+    run_peer(folder, "read", folder / "read.safetensors", *(folder / name for name in (*OURS, *THEIRS)))
     return folder
 
 
