@@ -36,16 +36,9 @@ def run_on_ray(
     folder = folder.resolve()
     store = ResultStore(folder)
 
-    def task(config: dict, highest: int) -> str:
-        store, cell = ResultStore(folder), Cell.from_config(config)
-        found = store.get(config)
-        if found and found["status"] == "done":  # the worker died after it had kept the result
-            return ""
-        return run_and_keep(cell, highest, store, ContentCache(folder / "cache"), batch_size, device)
-
-    remote = ray.remote(num_cpus=1, num_gpus=int(device.startswith("cuda")), max_retries=RETRIES)(task)
+    remote = ray.remote(num_cpus=1, num_gpus=int(device.startswith("cuda")), max_retries=RETRIES)(run_one)
     try:
-        waiting = {remote.remote(cell.config(), highest): cell for cell, highest in jobs}
+        waiting = {remote.remote(c.config(), highest, folder, batch_size, device): c for c, highest in jobs}
         while waiting:
             (ready, *_), _ = ray.wait(list(waiting), num_returns=1)
             cell = waiting.pop(ready)
@@ -58,3 +51,12 @@ def run_on_ray(
     finally:
         if ours:
             ray.shutdown()
+
+
+def run_one(config: dict, highest: int, folder: Path, batch_size: int, device: str) -> str:
+    """What a worker does: `run_and_keep`, unless one that died before it had kept the result already."""
+    store, cell = ResultStore(folder), Cell.from_config(config)
+    found = store.get(config)
+    if found and found["status"] == "done":
+        return ""
+    return run_and_keep(cell, highest, store, ContentCache(folder / "cache"), batch_size, device)

@@ -26,7 +26,7 @@ def kill_a_worker(store: Path, killed: list[int]) -> None:
             parent = (process / "environ").read_bytes().decode(errors="replace")
         except OSError:
             continue
-        if title.startswith("ray::task") and f"EORA_LAB_TEST={os.getpid()}" in parent:  # ours alone
+        if title.startswith("ray::run_one") and f"EORA_LAB_TEST={os.getpid()}" in parent:  # ours alone
             os.kill(int(process.name), signal.SIGKILL)
             killed.append(int(process.name))
             return
