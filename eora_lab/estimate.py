@@ -1,7 +1,7 @@
 """What a sweep will take: memory from the shape of the model, time from cells that ran before, else roughly."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from eora_lab.errors import EoraLabError
 from eora_lab.models import EMBEDDED
 
 SHARED_INPUTS = 4 / 7  # q, k and v read one input, gate and up another
-TASK_TOKENS = 500  # read for a question: its prompt with each of the choices
+TASK_TOKENS = 250  # read for a question: its prompt with each of the choices
 WORKSPACE = 1.2  # activations, logits, a layer's temporary matrices
 
 
@@ -59,21 +59,41 @@ def memory(cell: Cell) -> int | None:
     return int(WORKSPACE * (2 * weights + (moments if cell.shared else moments / shape.blocks) + 6 * 8 * largest**2))
 
 
-def work(cell: Cell) -> float | None:
-    """Floating-point operations of a cell, roughly; what is shared with other cells counts in full."""
-    shape = model_shape(cell.model)
-    if shape is None:
-        return None
+def measuring(cell: Cell, shape: Shape) -> float:
+    """Floating-point operations of what a cell measures, roughly."""
     read = len(cell.perplexity) * cell.windows * cell.window_length
     read += len(cell.tasks) * (cell.limit or 2000) * TASK_TOKENS
-    total = 2.0 * shape.parameters * read
-    if cell.recipe is not None:
-        tokens = cell.nsamples * cell.seqlen
-        total += 4.0 * shape.parameters * tokens
-        for out_features, in_features in shape.layers:
-            total += 2.0 * SHARED_INPUTS * tokens * in_features**2  # S
-            total += 2.0 * out_features * in_features**2  # R S, and GPTQ
-            total += 25.0 * min(out_features, in_features) ** 3  # eigenvectors
+    return 2.0 * shape.parameters * read
+
+
+def preparing(cell: Cell, shape: Shape) -> float:
+    """Floating-point operations of calibration, compression and compensation, roughly."""
+    if cell.recipe is None:
+        return 0.0
+    tokens = cell.nsamples * cell.seqlen
+    total = 4.0 * shape.parameters * tokens
+    for out_features, in_features in shape.layers:
+        total += 2.0 * SHARED_INPUTS * tokens * in_features**2  # S
+        total += 2.0 * out_features * in_features**2  # R S, and GPTQ
+        total += 25.0 * min(out_features, in_features) ** 3  # eigenvectors
+    return total
+
+
+def work(cells: list[Cell]) -> float | None:
+    """Floating-point operations of cells, roughly; None when a model's sizes are unknown.
+
+    What cells share counts once: a calibration pass with the base and the solves that rest on it.
+    """
+    total, seen = 0.0, set()
+    for cell in cells:
+        shape = model_shape(cell.model)
+        if shape is None:
+            return None
+        total += measuring(cell, shape)
+        key = cell.recipe and replace(cell, perplexity=(), tasks=(), recipe=replace(cell.recipe, rank=0))
+        if key not in seen or not cell.shared:
+            total += preparing(cell, shape)
+            seen.add(key)
     return total
 
 
@@ -81,10 +101,12 @@ def work(cell: Cell) -> float | None:
 def speed(device: str) -> float:
     """Floating-point operations a second of this machine in a float32 matrix product, measured in a moment."""
     matrix = torch.ones(1024, 1024, device=device)
-    float((matrix @ matrix)[0, 0])
-    started = time.perf_counter()
-    float((matrix @ matrix)[0, 0])
-    return 2 * 1024**3 / (time.perf_counter() - started)
+    times = []
+    for _ in range(5):  # the best of some: others may use the machine too
+        started = time.perf_counter()
+        float((matrix @ matrix)[0, 0])
+        times.append(time.perf_counter() - started)
+    return 2 * 1024**3 / min(times)
 
 
 def seconds(cells: list[Cell], finished: list[dict], device: str = "cpu") -> tuple[float | None, str]:
@@ -99,10 +121,10 @@ def seconds(cells: list[Cell], finished: list[dict], device: str = "cpu") -> tup
     known = [past.get(_kind(cell.config())) for cell in cells]
     if all(known):
         return float(sum(sum(times) / len(times) for times in known)), "from finished cells"
-    operations = [work(cell) for cell in cells]
-    if None in operations:
+    operations = work(cells)
+    if operations is None:
         return None, "unknown"
-    return 3 * sum(operations) / speed(device), "rough"  # half of it runs far below the speed of a matrix product
+    return 3 * operations / speed(device), "rough"  # half of it runs far below the speed of a matrix product
 
 
 def _kind(config: dict) -> tuple:
