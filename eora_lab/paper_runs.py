@@ -16,7 +16,7 @@ from eora_lab.cells import Cell
 from eora_lab.errors import EoraLabError
 from eora_lab.intervals import Interval, paired_bootstrap
 from eora_lab.paper import METHODS, published
-from eora_lab.store import ResultStore
+from eora_lab.store import ResultStore, scores
 
 if TYPE_CHECKING:
     import pandas
@@ -153,13 +153,12 @@ def rivalry(rows: list[Row], store: ResultStore) -> list[tuple[Row, str, Interva
             if rival.method == "EoRA" or not (same or (rival.method == "none" and rival.base == eora.base)):
                 continue
             for task in eora.cells:
-                scores = [_scores(task, store.get(row.cells[task].config())) for row in (rival, eora)]
-                if all(scores):
-                    found.append((rival, task, paired_bootstrap(*scores)))
+                both = [_scores(store.get(row.cells[task].config())) for row in (rival, eora)]
+                if all(both):
+                    found.append((rival, task, paired_bootstrap(*both)))
     return found
 
 
-def _scores(task: str, found: dict | None) -> list[float]:
-    if found is None or found["status"] == "failed":
-        return []
-    return found["result"]["window_losses"][0][1] if task == "wikitext2" else found["result"]["tasks"][task]["outcomes"]
+def _scores(found: dict | None) -> list[float]:
+    """Of the one thing that a cell of a table measures."""
+    return next(iter(scores(found).values()), []) if found else []

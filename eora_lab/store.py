@@ -139,6 +139,13 @@ def row(cell: dict) -> dict:
     return flat | {"error": cell["error"]}
 
 
+def scores(cell: dict) -> dict[str, list[float]]:
+    """What a cell measured item by item, for paired intervals: log loss of a text's windows, scores of questions."""
+    result = cell["result"] or {}
+    found = {f"log perplexity {text}": losses for text, losses in result.get("window_losses", [])}
+    return found | {f"{task} {kept['metric']}": kept["outcomes"] for task, kept in result.get("tasks", {}).items()}
+
+
 def environment() -> dict:
     """What the numbers were made with: versions, the commit of this package's repository, and the kind of machine."""
     machine = {"system": platform.platform(), "processor": processor(), "cores": os.cpu_count()}

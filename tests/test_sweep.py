@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import string
 import time
@@ -67,6 +68,7 @@ def test_a_grid_is_the_product_of_its_axes_without_repeats():
 def test_the_named_grids_are_well_formed():
     assert set(named_grids()) == {
         "rank", "calibration-size", "source", "inputs", "group-size", "factor-bits", "modules", "equal-bytes",
+        "task-mix", "rivals",
     }  # fmt: skip
     for name in named_grids():
         cells = expand(read_grid(name))
@@ -317,8 +319,9 @@ def test_the_command(workplace, capsys):
     assert main(["sweep", "grid.yaml", "--store", "store", "--export", "t.csv"]) == 0
     out = capsys.readouterr().out
     assert "2 to run" in out and "eora" in out and len(pandas.read_csv("t.csv")) == 2
-    assert main(["sweep", "grid.yaml", "--store", "store"]) == 0
-    assert "2 done" in capsys.readouterr().out
+    assert main(["sweep", "grid.yaml", "--store", "store", "--paired"]) == 0
+    out = capsys.readouterr().out
+    assert "2 done" in out and re.search(r"row 1: log perplexity text.txt [+-]\d\.\d+ \[", out)
     Path("grid.yaml").write_text("bits: [2, 3")
     assert main(["sweep", "grid.yaml", "--store", "store"]) == 1
     assert "cannot read the grid" in capsys.readouterr().err

@@ -19,7 +19,7 @@ class Sweep:
 
     grid: Annotated[Path, tyro.conf.Positional]
     """YAML file, or the name of an ablation: rank, calibration-size, source, inputs, group-size, factor-bits, modules,
-    equal-bytes"""
+    equal-bytes, task-mix, rivals"""
     store: Path
     """folder of the results, one file a cell"""
     engine: Literal["local", "ray"] = "local"
@@ -32,6 +32,8 @@ class Sweep:
     """run cells again that failed before"""
     model: str | None = None
     """run the grid on this model, in place of the one it names"""
+    paired: bool = False
+    """also print how every cell differs from the grid's first one, with paired 95 % intervals"""
     dry_run: bool = False
     """only say what is left to do"""
     export: tuple[Path, ...] = ()
@@ -42,7 +44,8 @@ class Sweep:
     """cpu or cuda"""
 
     def run(self) -> None:
-        from eora_lab.store import ResultStore
+        from eora_lab.intervals import paired_bootstrap
+        from eora_lab.store import ResultStore, scores
         from eora_lab.sweep import expand, on_model, plan, read_grid, sweep
 
         grid, store = read_grid(self.grid), ResultStore(self.store)
@@ -63,6 +66,13 @@ class Sweep:
             )
             varied = [name for name in frame if frame[name].map(str).nunique() > 1 or name.startswith("perplexity")]
             print(frame[[name for name in varied if not name.startswith("cost")]].to_string(index=False))
+        if self.paired:
+            first, *others = [scores(store.get(cell.config()) or {"result": None}) for cell in expand(grid)]
+            print("minus the first row (log perplexity: negative is better; a score: positive is better):")
+            for row, other in enumerate(others, 1):
+                for measure in (name for name in first if name in other):
+                    interval = paired_bootstrap(first[measure], other[measure])
+                    print(f"row {row}: {measure} {interval}{'' if interval.decided else '  undecided'}")
         for path in self.export:
             store.export(path)
             print(f"wrote {path}")
