@@ -48,7 +48,7 @@ def plot_setting(frame: pandas.DataFrame, setting: str, only: list[str] | None =
     that do not depend on the setting (dense; the base alone, which has no rank) are lines across.
     Raises EoraLabError when no finished cell has that setting and a metric.
     """
-    frame = frame[frame["status"] == "done"]
+    frame = frame[frame["status"] == "done"].reset_index(drop=True)
     wanted = metrics(frame) if only is None else only
     if setting not in frame or not frame.loc[touched(frame, setting), setting].notna().any() or not wanted:
         raise EoraLabError(f"nothing to draw against {setting}: no finished cell has it and a metric")
@@ -67,6 +67,8 @@ def plot_setting(frame: pandas.DataFrame, setting: str, only: list[str] | None =
                 for i, (series, one) in enumerate(look.items()):
                     label = LABELS[series] if key == "method" else setting_name(key, series)
                     own = rows[rows[key] == series]
+                    if own.empty:
+                        continue
                     x = own[setting].map(places)
                     if numeric(places):
                         _curve(axes, own, x, metric, one, label)
