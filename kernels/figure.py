@@ -25,7 +25,7 @@ def draw(result: dict | None, path: Path, machine: Machine = H200) -> list[Path]
         machine = Machine(result["gpu"], result["bandwidth"], result["rate"])
     rows = [2 ** (i / 4) for i in range(49)]
     with styled():
-        figure, [[axes]] = panels(1, 1, 7, 4.2)
+        figure, [[axes]] = panels(1, 1, 7.0, 4.2)
         for label, bits, rank, colour, dashes in LINES:
             times = [floor_us(M, *SHAPE, bits, rank, machine) for M in rows]
             axes.plot(rows, times, dashes, color=colour, label=f"floor, {label}")

@@ -12,7 +12,7 @@ def plot_comparison(frame: pandas.DataFrame) -> Figure:
     methods = list(dict.fromkeys(rivals["method"]))
     look = looks(methods)
     with styled():
-        figure, [[axes]] = panels(1, 1, 7, 0.5 * len(rivals) + 1.3)
+        figure, [[axes]] = panels(1, 1, 7.0, 0.5 * len(rivals) + 1.3)
         places = range(len(rivals))
         colours = [look[method].colour for method in rivals["method"]]
         bars = axes.barh(places, rivals["perplexity"], height=0.65, color=colours)

@@ -87,7 +87,7 @@ def figures(frame: pandas.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarra
     return values, np.full(len(frame), np.nan), np.full(len(frame), np.nan)
 
 
-def plain_log_axis(axes: Axes, which: str, ticks: list[float] | None = None, base: float = 10) -> None:
+def plain_log_axis(axes: Axes, which: str, ticks: list | None = None, base: int = 10) -> None:
     """A logarithmic axis with plain numbers on it: on the given ticks alone, or where there is room."""
     getattr(axes, f"set_{which}scale")("log", base=base)
     axis = getattr(axes, f"{which}axis")
