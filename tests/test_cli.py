@@ -84,7 +84,7 @@ def test_compare_prints_a_row_a_recipe_and_draws(workplace, capsys):
     out = capsys.readouterr().out
     assert len(re.findall(r"^rtn [23]-bit g32 ", out, re.M)) == 2 * (1 + 4 + 4)
     first = {path.suffix: path.read_bytes() for path in (workplace / "figures").iterdir()}
-    assert set(first) == {".png", ".svg"}
+    assert set(first) == {".png", ".svg", ".csv"}
     assert main([*arguments, "--figure", "figures/f.png"]) == 0
     assert first == {path.suffix: path.read_bytes() for path in (workplace / "figures").iterdir()}  # the same bytes
 
