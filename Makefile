@@ -10,6 +10,9 @@ help: ## list the commands
 demo: $(BIN)/eora-lab ## compress and compensate a real language model, with a table and a figure
 	$(BIN)/eora-lab demo
 
+figures: $(BIN)/eora-lab ## draw the committed figures again from recorded numbers
+	$(BIN)/python -m figures.rebuild
+
 test: lint unit ## all tests
 	$(BIN)/pytest -m kernels
 	$(BIN)/pytest -m real
@@ -42,5 +45,5 @@ $(BIN)/eora-lab: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help demo test unit lab docs lint
+.PHONY: help demo figures test unit lab docs lint
 .DELETE_ON_ERROR:

@@ -138,6 +138,11 @@ def run_cell(
             "before": sum(layer.error_before for layer in layers) / len(layers),
             "after": sum(layer.error_after for layer in layers) / len(layers),
         }
+        if cell.recipe.held_out:
+            result["held_out_error"] = {
+                "before": sum(layer.held_out_before for layer in layers) / len(layers),
+                "after": sum(layer.held_out_after for layer in layers) / len(layers),
+            }
         result["nbytes"] = sum(layer.nbytes for layer in layers)
         weights = sum(layer.out_features * layer.in_features for layer in layers)
         result["bits_per_weight"] = 8 * result["nbytes"] / weights

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from eora_lab.evaluate import perplexity
 from eora_lab.pipeline import compress_model
 from eora_lab.plan import plan_ranks
 from eora_lab.recipe import Recipe
+
+if TYPE_CHECKING:
+    import pandas
 
 
 @dataclass(frozen=True)
@@ -97,3 +101,10 @@ def format_row(row: Row) -> str:
         f"{row.bits_per_weight:.2f}",
         f"{row.seconds:.1f}",
     )
+
+
+def table(rows: list[Row], model: str, text: str) -> "pandas.DataFrame":
+    """Rows as a frame, with the names of the model and of the text; without seconds, which differ from run to run."""
+    import pandas
+
+    return pandas.DataFrame([{"model": model, "text": text} | asdict(row) for row in rows]).drop(columns="seconds")

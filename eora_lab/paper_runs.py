@@ -9,6 +9,7 @@ As in the paper, the compressor is calibrated on WikiText-2 and the compensation
 come from the original model, so that all rows of a table share them.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ from eora_lab.cells import Cell
 from eora_lab.errors import EoraLabError
 from eora_lab.intervals import Interval, paired_bootstrap
 from eora_lab.paper import METHODS, published
-from eora_lab.store import ResultStore
+from eora_lab.store import ResultStore, row
 
 if TYPE_CHECKING:
     import pandas
@@ -54,6 +55,7 @@ SMALL = {
     },
 }
 RANK_DIVISOR = 4
+UNITS = {"wikitext2": "perplexity", "cnn_dailymail": "rougeLsum", "compensation": "minutes", "size": "GB"}
 RELEASED = {"method": {"act_s": "act_s_released"}, "share": {"mathqa": 20 / 64, "arc_challenge": 30 / 64}}
 
 
@@ -61,6 +63,7 @@ RELEASED = {"method": {"act_s": "act_s_released"}, "share": {"mathqa": 20 / 64, 
 class Row:
     """One row of a table: what it is, what the paper prints, and the cell that measures each column."""
 
+    model: str  # the paper's
     base: str
     method: str  # the paper's name
     rank: int  # the paper's
@@ -99,7 +102,7 @@ def table_rows(
         cells = {task: _cell(model, base, method, int(rank), own, task, settings, released) for task in columns}
         about = " ".join(f"{name} {value}" for name, value in own.items())
         figures = {name: float(value) for name, value in zip(group["task"], group["value"], strict=True)}
-        rows.append(Row(base, method, int(rank), about, figures, cells))
+        rows.append(Row(chosen, base, method, int(rank), about, figures, cells))
     return rows
 
 
@@ -122,12 +125,12 @@ def measured(rows: list[Row], store: ResultStore) -> "pandas.DataFrame":
     import pandas
 
     lines = []
-    for row in rows:
-        line = {"base": row.base, "method": row.method, "": row.extra, "rank": row.rank}
-        line |= {f"paper {task}": value for task, value in row.published.items()}
-        ranks = [cell.recipe.rank for cell in row.cells.values() if cell.recipe]
+    for one in rows:
+        line = {"base": one.base, "method": one.method, "": one.extra, "rank": one.rank}
+        line |= {f"paper {task}": value for task, value in one.published.items()}
+        ranks = [cell.recipe.rank for cell in one.cells.values() if cell.recipe]
         line["here rank"] = ranks[0] if ranks else 0
-        for task, cell in row.cells.items():
+        for task, cell in one.cells.items():
             line[f"here {task}"] = _figure(task, store.get(cell.config()))
         lines.append(line)
     return pandas.DataFrame(lines)
@@ -137,26 +140,67 @@ def _figure(task: str, found: dict | None) -> str:
     """A measured value with its standard error, in the paper's unit."""
     if found is None or found["status"] == "failed":
         return "not run" if found is None else "failed"
+    value, low, high = _bounds(task, found)
+    return f"{value:.2f}" if task == "wikitext2" else f"{value:.2f} +- {(high - low) / 2:.2f}"
+
+
+def _bounds(task: str, found: dict) -> tuple[float, float, float]:
+    """A measured value in the paper's unit, and one standard error below and above; of a perplexity, in its log."""
+    cell = row(found)
     if task == "wikitext2":
-        return f"{found['result']['perplexity'].popitem()[1]:.2f}"
-    result = found["result"]["tasks"][task]
-    percent = 100 if result["metric"] in ("acc", "exact_match") else 1
-    return f"{percent * result['value']:.2f} +- {percent * (result['stderr'] or 0):.2f}"
+        text = found["config"]["perplexity"][0]
+        value, factor = cell[f"perplexity.{text}"], math.exp(cell.get(f"loss_stderr.{text}", 0.0))
+        return value, value / factor, value * factor
+    percent = 100 if cell[f"tasks.{task}.metric"] in ("acc", "exact_match") else 1
+    value, error = percent * cell[f"tasks.{task}.value"], percent * (cell[f"tasks.{task}.stderr"] or 0)
+    return value, value - error, value + error
 
 
-def rivalry(rows: list[Row], store: ResultStore) -> list[tuple[Row, str, Interval]]:
-    """EoRA minus each rival on the same base and rank: paired intervals of log perplexity or of the task's score."""
-    found = []
-    for eora in (row for row in rows if row.method == "EoRA"):
+def both_sides(rows: list[Row], store: ResultStore) -> "pandas.DataFrame":
+    """Every published and every measured figure, one a row, as `eora_lab.plots.plot_table` draws them.
+
+    Columns: source ("published" or "measured"), model, base, method (this package's name), rank, extra, task, unit,
+    value, low, high (one standard error away; NaN where none is known).
+    """
+    import pandas
+
+    lines = []
+    for line in rows:
+        about = {"base": line.base, "method": METHODS[line.method], "extra": line.extra}
+        for task, value in line.published.items():
+            side = {"source": "published", "model": line.model, "rank": line.rank}
+            bounds = {"value": value, "low": math.nan, "high": math.nan}
+            lines.append(side | about | {"task": task, "unit": UNITS.get(task, "accuracy, %")} | bounds)
+        for task, cell in line.cells.items():
+            found = store.get(cell.config())
+            if found and found["status"] == "done":
+                side = {"source": "measured", "model": cell.model, "rank": cell.recipe.rank if cell.recipe else 0}
+                bounds = dict(zip(("value", "low", "high"), _bounds(task, found), strict=True))
+                lines.append(side | about | {"task": task, "unit": UNITS.get(task, "accuracy, %")} | bounds)
+    return pandas.DataFrame(lines)
+
+
+def rivalry(rows: list[Row], store: ResultStore) -> dict[str, dict[str, Interval]]:
+    """EoRA minus each rival on the same base and rank, with paired intervals: what and its unit -> which pair -> it."""
+    found: dict[str, dict[str, Interval]] = {}
+    for eora in (one for one in rows if one.method == "EoRA"):
         for rival in rows:
             same = replace(rival, method="", published={}, cells={}) == replace(eora, method="", published={}, cells={})
             if rival.method == "EoRA" or not (same or (rival.method == "none" and rival.base == eora.base)):
                 continue
-            for task in eora.cells:
-                scores = [_scores(task, store.get(row.cells[task].config())) for row in (rival, eora)]
+            for task, cell in eora.cells.items():
+                scores = [_scores(task, store.get(one.cells[task].config())) for one in (rival, eora)]
                 if all(scores):
-                    found.append((rival, task, paired_bootstrap(*scores)))
+                    pair = ", ".join(filter(None, (eora.base, f"rank {cell.recipe.rank}", eora.extra)))
+                    against = rival.method if rival.method != "none" else "no compensation"
+                    found.setdefault(_difference(task), {})[f"{pair}: against {against}"] = paired_bootstrap(*scores)
     return found
+
+
+def _difference(task: str) -> str:
+    if task == "wikitext2":
+        return "wikitext2 log perplexity, nats a token (below 0: EoRA is better)"
+    return f"{task} mean score of a question (above 0: EoRA is better)"
 
 
 def _scores(task: str, found: dict | None) -> list[float]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import statistics
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -123,7 +124,10 @@ def set_aside(path: Path, folder: Path, reason: str) -> None:
 
 
 def row(cell: dict) -> dict:
-    """A cell as one flat row. Lists in the result (layers, questions, outcomes) stay in the JSON file."""
+    """A cell as one flat row. Lists in the result (layers, questions, outcomes) stay in the JSON file.
+
+    Losses of windows give `loss_stderr.<text>`, the standard error of the mean loss (nats a token).
+    """
     flat = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in cell["config"].items()}
     flat["status"] = cell["status"]
 
@@ -134,7 +138,11 @@ def row(cell: dict) -> dict:
         elif not isinstance(value, list):
             flat[prefix] = value
 
-    flatten("", cell["result"] or {})
+    result = cell["result"] or {}
+    flatten("", result)
+    for text, losses in result.get("window_losses", []):
+        if len(losses) > 1:
+            flat[f"loss_stderr.{text}"] = statistics.stdev(losses) / len(losses) ** 0.5
     flatten("cost", cell["cost"])
     return flat | {"error": cell["error"]}
 

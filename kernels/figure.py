@@ -5,14 +5,15 @@
 
 from pathlib import Path
 
-from eora_lab.plots import STYLE, save
+from eora_lab.plots import save
+from eora_lab.plots.style import panels, styled
 from kernels.shapes import H200, Machine, floor_us
 
 SHAPE = (14336, 4096)
 LINES = (
-    ("16 bits", 16, 0, "#999999"),
-    ("4 bits + rank 128", 4, 128, "#009E73"),
-    ("3 bits + rank 128", 3, 128, "#0072B2"),
+    ("16 bits", 16, 0, "#999999", ":"),
+    ("4 bits + rank 128", 4, 128, "#009E73", "-"),
+    ("3 bits + rank 128", 3, 128, "#0072B2", "--"),
 )
 MARKS = {"dense16": "s", "torch_int4_unfused": "v", "unfused": "^", "fused": "o"}
 NAMES = {"dense16": "cuBLAS", "torch_int4_unfused": "torch int4, unfused", "unfused": "unfused", "fused": "fused"}
@@ -20,19 +21,14 @@ NAMES = {"dense16": "cuBLAS", "torch_int4_unfused": "torch int4, unfused", "unfu
 
 def draw(result: dict | None, path: Path, machine: Machine = H200) -> list[Path]:
     """Microseconds over rows for a 4096 -> 14336 layer. result: of `kernels.bench`, or None for the floors alone."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     if result:
         machine = Machine(result["gpu"], result["bandwidth"], result["rate"])
     rows = [2 ** (i / 4) for i in range(49)]
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-        for label, bits, rank, colour in LINES:
+    with styled():
+        figure, [[axes]] = panels(1, 1, 7, 4.2)
+        for label, bits, rank, colour, dashes in LINES:
             times = [floor_us(M, *SHAPE, bits, rank, machine) for M in rows]
-            axes.plot(rows, times, color=colour, label=f"floor, {label}")
+            axes.plot(rows, times, dashes, color=colour, label=f"floor, {label}")
             for peer, mark in MARKS.items():
                 points = [
                     (row["M"], row["us"])
@@ -48,9 +44,9 @@ def draw(result: dict | None, path: Path, machine: Machine = H200) -> list[Path]
         axes.set_xlabel("rows of x")
         axes.set_ylabel("microseconds")
         nothing = "" if result else " (arithmetic only; no time measured)"
-        axes.set_title(f"{machine.name}, 4096 → 14336{nothing}", loc="left")
-        axes.legend(frameon=False, fontsize=8)
-        return save(figure, path)
+        axes.set_title(f"{machine.name}, 4096 → 14336{nothing}")
+        axes.legend(fontsize=8)
+    return save(figure, path)
 
 
 if __name__ == "__main__":

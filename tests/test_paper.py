@@ -1,11 +1,13 @@
 """The published figures: every table is there, well formed, and reads as printed."""
 
+import math
+
 import pytest
 
 from eora_lab import EoraLabError
 from eora_lab.compensate import SOLVERS
 from eora_lab.paper import COLUMNS, FOLDER, METHODS, TABLES, published
-from eora_lab.paper_runs import measured, rivalry, table_rows
+from eora_lab.paper_runs import both_sides, measured, rivalry, table_rows
 from eora_lab.store import ResultStore
 
 EXTRA = {"T3": "finetuned", "T8": "nsamples", "T9": "kernel", "T11": "finetuned", "T12": "data_share"}
@@ -113,6 +115,13 @@ def test_published_and_measured_stand_apart(tmp_path):
     assert frame["here wikitext2"].tolist() == ["100.00", "99.00", "98.00", "97.00"]
     assert frame["here arc_easy"].tolist() == ["not run"] * 3 + ["failed"]
     assert frame["here rank"].tolist() == [0, 32, 32, 32] and frame["rank"].tolist() == [0, 128, 128, 128]
-    intervals = {rival.method: interval for rival, task, interval in rivalry(rows, store)}
-    assert set(intervals) == {"none", "ZeroQuant-V2", "Act-S"}
-    assert intervals["Act-S"].difference == pytest.approx(-0.1) and intervals["none"].difference == pytest.approx(-0.3)
+    (differences,) = rivalry(rows, store).values()
+    intervals = {pair.removeprefix("GPTQ 4-bit, rank 32: against "): found for pair, found in differences.items()}
+    assert set(intervals) == {"no compensation", "ZeroQuant-V2", "Act-S"}
+    assert intervals["Act-S"].difference == pytest.approx(-0.1)
+    assert intervals["no compensation"].difference == pytest.approx(-0.3)
+    sides = both_sides(rows, store).query("task == 'wikitext2'").set_index(["source", "method"])
+    assert sides.loc["published", "value"].tolist() == frame["paper wikitext2"].tolist()
+    assert sides.loc["measured", "value"].tolist() == [100.0, 99.0, 98.0, 97.0]
+    assert sides.loc[("published", "eora"), "rank"] == 128 and sides.loc[("measured", "eora"), "rank"] == 32
+    assert sides.loc[("measured", "eora"), "low"] == pytest.approx(97 * math.exp(-1 / 3**0.5))  # losses 3.7, 4.7, 5.7

@@ -99,17 +99,20 @@ def test_cells_that_differ_in_rank_alone_share_a_solve():
 
 def test_shared_cells_are_what_compress_model_gives(workplace):
     """Sharing statistics, weights and solves must not show in the numbers."""
-    frame = quiet_sweep(SMALL | {"compressor": "gptq", "method": ["none", "eora"], "rank": [4, 8]}, "store")
+    grid = SMALL | {"compressor": "gptq", "method": ["none", "eora"], "rank": [4, 8], "held_out": 0.25}
+    frame = quiet_sweep(grid, "store")
     windows = token_windows(tiny_tokenizer(), "text.txt", 2, 32)
     for _, row in frame.iterrows():
         model, tokenizer = load_model("model")
         batches = calibration_batches(tokenizer, "text.txt", 4, 32)
-        settings = {"compressor": "gptq", "group_size": 32, "inputs": "original", "progress": False}
+        settings = {"compressor": "gptq", "group_size": 32, "inputs": "original", "held_out": 0.25, "progress": False}
         report = compress_model(model, batches, method=row["method"], rank=int(row["rank"]), **settings)
         assert row["perplexity.text.txt"] == pytest.approx(perplexity(model, windows), rel=1e-4)
         assert row["nbytes"] == report.nbytes
         after = sum(layer.error_after for layer in report.layers) / len(report.layers)
         assert row["output_error.after"] == pytest.approx(after, rel=1e-3)
+        held_out = sum(layer.held_out_after for layer in report.layers) / len(report.layers)
+        assert row["held_out_error.after"] == pytest.approx(held_out, rel=1e-3)
 
 
 def test_the_compressor_may_have_a_text_of_its_own(workplace):

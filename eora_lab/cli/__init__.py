@@ -1,5 +1,6 @@
 """The command line, `eora-lab`: one command a file."""
 
+import os
 import sys
 
 import tyro
@@ -40,6 +41,7 @@ COMMANDS = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Exit codes: 0 done, 1 the input cannot be used (one line says why), 2 wrong usage, 130 stopped."""
+    os.environ.setdefault("MPLBACKEND", "agg")  # figures go to files, no window opens
     command = tyro.extras.subcommand_cli_from_dict(
         COMMANDS,
         prog="eora-lab",

@@ -52,7 +52,7 @@ class Compare:
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: Evaluation = field(default_factory=Evaluation)
     figure: Path | None = None
-    """draw the table as .png and .svg"""
+    """draw the table as .png and .svg, with its numbers beside as .csv"""
 
     def run(self) -> None:
         from eora_lab.compare import compare, format_row, header
@@ -92,7 +92,11 @@ class Compare:
             rows.append(row)
             print(format_row(row), flush=True)
         if self.figure:
-            from eora_lab.plots import plot_comparison
+            from eora_lab.compare import table
+            from eora_lab.files import write_atomically
+            from eora_lab.plots import plot_comparison, save
 
-            for path in plot_comparison(rows, self.figure, self.model, self.evaluation.source):
+            frame, numbers = table(rows, self.model, self.evaluation.source), self.figure.with_suffix(".csv")
+            write_atomically(numbers, lambda to: frame.to_csv(to, index=False))
+            for path in (numbers, *save(plot_comparison(frame), self.figure)):
                 print(f"wrote {path}")

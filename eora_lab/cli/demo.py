@@ -15,7 +15,7 @@ class Demo:
     """
 
     figures: Path = Path("figures")
-    """folder for demo.png and demo.svg"""
+    """folder for demo.png, demo.svg and demo.csv"""
 
     def run(self) -> None:
         rivals = Compare(method=("none", "svd", "act_s", "eora"), figure=self.figures / "demo.png")

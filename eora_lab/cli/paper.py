@@ -29,11 +29,13 @@ class Paper:
     """folder of the results"""
     dry_run: bool = False
     """only say what is left to do"""
+    figure: Path | None = None
+    """draw the table as .png and .svg, and the intervals beside as ...-intervals"""
     device: str = "cpu"
     """cpu or cuda"""
 
     def run(self) -> None:
-        from eora_lab.paper_runs import measured, rivalry, table_rows
+        from eora_lab.paper_runs import both_sides, measured, rivalry, table_rows
         from eora_lab.store import ResultStore
         from eora_lab.sweep import expand, plan, sweep
 
@@ -45,9 +47,15 @@ class Paper:
         sweep(cells, store, device=self.device)
         print(f"{self.table}: the paper's figures (its model) beside those measured here ({self.model}, {self.scale}):")
         print(measured(rows, store).to_string(index=False, na_rep=""))
-        print(
-            "EoRA minus rival, paired 95 % intervals (log perplexity: negative is better; score: positive is better):"
-        )
-        for rival, task, interval in rivalry(rows, store):
-            verdict = "" if interval.decided else "  undecided"
-            print(f"{rival.base}, rank {rival.rank} {rival.method}: {task} {interval}{verdict}")
+        intervals = rivalry(rows, store)
+        for difference, pairs in intervals.items():
+            print(f"EoRA minus rival, paired 95 % intervals: {difference}")
+            for pair, interval in pairs.items():
+                print(f"  {pair} {interval}{'' if interval.decided else '  undecided'}")
+        if self.figure:
+            from eora_lab.plots import plot_intervals, plot_table, save
+
+            written = save(plot_table(both_sides(rows, store)), self.figure)
+            if intervals:
+                written += save(plot_intervals(intervals), self.figure.with_name(f"{self.figure.stem}-intervals"))
+            print(*(f"wrote {path}" for path in written), sep="\n")

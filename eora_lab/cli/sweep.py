@@ -36,6 +36,8 @@ class Sweep:
     """only say what is left to do"""
     export: tuple[Path, ...] = ()
     """write the store's table as .parquet, .csv, .md or .tex"""
+    figure: Path | None = None
+    """draw the grid's results as .png and .svg: against the setting that it varies, or against bits a weight"""
     batch_size: int = 8
     """requests of a task that run at once"""
     device: str = "cpu"
@@ -63,6 +65,10 @@ class Sweep:
             )
             varied = [name for name in frame if frame[name].map(str).nunique() > 1 or name.startswith("perplexity")]
             print(frame[[name for name in varied if not name.startswith("cost")]].to_string(index=False))
+            if self.figure:
+                from eora_lab.plots import plot_sweep, save
+
+                print(*(f"wrote {path}" for path in save(plot_sweep(frame), self.figure)), sep="\n")
         for path in self.export:
             store.export(path)
             print(f"wrote {path}")

@@ -1,0 +1,10 @@
+"""Figures, one kind a file: from frames to a matplotlib Figure, which `save` writes. No mathematics here."""
+
+from eora_lab.plots.comparison import plot_comparison
+from eora_lab.plots.curves import plot_setting
+from eora_lab.plots.front import plot_front, plot_sweep
+from eora_lab.plots.intervals import plot_intervals
+from eora_lab.plots.style import save
+from eora_lab.plots.table import plot_table
+
+__all__ = ["plot_comparison", "plot_front", "plot_intervals", "plot_setting", "plot_sweep", "plot_table", "save"]

@@ -1,0 +1,101 @@
+"""How all figures look, and how they are written: the same bytes every time, readable without colour."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib.pyplot as plt
+import matplotlib.style
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from eora_lab.files import write_atomically
+
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 6,
+    "svg.hashsalt": "eora-lab",  # the same bytes every time
+    "svg.fonttype": "path",
+    "figure.dpi": 150,
+    "savefig.dpi": 150,
+}
+
+
+class Look(NamedTuple):
+    """How a series is drawn: any one of colour, marker and line tells it from the others."""
+
+    colour: str
+    marker: str
+    line: str | tuple
+
+
+# Okabe and Ito's palette, told apart by all colour-blind readers
+LOOKS = {
+    "none": Look("#999999", "o", ":"),
+    "svd": Look("#E69F00", "s", "--"),
+    "act_s": Look("#56B4E9", "^", "-."),
+    "act_s_released": Look("#0072B2", "v", (0, (1, 2))),
+    "lqer": Look("#D55E00", "P", (0, (5, 1, 1, 1, 1, 1))),
+    "qera_approx": Look("#CC79A7", "X", (0, (3, 1))),
+    "eora": Look("#009E73", "D", "-"),
+    "qera_exact": Look("#000000", "*", (0, (8, 2))),
+    "eora_paper": Look("#7F5F00", "p", (0, (8, 2, 2, 2))),
+}
+LABELS = {
+    "none": "no compensation",
+    "svd": "SVD",
+    "act_s": "Act-S",
+    "act_s_released": "Act-S (released)",
+    "lqer": "LQER",
+    "qera_approx": "QERA-approx",
+    "eora": "EoRA",
+    "qera_exact": "QERA-exact",
+    "eora_paper": "EoRA (as printed)",
+}
+ORDINARY = ("eora", "svd", "act_s", "qera_approx", "lqer", "act_s_released", "none", "qera_exact", "eora_paper")
+BAND = 0.15  # opacity
+
+
+def looks(series: list) -> dict[object, Look]:
+    """A look for every series: that of its name where it is a method, else the next one."""
+    free = [LOOKS[name] for name in ORDINARY if name not in series]
+    return {one: LOOKS[one] if one in LOOKS else free[i % len(free)] for i, one in enumerate(series)}
+
+
+@contextmanager
+def styled() -> Iterator[None]:
+    """The style of these figures, whatever a user's matplotlibrc says."""
+    with matplotlib.style.context(["default", STYLE]):
+        yield
+
+
+def panels(rows: int, columns: int, width: float, height: float, **options) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of rows x columns axes, each of the given size in inches. To be called within `styled`.
+
+    A notebook shows the figure that a cell returns, and shows it once.
+    """
+    size = (columns * width, rows * height)
+    figure, axes = plt.subplots(rows, columns, figsize=size, layout="constrained", squeeze=False, **options)
+    plt.close(figure)
+    return figure, axes.tolist()
+
+
+def save(figure: Figure, path: Path | str) -> list[Path]:
+    """Write a figure as .png and .svg, without dates. Returns both paths. Raises EoraLabError when it cannot."""
+    written = []
+    with styled():
+        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
+            target = Path(path).with_suffix(suffix)
+            write_atomically(
+                target, lambda to, kind=suffix[1:], m=metadata: figure.savefig(to, format=kind, metadata=m)
+            )
+            written.append(target)
+    return written

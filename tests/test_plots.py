@@ -1,0 +1,270 @@
+"""Figures: what they show is what the store holds, every time the same, with units, and readable without colour.
+
+A sweep of a tiny model makes a real store. For the named grids and the paper's tables, which need a language model,
+results are put into a store by hand: the figures must show them.
+"""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import matplotlib.colors
+import numpy as np
+import pytest
+
+from eora_lab import EoraLabError
+from eora_lab.cli import main
+from eora_lab.compare import Row, table
+from eora_lab.compensate import SOLVERS
+from eora_lab.intervals import Interval
+from eora_lab.paper_runs import both_sides, rivalry, table_rows
+from eora_lab.plots import plot_comparison, plot_front, plot_intervals, plot_setting, plot_sweep, plot_table, save
+from eora_lab.plots.front import pareto, spread
+from eora_lab.plots.style import LABELS, LOOKS, looks
+from eora_lab.store import ResultStore
+from eora_lab.sweep import expand, named_grids, read_grid, rows, sweep
+from tests.tiny import tiny_model, tiny_tokenizer
+
+ROOT = Path(__file__).parents[1]
+PERPLEXITY = "perplexity.text.txt"
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory):
+    """The frame of a rank sweep of a tiny model, with the dense model, the base alone, and a cell that fails."""
+    folder = tmp_path_factory.mktemp("plots")
+    (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog, and 12 more. " * 40)
+    tiny_model("llama").save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        small = {"model": "model", "group_size": 32, "inputs": "original", "source": "text.txt", "nsamples": 4}
+        small |= {"seqlen": 32, "perplexity": ["text.txt"], "windows": 3, "window_length": 32, "bits": 2}
+        grid = [small | {"compressor": "dense"}, small | {"method": ["none", "svd", "eora"], "rank": [2, 4, 8, 500]}]
+        yield sweep(grid, "store", announce=lambda plan: None)
+    finally:
+        os.chdir(before)
+
+
+def put(store: ResultStore, cells) -> None:
+    """Made-up results that differ from cell to cell."""
+    for i, cell in enumerate(cells):
+        result = {"bits_per_weight": 4 + i / 10, "nbytes": 1000 + i}
+        if cell.perplexity:
+            losses = [[text, [3.0 + i / 50, 3.2 + i / 40, 3.9]] for text in cell.perplexity]
+            result |= {"window_losses": losses, "perplexity": {t: math.exp(sum(x) / 3) for t, x in losses}}
+        outcomes = [float(j % (i + 2) == 0) for j in range(20)]
+        score = {"metric": "acc", "value": sum(outcomes) / 20, "stderr": 0.05, "outcomes": outcomes}
+        result["tasks"] = dict.fromkeys(cell.tasks, score)
+        store.put(cell.config(), result=result)
+
+
+def paper_store(folder: Path, name: str) -> tuple[list, ResultStore]:
+    lines, store = table_rows(name, "smollm2-135m", "small"), ResultStore(folder)
+    put(store, expand([cell for line in lines for cell in line.cells.values()]))
+    return lines, store
+
+
+def compared():
+    rivals = [
+        Row("rtn 3-bit", m, 8 * (m != "none"), "uniform", 16, 30.0 - i, 0.1, 9, 4.0, 1.0) for i, m in enumerate(LOOKS)
+    ]
+    dense = Row("dense", "none", 0, "uniform", 16, 14.0, None, 99, 32.0, 0.0)
+    return table([dense, *rivals], "model", "text.txt")
+
+
+def figures(frame, folder: Path) -> dict:
+    """One of every kind."""
+    found = {"comparison": plot_comparison(compared()), "rank": plot_setting(frame, "rank"), "front": plot_front(frame)}
+    for name in ("T2", "T10", "T15"):
+        lines, store = paper_store(folder / name, name)
+        found[name] = plot_table(both_sides(lines, store))
+        found[f"{name}-intervals"] = plot_intervals(rivalry(lines, store))
+    for name in named_grids():
+        store, cells = ResultStore(folder / name), expand(read_grid(name))
+        put(store, cells)
+        found[name] = plot_sweep(rows(cells, store))
+    return found
+
+
+# --- all of them ---------------------------------------------------------------------------------------------------
+
+
+def test_every_axis_says_what_it_shows_and_every_line_is_known_without_its_colour(swept, tmp_path):
+    for name, figure in figures(swept, tmp_path).items():
+        labelled = [axes for axes in figure.axes if axes.get_ylabel() or axes.get_yticklabels()]
+        assert labelled == figure.axes and all(axes.get_xlabel() for axes in figure.axes), name
+        assert any(axes.get_ylabel() or name.endswith("intervals") for axes in figure.axes), name
+        for axes in figure.axes:
+            handles, labels = axes.get_legend_handles_labels()
+            lines = [getattr(handle, "lines", [handle])[0] for handle in handles]  # that of error bars too
+            drawn = {(line.get_marker(), str(line.get_linestyle()), str(line._dash_pattern)) for line in lines}
+            assert len(drawn) == len(set(labels)), name
+        written = save(figure, tmp_path / "figures" / name)
+        assert [path.name for path in written] == [f"{name}.png", f"{name}.svg"]
+        assert all(path.stat().st_size > 5000 for path in written)
+
+
+def test_methods_look_different():
+    assert set(LOOKS) == set(LABELS) == set(SOLVERS)
+    assert len({look.marker for look in LOOKS.values()}) == len({str(look.line) for look in LOOKS.values()}) == 9
+    assert len(set(looks([16, 32, 64, 128]).values())) == 4
+    assert looks(["eora", "none"])["eora"] == LOOKS["eora"]
+
+
+def test_the_same_bytes_in_another_process_with_other_defaults(swept, tmp_path):
+    frame = swept.drop(columns=["error"])
+    frame.to_pickle(tmp_path / "frame")
+    (tmp_path / "matplotlibrc").write_text("font.size: 20\nsavefig.dpi: 30\nsvg.fonttype: none\naxes.grid: True\n")
+    script = "import sys, pandas; from eora_lab.plots import *; f = pandas.read_pickle('frame')\n"
+    script += "save(plot_setting(f, 'rank'), 'rank'); save(plot_front(f), 'front')"
+    environment = os.environ | {"MATPLOTLIBRC": str(tmp_path), "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "7"}
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
+    for name, figure in (("rank", plot_setting(frame, "rank")), ("front", plot_front(frame))):
+        for path in save(figure, tmp_path / "here" / name):
+            assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+
+
+def test_a_folder_that_cannot_be_written_is_named(swept, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EoraLabError, match="cannot write"):
+        save(plot_setting(swept, "rank"), tmp_path / "file" / "figure")
+
+
+# --- a metric against a setting ------------------------------------------------------------------------------------
+
+
+def test_a_rank_curve_shows_the_cells_and_their_standard_errors(swept):
+    (axes,) = plot_setting(swept, "rank").axes
+    lines = {line.get_label(): line for line in axes.lines}
+    assert set(lines) == {"dense", LABELS["none"], "SVD", "EoRA"}
+    cells = swept[(swept["method"] == "eora") & (swept["status"] == "done")]
+    assert lines["EoRA"].get_xdata().tolist() == [2, 4, 8]  # rank 500 failed
+    assert lines["EoRA"].get_ydata().tolist() == cells[PERPLEXITY].tolist()
+    assert lines["dense"].get_ydata()[0] == swept.loc[swept["compressor"] == "dense", PERPLEXITY].item()
+    edges = axes.collections[-1].get_paths()[0].vertices[:, 1]
+    assert max(edges) == pytest.approx((cells[PERPLEXITY] * np.exp(cells["loss_stderr.text.txt"])).max())
+
+
+def test_the_standard_error_is_that_of_the_window_losses(swept):
+    cell = next(cell for cell in ResultStore("store").cells() if cell["config"].get("rank") == 4)
+    losses = cell["result"]["window_losses"][0][1]
+    here = swept[(swept["rank"] == 4) & (swept["method"] == cell["config"]["method"])]
+    assert here["loss_stderr.text.txt"].item() == pytest.approx(np.std(losses, ddof=1) / len(losses) ** 0.5)
+
+
+def test_what_a_grid_varies_becomes_its_axes(tmp_path):
+    """Axis, number of panels and first ticks of every named grid."""
+    wanted = {
+        "rank": ("rank", 1, None),
+        "calibration-size": ("calibration sequences", 1, None),
+        "source": ("calibration text", 3, ["pydoc", "mmlu-exemplars"]),
+        "inputs": ("model that calibration inputs come from", 2, ["original", "compensated"]),
+        "group-size": ("group size (input channels)", 2, ["64", "192", "whole row"]),
+        "factor-bits": ("bits of an entry of A and B", 1, None),
+        "modules": ("layers with a low-rank path", 1, ["all", "self_attn"]),
+        "equal-bytes": ("bits a weight, all counted", 1, None),
+    }
+    found = figures_of_grids(tmp_path)
+    assert set(found) == set(wanted)
+    for name, (label, panels, ticks) in wanted.items():
+        axes = found[name].axes
+        assert (axes[0].get_xlabel(), len(axes)) == (label, panels), name
+        if ticks:
+            assert [tick.get_text() for tick in axes[0].get_xticklabels()][: len(ticks)] == ticks
+    (factor_bits,) = found["factor-bits"].axes
+    assert [line.get_label() for line in factor_bits.lines] == ["rank 32", "rank 64", "rank 128"]
+    assert len(found["equal-bytes"].axes[0].texts) == 9  # every cell has its label
+
+
+def figures_of_grids(folder: Path) -> dict:
+    found = {}
+    for name in named_grids():
+        store, cells = ResultStore(folder / name), expand(read_grid(name))
+        put(store, cells)
+        found[name] = plot_sweep(rows(cells, store))
+    return found
+
+
+def test_nothing_to_draw_is_said(swept):
+    failed = swept.assign(status="failed")
+    for draw in (lambda: plot_setting(failed, "rank"), lambda: plot_setting(swept, "age"), lambda: plot_sweep(failed)):
+        with pytest.raises(EoraLabError, match="nothing to draw"):
+            draw()
+
+
+# --- fronts, intervals, tables -------------------------------------------------------------------------------------
+
+
+def test_the_front_holds_what_nothing_beats():
+    rng = np.random.default_rng(0)
+    cost, loss = rng.integers(0, 9, 60).astype(float), rng.integers(0, 9, 60).astype(float)
+    front = set(zip(cost[pareto(cost, loss)], loss[pareto(cost, loss)], strict=True))
+    for point in zip(cost, loss, strict=True):
+        beaten = any(
+            (c <= point[0] and v < point[1]) or (c < point[0] and v <= point[1])
+            for c, v in zip(cost, loss, strict=True)
+        )
+        assert (point in front) == (not beaten)
+
+
+def test_labels_keep_their_order_and_their_distance():
+    places = np.array([0.5, 0.1, 0.52, 0.51, 0.9])
+    moved = spread(places, 0.1)
+    assert (np.argsort(moved) == np.argsort(places)).all() and np.diff(np.sort(moved)).min() >= 0.1 - 1e-9
+    assert spread(np.array([0.1, 0.9]), 0.1).tolist() == [0.1, 0.9]
+
+
+def test_undecided_intervals_are_hollow():
+    figure = plot_intervals(
+        {"difference, nats": {"sure": Interval(-0.2, -0.3, -0.1, 9), "open": Interval(0.1, -0.1, 0.3, 9)}}
+    )
+    (axes,) = figure.axes
+    dots = {line.get_ydata()[0]: line for line in axes.lines if line.get_marker() == "o"}
+    white = matplotlib.colors.to_rgba("white")
+    assert [matplotlib.colors.to_rgba(dots[i].get_markerfacecolor()) == white for i in (0, 1)] == [False, True]
+    assert [tick.get_text() for tick in axes.get_yticklabels()] == ["sure", "open"]
+
+
+@pytest.mark.parametrize(("name", "published", "measured"), [("T2", 4, 2), ("T10", 3, 2)])
+def test_published_and_measured_share_no_panel(tmp_path, name, published, measured):
+    lines, store = paper_store(tmp_path, name)
+    frame = both_sides(lines, store)
+    figure = plot_table(frame)
+    tinted = [axes.get_facecolor()[:3] != (1.0, 1.0, 1.0) for axes in figure.axes]
+    assert tinted == [True] * published + [False] * measured
+    titles = [axes.get_title("left") for axes in figure.axes if axes.get_title("left")]
+    assert titles[0].startswith("published: LLaMA3-8B") and titles[1].startswith("measured: smollm2-135m")
+    for axes, (source, task) in zip(figure.axes, frame.groupby(["source", "task"], sort=False).groups, strict=True):
+        values = frame[(frame["source"] == source) & (frame["task"] == task)]["value"]
+        low, high = axes.get_ylim()
+        assert low <= values.min() and values.max() <= high and axes.get_ylabel().startswith(task)
+
+
+# --- commands and committed figures --------------------------------------------------------------------------------
+
+
+def test_the_commands_draw(swept, tmp_path, capsys):
+    grid = "{model: model, group_size: 32, inputs: original, source: text.txt, nsamples: 4, seqlen: 32, bits: 2,\n"
+    grid += "perplexity: text.txt, windows: 3, window_length: 32, method: [svd, eora], rank: [2, 4, 8]}"
+    Path("grid.yaml").write_text(grid)
+    assert main(["sweep", "grid.yaml", "--store", "store", "--figure", str(tmp_path / "sweep")]) == 0
+    assert "6 done" in capsys.readouterr().out and (tmp_path / "sweep.svg").exists()
+    paper_store(tmp_path / "paper", "T2")
+    arguments = ["paper", "T2", "--scale", "small", "--store", str(tmp_path / "paper")]
+    assert main([*arguments, "--figure", str(tmp_path / "T2")]) == 0
+    assert "against Act-S" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.glob("T2*")} == {"T2.png", "T2.svg", "T2-intervals.png", "T2-intervals.svg"}
+
+
+def test_the_committed_figures_are_those_of_the_recorded_numbers(tmp_path):
+    """`make figures` in another process, into another folder."""
+    subprocess.run([sys.executable, "-m", "figures.rebuild", str(tmp_path)], cwd=ROOT, check=True, capture_output=True)
+    made = {path.relative_to(tmp_path) for path in tmp_path.rglob("*.*")}
+    committed = {path.relative_to(ROOT) for path in [*ROOT.glob("figures/*.png"), *ROOT.glob("figures/*.svg")]}
+    assert made >= committed and Path("kernels/floors.svg") in made
+    for path in made:
+        assert (tmp_path / path).read_bytes() == (ROOT / path).read_bytes(), f"{path}: run make figures"
