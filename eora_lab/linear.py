@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import BFloat16, Float, Int32
+from jaxtyping import BFloat16, Float, Shaped
 from torch import Tensor, nn
 
 from eora_lab.compensate.factors import StoredFactors
@@ -149,7 +149,7 @@ class CompensatedLinear(nn.Module):
         plain = set(self._packed) == {"codes", "offsets", "scales"} and "g_idx" not in self.whole and self.codes.is_cpu
         return plain and self.bits == 4 and self.out_features % 16 == 0 and self.group_size in INT4_GROUPS
 
-    def int4(self) -> tuple[Int32[Tensor, "..."], int, BFloat16[Tensor, "groups out 2"]]:
+    def int4(self) -> tuple[Shaped[Tensor, "..."], int, BFloat16[Tensor, "groups out 2"]]:
         """W^ as that product takes it: codes in its own order, group size, (scale, weight of code 8) of every group.
         Made when first asked for."""
         if self._int4 is None:
