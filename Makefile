@@ -23,6 +23,9 @@ unit: $(BIN)/eora-lab ## the tests that need no language model
 lab: $(BIN)/eora-lab ## open JupyterLab (ARGS="..." is passed on)
 	$(BIN)/jupyter lab $(ARGS)
 
+docs: $(BIN)/eora-lab ## write the package reference to build/docs
+	$(BIN)/python -m docs.build
+
 lint: $(BIN)/eora-lab ## check style
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -42,5 +45,5 @@ $(BIN)/eora-lab: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help demo figures test unit lab lint
+.PHONY: help demo figures test unit lab docs lint
 .DELETE_ON_ERROR:

@@ -7,7 +7,7 @@ decoder-only transformers model works and no architecture is named here.
 from collections.abc import Iterator, Sequence
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from eora_lab.errors import EoraLabError
@@ -108,7 +108,7 @@ class BlockStream:
         return states[0], calls
 
     @torch.no_grad()
-    def outputs(self, index: int) -> Iterator[Tensor]:
+    def outputs(self, index: int) -> Iterator[Float[Tensor, "batch seqlen hidden"]]:
         """Run block `index` on the current hidden states, a mini-batch at a time."""
         block = list(self.blocks.values())[index]
         for hidden in self.hidden:

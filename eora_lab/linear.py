@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import BFloat16, Float, Shaped
 from torch import Tensor, nn
 
 from eora_lab.compensate.factors import StoredFactors
@@ -65,6 +65,7 @@ class CompensatedLinear(nn.Module):
 
     @property
     def rank(self) -> int:
+        """Of the low-rank path; 0: there is none."""
         return self.lora_A.shape[0]
 
     @property
@@ -148,7 +149,7 @@ class CompensatedLinear(nn.Module):
         plain = set(self._packed) == {"codes", "offsets", "scales"} and "g_idx" not in self.whole and self.codes.is_cpu
         return plain and self.bits == 4 and self.out_features % 16 == 0 and self.group_size in INT4_GROUPS
 
-    def int4(self) -> tuple[Tensor, int, Tensor]:
+    def int4(self) -> tuple[Shaped[Tensor, "..."], int, BFloat16[Tensor, "groups out 2"]]:
         """W^ as that product takes it: codes in its own order, group size, (scale, weight of code 8) of every group.
         Made when first asked for."""
         if self._int4 is None:
@@ -172,6 +173,7 @@ class CompensatedLinear(nn.Module):
         return [(start, min(start + rows, self.out_features)) for start in range(0, self.out_features, rows)]
 
     def extra_repr(self) -> str:
+        """What torch prints of the layer."""
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, rank={self.rank}"
 
 
@@ -179,12 +181,14 @@ class PackedProduct(torch.autograd.Function):
     """x W^ᵀ, with a gradient for x. Nothing is kept for the backward pass: W^ is unpacked again."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, layer: CompensatedLinear) -> Tensor:
+    def forward(ctx, x: Float[Tensor, "... in"], layer: CompensatedLinear) -> Float[Tensor, "... out"]:
+        """x W^ᵀ."""
         ctx.layer = layer
         return layer.product(x.reshape(-1, layer.in_features)).view(*x.shape[:-1], layer.out_features)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx, gradient: Float[Tensor, "... out"]) -> tuple[Float[Tensor, "... in"], None]:
+        """gradient W^."""
         layer = ctx.layer
         below = layer.product_with_transpose(gradient.reshape(-1, layer.out_features))
         return below.view(*gradient.shape[:-1], layer.in_features), None

@@ -45,6 +45,7 @@ class Report:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of all compressed weights and factors, as stored."""
         return sum(layer.nbytes for layer in self.layers)
 
     @property
@@ -53,11 +54,13 @@ class Report:
         return 8 * self.nbytes / max(self.weights, 1)
 
     def to_json(self) -> str:
+        """The report and its totals."""
         totals = {"weights": self.weights, "nbytes": self.nbytes, "bits_per_weight": self.bits_per_weight}
         return json.dumps(totals | asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
+        """The inverse of `to_json`."""
         data = json.loads(text)
         return cls(
             [layer_report(layer) for layer in data["layers"]], data["seconds"], data["peak_memory"], data["perplexity"]

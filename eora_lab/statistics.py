@@ -7,7 +7,7 @@ error of any candidate. Linears that read the same input share one object.
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -59,6 +59,7 @@ class InputStatistics:
 
     @property
     def in_features(self) -> int:
+        """Channels of the input."""
         return len(self.mean_abs)
 
     @torch.no_grad()
@@ -125,7 +126,7 @@ class InputStatistics:
         return statistics
 
 
-def check_second_moment(second_moment: Tensor) -> None:
+def check_second_moment(second_moment: Shaped[Tensor, "..."]) -> None:
     """Raise EoraLabError unless S is a finite, symmetric square matrix."""
     if second_moment.ndim != 2 or second_moment.shape[0] != second_moment.shape[1]:
         raise EoraLabError(f"the second moment must be a square matrix, not {tuple(second_moment.shape)}")
@@ -135,7 +136,7 @@ def check_second_moment(second_moment: Tensor) -> None:
         raise EoraLabError("the second moment is not symmetric")
 
 
-def all_finite(matrix: Tensor) -> bool:
+def all_finite(matrix: Shaped[Tensor, "..."]) -> bool:
     """Whether there is no NaN and no Inf. A finite sum, which takes one pass and no memory, settles it."""
     return bool(torch.isfinite(matrix.sum()) or torch.isfinite(matrix).all())
 

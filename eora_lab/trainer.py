@@ -19,7 +19,7 @@ from eora_lab.training import Training
 class FrozenLinear(nn.Linear):
     """A compensated layer in the shape that peft can wrap: an nn.Linear, whose product is that of the packed W^.
 
-    `weight` is empty. peft only asks it for a device and a dtype.
+    Its weight is empty: peft only asks it for a device and a dtype.
     """
 
     def __init__(self, layer: CompensatedLinear):

@@ -26,6 +26,7 @@ class StoredFactors:
 
     @property
     def nbytes(self) -> int:
+        """Bytes as stored."""
         return self.A.nbytes + self.B.nbytes
 
     def state_dict(self) -> dict[str, Tensor]:

@@ -23,6 +23,7 @@ class LowRank:
 
     @property
     def rank(self) -> int:
+        """Rows of A."""
         return self.A.shape[0]
 
     def dense(self) -> Float[Tensor, "out in"]:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from eora_lab.embedded import one_line, quiet_transformers
@@ -46,7 +47,7 @@ def dense_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     return tensors
 
 
-def to_dtype(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def to_dtype(tensor: Shaped[Tensor, "*shape"], dtype: torch.dtype, name: str) -> Shaped[Tensor, "*shape"]:
     """Convert; raises EoraLabError when values overflow."""
     converted = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
     if not torch.isfinite(converted).all():

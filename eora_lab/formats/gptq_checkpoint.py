@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
+from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
@@ -57,7 +58,7 @@ class GptqCheckpoint(Mapping[str, CompressedWeight]):
     def __len__(self) -> int:
         return len(self._names)
 
-    def tensor(self, key: str) -> Tensor:
+    def tensor(self, key: str) -> Shaped[Tensor, "..."]:
         """Any tensor of the files."""
         try:
             with safe_open(self.folder / self._files[key], framework="pt") as file:

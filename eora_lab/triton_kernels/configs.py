@@ -32,15 +32,18 @@ def bucket(rows: int) -> int:
 
 
 def key(rows: int, columns: int, channels: int, bits: int, group: int, rank: int, dtype: str) -> str:
+    """The name of a shape's choice in the file of tuned ones."""
     return f"m{bucket(rows)} n{columns} k{channels} w{bits} g{group} r{-(-rank // 64) * 64} {dtype}"
 
 
 def tuned_path(gpu: str, triton_version: str) -> Path:
+    """The file of tuned choices for a GPU and a Triton version, there or not."""
     return TUNED / f"{gpu.replace(' ', '-')}-triton{triton_version}.json"
 
 
 @functools.cache
 def tuned(gpu: str, triton_version: str) -> dict[str, Config]:
+    """The choices in that file, by `key`; none where there is no file."""
     path = tuned_path(gpu, triton_version)
     if not path.is_file():
         return {}

@@ -1,7 +1,7 @@
 """Allocate and launch: from a `FusedWeight`, rows x and a `Config` to y. Needs Triton (x on the CPU if interpreted)."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 from torch import Tensor
 
 from eora_lab.triton_kernels.configs import Config
@@ -33,6 +33,7 @@ def sizes(weight: FusedWeight) -> tuple[int, int, int]:
 
 
 def decode(x: Float[Tensor, "rows in"], weight: FusedWeight, config: Config, y: Float[Tensor, "rows out"]) -> None:
+    """Few rows: the streaming kernel writes y."""
     M, K = x.shape
     NP, blocks, block = sizes(weight)
     grid = NP // config.block_n, config.split_k, -(-M // config.block_m)
@@ -72,7 +73,7 @@ def first_launch(
     sum_group: int,
     grid: tuple[int, int, int],
     config: Config,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+) -> tuple[Float[Tensor, " tiles"], Float[Tensor, " xa"], Float[Tensor, " sums"], Int32[Tensor, " counters"], int]:
     """Run `down_kernel`. One new workspace as partial tiles (still empty), x Aᵀ, sums and counters (zero); chunks."""
     M, K = x.shape
     R, tiles = len(A), grid[0] * grid[2]
@@ -99,6 +100,7 @@ def options(config: Config) -> dict[str, int | bool]:
 
 
 def prefill(x: Float[Tensor, "rows in"], weight: FusedWeight, config: Config, y: Float[Tensor, "rows out"]) -> None:
+    """Some hundred rows: the kernel that scales in registers writes y."""
     M, K = x.shape
     NP, blocks, block = sizes(weight)
     xa = x @ weight.A.T

@@ -25,6 +25,7 @@ class FusedLinear(nn.Module):
 
     @property
     def weight(self) -> FusedWeight:
+        """What it was made from, on the device where it is."""
         return FusedWeight(*(getattr(self, name) for name in TENSORS), **self.numbers)
 
     def _apply(self, fn, recurse: bool = True) -> "FusedLinear":

@@ -4,7 +4,7 @@ On CUDA tensors it launches Triton. On the CPU it unpacks the weight and lets to
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from eora_lab.triton_kernels.backend import choose_backend
@@ -36,6 +36,7 @@ def fused_linear(
 
 @fused_linear.register_kernel("cuda")
 def on_cuda(x, planes, scales, offsets, A, Bt, tiles, bias, order, bits, group, out_features, ranks):
+    """`fused_linear` on a GPU."""
     weight = FusedWeight(
         planes, scales, offsets, A, Bt, tiles, bias, order, bits, group, tuple(out_features), tuple(ranks)
     )
@@ -51,10 +52,11 @@ def on_cuda(x, planes, scales, offsets, A, Bt, tiles, bias, order, bits, group, 
 
 @fused_linear.register_fake
 def shape_only(x, planes, scales, offsets, A, Bt, tiles, bias, order, bits, group, out_features, ranks):
+    """The shape of its output, for torch.compile."""
     return x.new_empty(*x.shape[:-1], sum(out_features))
 
 
-def rows(x: Float[Tensor, "... in"], order: Tensor | None) -> Float[Tensor, "rows in"]:
+def rows(x: Float[Tensor, "... in"], order: Shaped[Tensor, " in"] | None) -> Float[Tensor, "rows in"]:
     """x as rows whose elements lie side by side, channels in the packed order."""
     x = x.reshape(-1, x.shape[-1])
     if order is not None:

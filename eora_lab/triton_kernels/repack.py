@@ -46,6 +46,7 @@ class FusedWeight:
 
     @property
     def in_features(self) -> int:
+        """Channels of x."""
         return self.A.shape[1]
 
     def segments(self) -> Iterator[tuple[slice, slice, slice]]:
@@ -64,6 +65,7 @@ class FusedWeight:
         return {"bits": self.bits, "group": self.group, "out_features": self.out_features, "ranks": self.ranks}
 
     def to(self, device: torch.device | str) -> "FusedWeight":
+        """The same on another device."""
         return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
 

@@ -36,6 +36,7 @@ class Sparse24Weight:
     out_features: int
 
     def to(self, device: torch.device | str) -> "Sparse24Weight":
+        """The same on another device."""
         tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
         return replace(self, **tensors)
 
@@ -107,4 +108,5 @@ def sparse24_linear(
 
 @sparse24_linear.register_fake
 def shape_only(x, values, places, A, Bt, tiles, bias, out_features):
+    """The shape of its output, for torch.compile."""
     return x.new_empty(*x.shape[:-1], out_features)

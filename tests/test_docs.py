@@ -1,0 +1,96 @@
+"""The package reference (`make docs`) says what it must, and no link leads nowhere."""
+
+import importlib
+import inspect
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import get_args, get_origin
+from urllib.parse import unquote
+
+import pytest
+from torch import Tensor
+
+import eora_lab
+from docs.build import MODULES, build
+
+ROOT = Path(__file__).parent.parent
+BY_NAME = (dict, Callable)  # tensors in these have no one shape
+SHAPE = re.compile(r"\([\w.* ]+,[\w.*, ]*\)")  # (out, in), (..., in), (tokens,)
+LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")  # of Markdown and HTML
+NAMED = re.compile(r"`((?:eora_lab|kernels|tests|notebooks|figures|data)/[\w./-]*)`")  # places of the repository
+
+
+def public(owner: object, module: str) -> Iterator[tuple[str, object]]:
+    """Public functions, classes, methods and properties that a module or class defines itself."""
+    for name, member in vars(owner).items():
+        member = getattr(member, "__func__", member)  # of a classmethod or staticmethod
+        if name.startswith("_") or getattr(member, "__module__", module) != module:
+            continue
+        if inspect.isclass(member) or inspect.isfunction(member) or isinstance(member, property):
+            yield f"{owner.__name__}.{name}", member
+        if inspect.isclass(member):
+            yield from public(member, module)
+
+
+def bare(annotation: object) -> bool:
+    """Whether an annotation has a tensor without a shape."""
+    if annotation is Tensor:
+        return True
+    return get_origin(annotation) not in BY_NAME and any(map(bare, get_args(annotation)))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_everything_public_is_documented_with_its_shapes(name):
+    module = importlib.import_module(name)
+    assert module.__doc__
+    for path, member in public(module, name):
+        doc = inspect.getdoc(member)
+        assert doc, f"{path} has no docstring"
+        function = member.fget if isinstance(member, property) else member
+        if inspect.isfunction(function):
+            shapeless = [key for key, annotation in inspect.get_annotations(function).items() if bare(annotation)]
+            assert not shapeless or SHAPE.search(doc), f"{path} does not say the shape of: {', '.join(shapeless)}"
+
+
+def test_the_check_finds_what_it_is_for():
+    def shapeless(x: Tensor) -> list[Tensor]: ...
+
+    assert all(map(bare, inspect.get_annotations(shapeless).values()))
+    assert not bare(eora_lab.solve.__annotations__["residual"])
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    """What people read in the repository."""
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("kernels/*.md"), *ROOT.glob("data/**/*.md")]:
+        yield path, path.read_text(encoding="utf-8")
+    for path in ROOT.glob("notebooks/*.ipynb"):
+        cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+        yield path, "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+
+
+@pytest.mark.parametrize("path, text", list(pages()), ids=lambda value: value.name if isinstance(value, Path) else "")
+def test_links_to_files_lead_somewhere(path, text):
+    links = [unquote(a or b).partition("#")[0] for a, b in LINK.findall(text)]
+    for link in links:
+        assert not link or "://" in link or (path.parent / link).exists(), f"{path.name}: {link}"
+    for place in NAMED.findall(text):
+        later = place.startswith("kernels/results") or "NAME" in place  # made by the bench on a GPU, or by the reader
+        assert later or (ROOT / place).exists(), f"{path.name}: {place}"
+
+
+def test_the_reference_is_built_and_its_links_hold(tmp_path):
+    build(tmp_path)
+    script = re.compile("<script.*?</script>", re.S)  # of the search; it makes links of its own
+    html = {path: script.sub("", path.read_text(encoding="utf-8")) for path in tmp_path.rglob("*.html")}
+    assert {path.relative_to(tmp_path).with_suffix("").as_posix().replace("/", ".") for path in html} >= set(MODULES)
+    anchors = {path: set(re.findall(r'id="([^"]+)"', text)) for path, text in html.items()}
+    for path, text in html.items():
+        for link in re.findall(r'href="([^"]+)"', text):
+            file, _, anchor = unquote(link).partition("#")
+            if "://" in file:
+                continue
+            target = (path.parent / file).resolve() if file else path
+            assert target in html, f"{path.name}: {link}"
+            assert not anchor or anchor in anchors[target], f"{path.name}: {link}"
