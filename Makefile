@@ -16,9 +16,11 @@ figures: $(BIN)/eora-lab ## draw the committed figures again from recorded numbe
 test: lint unit ## all tests
 	$(BIN)/pytest -m kernels
 	$(BIN)/pytest -m real
+	$(BIN)/pytest -m notebooks
+	$(BIN)/pytest -m browser
 
 unit: $(BIN)/eora-lab ## the tests that need no language model
-	$(BIN)/pytest -m "not real and not kernels"
+	$(BIN)/pytest -m "not real and not kernels and not notebooks and not browser"
 
 lab: $(BIN)/eora-lab ## open JupyterLab (ARGS="..." is passed on)
 	$(BIN)/jupyter lab $(ARGS)

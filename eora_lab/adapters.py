@@ -25,19 +25,23 @@ class Adapters:
     """
 
     def __init__(self, model: nn.Module, folders: Mapping[str, Path | str] | None = None):
-        self._layers = compensated_layers(model)
+        self.model, self._layers = model, compensated_layers(model)
         self._factors: dict[str, dict[str, StoredFactors]] = {}
         if any(layer.rank for layer in self._layers.values()):
             self._factors[OWN] = {name: layer.factors for name, layer in self._layers.items()}
         self.active: str | None = next(iter(self._factors), None)
         for name, folder in (folders or {}).items():
-            if name in (OWN, OFF):
-                raise EoraLabError(f"an adapter cannot be called {name!r}: choose another name")
             factors = read_adapter(folder)[0]
             try:
-                self._factors[name] = stored_factors(self._layers, factors)
+                self.add(name, factors)
             except EoraLabError as error:
                 raise EoraLabError(f"{folder}: {error}") from error
+
+    def add(self, name: str, factors: Factors) -> None:
+        """One more adapter, such as `solve_adapter` returns. Raises EoraLabError when it or its name does not do."""
+        if name in (OWN, OFF, *self._factors):
+            raise EoraLabError(f"an adapter cannot be called {name!r}: choose another name")
+        self._factors[name] = stored_factors(self._layers, factors)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Run a grid of experiments into a result store: every cell once, whatever fails or is killed on the way."""
 
 import itertools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -110,6 +110,7 @@ def plan(
 
     Raises EoraLabError when the memory of the machine cannot hold a cell.
     """
+    model_shape.cache_clear()  # a folder may hold another model by now
     found = [store.get(cell.config()) for cell in cells]
     again = [cell is None or (retry_failed and cell["status"] == "failed") for cell in found]
     todo = [cell for cell, wanted in zip(cells, again, strict=True) if wanted]
@@ -157,28 +158,46 @@ def sweep(
     if engine not in ("local", "ray"):
         raise EoraLabError(f"unknown engine {engine!r}; known: local, ray")
     cells = expand(grid)
-    load.cache_clear()  # a folder may hold another model by now
-    model_shape.cache_clear()
     left = plan(cells, store, retry_failed, device, workers if engine == "ray" and not address else 1)
     announce(left)
-    highest = highest_ranks(cells)
-    jobs = [(cell, highest[digest(cell.config())]) for cell in left.todo]
-    if engine == "ray":
-        from eora_lab.ray_engine import run_on_ray
-
-        outcomes = run_on_ray(jobs, store.folder, batch_size, device, workers, address)
-    else:
-        cache = ContentCache(store.folder / "cache")
-        outcomes = (run_and_keep(cell, rank, store, cache, batch_size, device) for cell, rank in jobs)
-    with tqdm(total=len(jobs), desc="sweep", unit="cell", disable=not jobs) as bar:
+    with tqdm(total=len(left.todo), desc="sweep", unit="cell", disable=not left.todo) as bar:
         failed = 0
-        for error in outcomes:
+        for error in run_plan(left, cells, store, engine, workers, address, batch_size, device):
             failed += bool(error)
             bar.update()
             if error:
                 bar.set_postfix_str(f"{failed} failed")
                 bar.write(f"failed: {error}")
     return rows(cells, store)
+
+
+def run_plan(
+    left: Plan,
+    cells: list[Cell],
+    store: ResultStore,
+    engine: str = "local",
+    workers: int = 1,
+    address: str | None = None,
+    batch_size: int = 8,
+    device: str = "cpu",
+) -> Iterator[str]:
+    """Run what a plan has left, a cell a step: its error, empty when there was none. `sweep` with a hand on the brake.
+
+    Who stops asking for the next cell stops the sweep; the cells that were handed out are in the store.
+
+    cells: the whole grid that `left` is the rest of. The others as for `sweep`.
+    """
+    load.cache_clear()  # a folder may hold another model by now
+    highest = highest_ranks(cells)
+    jobs = [(cell, highest[digest(cell.config())]) for cell in left.todo]
+    if engine == "ray":
+        from eora_lab.ray_engine import run_on_ray
+
+        yield from run_on_ray(jobs, store.folder, batch_size, device, workers, address)
+    else:
+        cache = ContentCache(store.folder / "cache")
+        for cell, rank in jobs:
+            yield run_and_keep(cell, rank, store, cache, batch_size, device)
 
 
 def rows(cells: list[Cell], store: ResultStore) -> "pandas.DataFrame":

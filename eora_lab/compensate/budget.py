@@ -90,3 +90,17 @@ def allocate_ranks(layers: dict[str, LayerSpectrum], average_rank: int | float, 
             if ranks[name] + multiple <= limit(name):
                 heapq.heappush(steps, (-priority(name), name))
     return ranks
+
+
+def predicted_error(layers: dict[str, LayerSpectrum], ranks: dict[str, int]) -> float:
+    """Mean over layers of the relative output error E|(R - B A) x|² / E|W x|² that EoRA leaves at these ranks.
+
+    What lies beyond the end of a spectrum (see `LowRank`) is not counted.
+    """
+    left = [layer.spectrum[ranks[name] :].sum().item() / (layer.signal or 1.0) for name, layer in layers.items()]
+    return sum(left) / len(left)
+
+
+def factor_bytes(layers: dict[str, LayerSpectrum], ranks: dict[str, int]) -> int:
+    """Bytes of A and B of all layers in 16 bits."""
+    return sum(2 * rank * (layers[name].in_features + layers[name].out_features) for name, rank in ranks.items())

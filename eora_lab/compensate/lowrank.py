@@ -39,3 +39,17 @@ class LowRank:
         norm_a, norm_b = self.A.norm(dim=1), self.B.norm(dim=0)
         ratio = torch.where((norm_a > 0) & (norm_b > 0), (norm_b / norm_a).sqrt(), torch.ones_like(norm_a))
         return replace(self, A=self.A * ratio[:, None], B=self.B / ratio)
+
+    def losses(
+        self, residual: Float[Tensor, "out in"], second_moment: Float[Tensor, "in in"]
+    ) -> Float[Tensor, " ranks"]:
+        """E|(R - B A) x|² of this answer cut to the ranks 0, 1, ..., its own. float64, from S alone.
+
+        tr((R - BA) S (R - BA)ᵀ) = tr(R S Rᵀ) - 2 Σ_k b_kᵀ R S a_k + Σ_jk (b_jᵀ b_k)(a_jᵀ S a_k), sums up to the rank.
+        """
+        A, B, R, S = (matrix.double() for matrix in (self.A, self.B, residual, second_moment))
+        RS, AS = R @ S, A @ S
+        met = (B * (RS @ A.T)).sum(0)  # (rank,)
+        pairs = ((B.T @ B) * (AS @ A.T)).cumsum(0).cumsum(1).diagonal()
+        losses = (RS * R).sum() - 2 * met.cumsum(0) + pairs
+        return torch.cat([(RS * R).sum()[None], losses]).clamp_min(0)

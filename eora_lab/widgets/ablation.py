@@ -1,0 +1,190 @@
+"""The ablation form: build a grid, see its plan, run it, stop it, go on."""
+
+import html
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import ipywidgets
+import traitlets
+
+from eora_lab.cells import DENSE
+from eora_lab.compress import PRUNERS, QUANTISERS
+from eora_lab.errors import EoraLabError
+from eora_lab.plots import LABELS
+from eora_lab.store import ResultStore
+from eora_lab.sweep import expand, plan, rows, run_plan
+from eora_lab.widgets.table import html_table, interesting
+
+METHODS = ("none", "svd", "act_s", "qera_approx", "eora")
+CHOICES = {  # settings with several values, each an axis of the grid
+    "compressor": (*QUANTISERS, *PRUNERS),
+    "bits": (2, 3, 4),
+    "method": METHODS,
+    "rank": (4, 8, 16, 32, 64, 128),
+}
+NUMBERS = {"group_size": 64, "nsamples": 16, "seqlen": 512, "windows": 10, "window_length": 512}
+TEXTS = {"model": "smollm2-135m", "source": "pydoc", "perplexity": "pydoc:heldout"}
+WIDTH = {"width": "19em"}
+
+
+class AblationForm(ipywidgets.VBox):
+    """Choose settings, read what they amount to, and run them into a store, in the background.
+
+    Stop takes effect after the cell that is running; finished cells stay, and Run goes on with the others.
+
+    folder:   of the result store.
+    start:    values of controls to begin with, such as rank=[8, 16]. Those that are no control (`only`, `seed`, ...,
+              see `Cell`) hold for all cells.
+    controls: name of a setting -> its control. run, stop, retry: the buttons. state: what it is doing.
+    """
+
+    state = traitlets.Enum(["ready", "running", "stopping", "stopped", "finished", "failed"], "ready")
+
+    def __init__(self, folder: Path | str, **start):
+        self._store = ResultStore(folder)
+        self._thread: threading.Thread | None = None
+        self._fixed = {"inputs": "original"}
+        self.controls = make_controls()
+        for name, value in start.items():
+            if name in self.controls:
+                self.controls[name].value = tuple(value) if isinstance(value, list) else value
+            else:
+                self._fixed[name] = value
+        self.dense = ipywidgets.Checkbox(True, description="also the dense model", indent=False)
+        self.retry = ipywidgets.Checkbox(False, description="run failed cells again", indent=False)
+        self.run = ipywidgets.Button(description="Run", icon="play", button_style="primary")
+        self.run.tooltip = "Run the cells that the store does not have"
+        self.stop = ipywidgets.Button(description="Stop", icon="stop", disabled=True)
+        self.stop.tooltip = "Stop after the cell that is running"
+        self.run.add_class("eora-run")
+        self.stop.add_class("eora-stop")
+        self._plan, self._status, self._table = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
+        self._bar = ipywidgets.IntProgress(0, 0, 1, description="Cells", layout={"width": "min(100%, 30em)"})
+        boxes = [self._row(CHOICES), self._row(NUMBERS), self._row(TEXTS)]
+        buttons = ipywidgets.HBox([self.run, self.stop, self.dense, self.retry], layout={"flex_flow": "row wrap"})
+        super().__init__([*boxes, buttons, self._plan, self._bar, self._status, self._table])
+        self.run.on_click(self._start)
+        self.stop.on_click(self._ask_to_stop)
+        for control in (*self.controls.values(), self.dense, self.retry):
+            control.observe(self._show_plan, "value")
+        self._show_plan()
+        self._show_rows()
+
+    def _row(self, names: Mapping) -> ipywidgets.HBox:
+        return ipywidgets.HBox([self.controls[name] for name in names], layout={"flex_flow": "row wrap"})
+
+    @property
+    def grid(self) -> list[dict]:
+        """What the controls say, as `sweep` takes it."""
+        values = {name: control.value for name, control in self.controls.items()}
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        values = {**self._fixed, **values, "perplexity": values["perplexity"].split()}
+        evaluation = {name: values[name] for name in ("model", "perplexity", "windows", "window_length")}
+        grid = [{"compressor": DENSE} | evaluation] if self.dense.value else []
+        quantisers = [name for name in values["compressor"] if name in QUANTISERS]
+        pruners = [name for name in values["compressor"] if name in PRUNERS]
+        if quantisers:
+            grid.append(values | {"compressor": quantisers})
+        if pruners:
+            grid.append({"sparsity": "2:4"} | values | {"compressor": pruners, "bits": 16})
+        return grid
+
+    def join(self) -> None:
+        """Wait until nothing runs any more. (In a notebook this also keeps the buttons waiting.)"""
+        if self._thread:
+            self._thread.join()
+
+    def _planned(self):
+        cells = expand(self.grid)
+        return cells, plan(cells, self._store, self.retry.value)
+
+    def _show_plan(self, _=None) -> None:
+        if self.state in ("running", "stopping"):
+            return
+        try:
+            _, left = self._planned()
+            self._plan.value = f"<div role='status'>{html.escape(str(left))}</div>"
+            self.run.description = "Go on" if left.todo and left.done else "Run"
+            self.run.disabled = not left.todo
+        except EoraLabError as error:
+            self._plan.value = f"<div role='alert'>{html.escape(str(error))}</div>"
+            self.run.disabled = True
+
+    def _start(self, _=None) -> None:
+        if self.state in ("running", "stopping"):
+            return
+        try:
+            cells, left = self._planned()
+        except EoraLabError as error:
+            self._plan.value = f"<div role='alert'>{html.escape(str(error))}</div>"
+            return
+        self.state = "running"
+        self.run.disabled, self.stop.disabled = True, False
+        self._bar.max, self._bar.value = max(len(left.todo), 1), 0
+        self._thread = threading.Thread(target=self._work, args=(cells, left), daemon=True)
+        self._thread.start()
+
+    def _ask_to_stop(self, _=None) -> None:
+        if self.state == "running":
+            self.state, self.stop.disabled = "stopping", True
+            self._status.value = "stopping after the cell that is running ..."
+
+    def _work(self, cells, left) -> None:
+        """In a thread, so that the form stays alive."""
+        failed, state = 0, "finished"
+        self._tell(left, 0, failed)
+        try:
+            for done, error in enumerate(run_plan(left, cells, self._store), 1):
+                failed += bool(error)
+                self._bar.value = done
+                self._show_rows()
+                if self.state == "stopping" and done < len(left.todo):
+                    state = "stopped"
+                    break
+                self._tell(left, done, failed)
+        except Exception as error:  # the store cannot be written, say: whoever looks at the form should know
+            state = "failed"
+            self._status.value = f"<div role='alert'>{html.escape(f'{type(error).__name__}: {error}')}</div>"
+        else:
+            rest = len(left.todo) - self._bar.value
+            self._status.value = f"{state}: {self._bar.value} cells run, {failed} failed, {rest} left"
+        self.stop.disabled, self.state = True, state
+        self._show_plan()
+
+    def _tell(self, left, done: int, failed: int) -> None:
+        if done < len(left.todo) and self.state == "running":
+            text = f"running cell {done + 1} of {len(left.todo)}: {describe(left.todo[done])}"
+            self._status.value = html.escape(text) + (f" ({failed} failed)" if failed else "")
+
+    def _show_rows(self) -> None:
+        try:
+            frame = rows(expand(self.grid), self._store)
+        except EoraLabError:
+            return
+        self._table.value = html_table(frame, interesting(frame)) if len(frame) else ""
+
+
+def make_controls() -> dict[str, ipywidgets.ValueWidget]:
+    """One control a setting, with its name as the grid has it."""
+    style = {"description_width": "8em"}
+    controls: dict[str, ipywidgets.ValueWidget] = {}
+    for name, options in CHOICES.items():
+        shown = [(LABELS.get(value, value), value) for value in options] if name == "method" else options
+        controls[name] = ipywidgets.SelectMultiple(
+            options=shown, value=options[:1], rows=6, description=name, style=style, layout=WIDTH
+        )
+    for name, value in NUMBERS.items():
+        controls[name] = ipywidgets.IntText(value, description=name, style=style, layout=WIDTH)
+    for name, value in TEXTS.items():
+        controls[name] = ipywidgets.Text(value, description=name, style=style, layout=WIDTH)
+        controls[name].continuous_update = False
+    return controls
+
+
+def describe(cell) -> str:
+    """A cell in a few words."""
+    if cell.recipe is None:
+        return DENSE
+    method = LABELS.get(cell.recipe.method, cell.recipe.method)
+    return f"{cell.recipe.base}, {method}{f' rank {cell.recipe.rank}' if cell.recipe.rank else ''}"

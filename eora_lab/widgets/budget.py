@@ -1,0 +1,84 @@
+"""The rank budget: bytes spent on low-rank paths against the error that is predicted to stay."""
+
+from functools import lru_cache
+
+import ipywidgets
+
+from eora_lab.compensate.budget import Budget, LayerSpectrum, allocate_ranks, factor_bytes, predicted_error
+from eora_lab.plots import plot_budget, plot_ranks, rank_grid
+from eora_lab.widgets.figure import LiveFigure
+
+OBJECTIVES = ("uniform", "relative", "absolute")
+SHARES = tuple(k / 16 for k in range(17))  # of the highest average rank, where curves are drawn
+
+
+class BudgetExplorer(ipywidgets.VBox):
+    """Choose an average rank and how to spread it; see bytes, predicted error and every layer's rank.
+
+    layers: from `layer_spectra`. average, objective: the controls. ranks: what they give, for `compress_model`.
+    """
+
+    def __init__(self, layers: dict[str, LayerSpectrum], highest: int = 128):
+        self._layers = layers
+        self.average = ipywidgets.IntSlider(
+            min(32, highest),
+            min=0,
+            max=highest,
+            step=4,
+            description="Average rank",
+            layout={"width": "min(100%, 46em)"},
+        )
+        self.average.style.description_width = "8em"
+        self.average.add_class("eora-budget")
+        self.objective = ipywidgets.ToggleButtons(
+            options=OBJECTIVES,
+            value="relative",
+            description="Spread",
+            tooltips=(
+                "the same rank in every layer",
+                "least sum of errors relative to each layer's output",
+                "least sum of errors",
+            ),
+        )
+        self.status = ipywidgets.HTML()
+        self.curve = LiveFigure("Predicted output error against the megabytes of low-rank factors")
+        self.map = LiveFigure("Rank of every layer")
+        figures = ipywidgets.HBox([self.curve, self.map], layout={"flex_flow": "row wrap"})
+        super().__init__([self.average, self.objective, self.status, figures])
+        self._allocate = lru_cache(maxsize=None)(
+            lambda average, objective: allocate_ranks(layers, average, Budget(objective))
+        )
+        self._draw(highest)
+        self._show()
+        self.average.observe(self._show, "value")
+        self.objective.observe(self._show, "value")
+
+    def _point(self, average: int | float, objective: str) -> tuple[float, float]:
+        """(megabytes, predicted error)."""
+        ranks = self._allocate(average, objective)
+        return factor_bytes(self._layers, ranks) / 1e6, predicted_error(self._layers, ranks)
+
+    def _draw(self, highest: int) -> None:
+        curves = {
+            objective: tuple(zip(*(self._point(share * highest, objective) for share in SHARES), strict=True))
+            for objective in OBJECTIVES
+        }
+        figure = plot_budget(curves, self._point(self.average.value, self.objective.value), size=(5.0, 3.5))
+        self._marker = figure.axes[0].lines[-1]
+        self.curve.show(figure, [self._marker])
+        most = max(max(self._allocate(highest, objective).values()) for objective in OBJECTIVES)
+        figure = plot_ranks(dict.fromkeys(self._layers, 0), highest=most, size=(5.4, 3.5))
+        self._cells = figure.axes[0].images[0]
+        self.map.show(figure, [self._cells])
+
+    def _show(self, _=None) -> None:
+        self.ranks = self._allocate(self.average.value, self.objective.value)
+        megabytes, error = self._point(self.average.value, self.objective.value)
+        self._marker.set_data([megabytes], [error])
+        self.curve.redraw()
+        self._cells.set_data(rank_grid(self.ranks)[1])
+        self.map.redraw()
+        uniform = self._point(self.average.value, "uniform")[1]
+        text = f"{megabytes:.1f} MB of factors, predicted output error {error:.4f} (mean of layers)"
+        text += f"; uniform ranks: {uniform:.4f}" if self.objective.value != "uniform" else ""
+        self.status.value = f"<div role='status'>{text}</div>"

@@ -1,0 +1,240 @@
+"""Real JupyterLab in a real browser: notebooks run, widgets answer to the keyboard, nothing complains."""
+
+import json
+import os
+import re
+import secrets
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from tests.notebooks import ROOT, environment, find_chromium, smoke_copy
+
+pytestmark = pytest.mark.browser
+
+# Messages of Lab's own that tell nothing about a notebook, each with its reason
+KNOWN_NOISE = (
+    r"favicon",  # Lab asks for an icon of the server's that is not there
+    r"the server responded with a status of 404.*/api/(workspaces|settings)",  # not saved yet in a fresh workplace
+)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
+MINUTE = 60_000  # milliseconds, as playwright counts; all waits are long, for a busy machine
+LONG = 10 * MINUTE
+KERNEL = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+CELLS = """() => window.jupyterapp.shell.currentWidget.content.model.sharedModel.toJSON().cells
+    .filter(cell => cell.cell_type === 'code')"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """(address, token) of a JupyterLab whose root holds the notebooks at their smoke size."""
+    pytest.importorskip("jupyterlab", reason="JupyterLab is the extra `lab`")
+    folder = tmp_path_factory.mktemp("lab")
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        smoke_copy(path, folder)
+    env = environment(folder)
+    page_config = Path(env["JUPYTER_CONFIG_DIR"]) / "labconfig" / "page_config.json"
+    page_config.parent.mkdir(parents=True)
+    page_config.write_text(json.dumps({"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token = secrets.token_hex(16)
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1"]
+    command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"]
+    command += [f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"]
+    command += ["--LabApp.extension_manager=readonly"]
+    command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    with open(folder / "server.log", "w") as log:
+        process = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            assert process.poll() is None, (folder / "server.log").read_text()
+            try:
+                urllib.request.urlopen(f"{address}/api/status?token={token}", timeout=5)
+                break
+            except OSError:
+                time.sleep(1)
+        yield address, token, folder
+        stop = urllib.request.Request(
+            f"{address}/api/shutdown", method="POST", headers={"Authorization": f"token {token}"}
+        )
+        urllib.request.urlopen(stop, timeout=60)
+        process.wait(120)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is the extra `dev`")
+    chromium = find_chromium()
+    if not chromium:
+        pytest.skip("no chromium here: apt-get install chromium")
+    with playwright.sync_playwright() as play:
+        running = play.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield running
+        running.close()
+
+
+class Lab:
+    """One notebook in one tab."""
+
+    def __init__(self, page, shots: Path, name: str):
+        self.page, self.shots, self.name = page, shots, name
+        self.complaints: list[str] = []
+        page.on(
+            "console", lambda message: self._hear(message.type, f"{message.text} {message.location.get('url', '')}")
+        )
+        page.on("pageerror", lambda error: self._hear("error", str(error)))
+
+    def _hear(self, kind: str, text: str) -> None:
+        if kind == "error" and not any(re.search(known, text) for known in KNOWN_NOISE):
+            self.complaints.append(text)
+
+    def open(self, address: str, token: str) -> None:
+        self.page.goto(f"{address}/lab/tree/notebooks/{self.name}?token={token}&reset", timeout=LONG)
+        self.page.wait_for_selector(".jp-NotebookPanel .jp-Notebook", timeout=LONG)
+        self.page.wait_for_function(KERNEL, timeout=LONG)
+
+    def run_all(self) -> None:
+        """Run all cells; fail on the first error output."""
+        self.page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+        self.page.wait_for_function(
+            f"({CELLS})().every(cell => cell.execution_count) || ({CELLS})().some(cell => "
+            "cell.outputs.some(output => output.output_type === 'error'))",
+            timeout=LONG,
+        )
+        self.page.wait_for_function(KERNEL, timeout=LONG)
+        outputs = [output for cell in self.page.evaluate(CELLS) for output in cell["outputs"]]
+        assert [output for output in outputs if output["output_type"] == "error"] == []
+
+    def picture(self, what: str, selector: str) -> None:
+        """Screenshots of an element in the light and the dark theme."""
+        for theme in ("Light", "Dark"):
+            self.page.evaluate(
+                f"window.jupyterapp.commands.execute('apputils:change-theme', {{theme: 'JupyterLab {theme}'}})"
+            )
+            shown = f"document.body.dataset.jpThemeLight === '{str(theme == 'Light').lower()}'"
+            self.page.wait_for_function(shown, timeout=MINUTE)
+            self.page.wait_for_timeout(300)
+            file = self.shots / f"{self.name[:2]}-{what}-{theme.lower()}.png"
+            self.page.locator(selector).first.screenshot(path=file, timeout=MINUTE)
+
+    def changes(self, read: str, act) -> None:
+        """Act, and wait until what `read` (JavaScript) gives is another."""
+        before = self.page.evaluate(read)
+        act()
+        self.page.wait_for_function(f"before => ({read})() !== before", arg=before, timeout=MINUTE)
+
+
+@pytest.fixture
+def lab(server, browser, tmp_path):
+    address, token, _ = server
+    shots = Path(os.environ.get("EORA_LAB_SCREENSHOTS") or tmp_path)
+    shots.mkdir(parents=True, exist_ok=True)
+    page = browser.new_page(viewport={"width": 1300, "height": 1000})
+    page.set_default_timeout(MINUTE)
+
+    def start(name: str) -> Lab:
+        opened = Lab(page, shots, name)
+        opened.open(address, token)
+        return opened
+
+    yield start
+    page.close()
+
+
+def text_of(selector: str) -> str:
+    return f"() => document.querySelector({json.dumps(selector)})?.textContent"
+
+
+def image_in(selector: str, index: int) -> str:
+    """The source of a figure in the output that holds `selector`."""
+    holder = json.dumps(f".jp-OutputArea-output:has({selector}) img")
+    return f"() => document.querySelectorAll({holder})[{index}]?.src"
+
+
+def test_the_quickstart_shows_before_and_after(lab):
+    page = lab("00_quickstart.ipynb")
+    page.run_all()
+    printed = page.page.locator(".jp-OutputArea-output", has_text="=== compressed + EoRA: perplexity")
+    assert re.search(r"=== original: perplexity \d+\.\d\d\n.+=== compressed: perplexity", printed.inner_text(), re.S)
+    page.picture("before-after", ".jp-OutputArea-output:has-text('=== compressed + EoRA')")
+    button = page.page.get_by_role("button", name="Write")
+    button.scroll_into_view_if_needed()
+    page.page.get_by_label("Prompt").fill("The sea is")
+    button.focus()
+    page.changes(
+        "() => document.querySelectorAll('.jp-OutputArea-output section').length",
+        lambda: page.page.keyboard.press("Enter"),
+    )
+    page.page.wait_for_function("document.querySelectorAll('.jp-OutputArea-output section').length === 3", timeout=LONG)
+    page.page.wait_for_function(KERNEL, timeout=LONG)
+    page.picture("generator", ".jp-OutputArea-output:has(section)")
+    page.picture("summary", ".jp-OutputArea-output:has(table):has-text('bits per weight')")
+    assert page.complaints == []
+
+
+def test_the_spectrum_explorer_follows_the_arrow_keys(lab):
+    page = lab("02_svd_vs_eora_error_analysis.ipynb")
+    page.run_all()
+    handle = page.page.locator(".eora-rank .noUi-handle")
+    handle.scroll_into_view_if_needed()
+    handle.focus()
+    for figure in (0, 1):  # the curves, and the map
+        page.changes(image_in(".eora-rank", figure), lambda: page.page.keyboard.press("ArrowRight"))
+    page.changes(text_of(".eora-rank .widget-readout"), lambda: page.page.keyboard.press("ArrowLeft"))
+    tabs = page.page.locator(".jp-OutputArea-output:has(.eora-rank) .widget-toggle-button", has_text="SVD")
+    tabs.focus()
+    page.changes(image_in(".eora-rank", 1), lambda: page.page.keyboard.press("Enter"))
+    page.picture("explorer", ".jp-OutputArea-output:has(.eora-rank)")
+    for index, what in enumerate(("spectra", "two-spectra", "losses", "maps")):
+        page.picture(what, f":nth-match(.jp-RenderedImage, {index + 1})")
+    assert page.complaints == []
+
+
+def test_the_ablation_form_stops_and_keeps_what_is_finished(lab, server):
+    store = server[2] / "notebooks" / "runs" / "ablation"
+    page = lab("08_ablation_lab.ipynb")
+    page.run_all()
+    assert len(list(store.glob("*.json"))) == 1  # the cell that runs by itself
+    run, stop = page.page.locator("button.eora-run"), page.page.locator("button.eora-stop")
+    run.scroll_into_view_if_needed()
+    page.picture("form-before", ".jp-OutputArea-output:has(.eora-run)")
+    run.focus()
+    page.page.keyboard.press("Enter")
+    stop.and_(page.page.locator(":enabled")).wait_for(timeout=LONG)
+    for _ in range(LONG // 100):
+        if len(list(store.glob("*.json"))) >= 2:
+            break
+        page.page.wait_for_timeout(100)
+    stop.focus()
+    page.page.keyboard.press("Enter")
+    form = page.page.locator(".jp-OutputArea-output:has(.eora-run)")
+    form.get_by_text(re.compile(r"stopped: \d cells run, 0 failed")).wait_for(timeout=LONG)
+    kept = {path: path.stat().st_mtime_ns for path in store.glob("*.json")}
+    assert 2 <= len(kept) < 4
+    page.page.wait_for_timeout(3000)
+    assert len(list(store.glob("*.json"))) == len(kept)  # it did stop
+    page.picture("form-stopped", ".jp-OutputArea-output:has(.eora-run)")
+    run.focus()
+    page.page.keyboard.press("Enter")
+    form.get_by_text(re.compile(r"finished: \d cells run, 0 failed, 0 left")).wait_for(timeout=LONG)
+    assert len(list(store.glob("*.json"))) == 4
+    assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
+    page.page.get_by_role("button", name="Refresh").click()
+    browser = page.page.locator(".jp-OutputArea-output:has(input[placeholder^='words'])")
+    browser.get_by_text("4 of 4 cells").wait_for()
+    browser.locator("input").first.fill("rtn")
+    browser.get_by_text("3 of 4 cells").wait_for()
+    page.picture("browser", ".jp-OutputArea-output:has(input[placeholder^='words'])")
+    assert page.complaints == []
