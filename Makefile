@@ -14,13 +14,13 @@ figures: $(BIN)/eora-lab ## draw the committed figures again from recorded numbe
 	$(BIN)/python -m figures.rebuild
 
 test: lint unit ## all tests
-	$(BIN)/pytest -m kernels
+	$(BIN)/pytest -n 2 -m kernels
 	$(BIN)/pytest -m real
-	$(BIN)/pytest -m notebooks
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m notebooks
 	$(BIN)/pytest -m browser
 
 unit: $(BIN)/eora-lab ## the tests that need no language model
-	$(BIN)/pytest -m "not real and not kernels and not notebooks and not browser"
+	$(BIN)/pytest -n 2 -m "not real and not kernels and not notebooks and not browser"
 
 lab: $(BIN)/eora-lab ## open JupyterLab (ARGS="..." is passed on)
 	$(BIN)/jupyter lab $(ARGS)
