@@ -6,6 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from eora_lab.errors import EoraLabError
+from eora_lab.linear import unpacked
 
 
 def perplexity(model: nn.Module, token_windows: Int[Tensor, "n seqlen"], progress: bool = False) -> float:
@@ -30,10 +31,12 @@ def window_losses(
     if token_windows.ndim != 2 or token_windows.shape[0] < 1 or token_windows.shape[1] < 2:
         raise EoraLabError(f"perplexity needs (n, seqlen >= 2) tokens, not {tuple(token_windows.shape)}")
     device = next(model.parameters()).device
+    windows = tqdm(token_windows.to(device), desc="perplexity", unit="window", disable=not progress, leave=False)
     losses = []
-    for window in tqdm(token_windows.to(device), desc="perplexity", unit="window", disable=not progress, leave=False):
-        logits = model(window[None], use_cache=False).logits[0, :-1]  # (seqlen - 1, vocabulary)
-        losses.append(F.cross_entropy(logits.float(), window[1:], reduction="sum").item() / (len(window) - 1))
+    with unpacked(model):
+        for window in windows:
+            logits = model(window[None], use_cache=False).logits[0, :-1]  # (seqlen - 1, vocabulary)
+            losses.append(F.cross_entropy(logits.float(), window[1:], reduction="sum").item() / (len(window) - 1))
     found = torch.tensor(losses, dtype=torch.float64)
     if not torch.isfinite(found).all():
         raise EoraLabError("the model's logits are not finite")

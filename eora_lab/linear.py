@@ -1,6 +1,7 @@
 """A linear layer that holds its compressed weight packed, and the low-rank path beside it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -56,6 +57,7 @@ class CompensatedLinear(nn.Module):
         """What was made from the buffers for one product is out of date."""
         self._int4: tuple[Tensor, int, Tensor] | None = None
         self._fused: Callable[[Tensor], Tensor] | Literal["torch"] | None = None
+        self._dense: Tensor | None = None
 
     def set_factors(self, factors: StoredFactors) -> None:
         """Put another low-rank path beside the same compressed weight. Of rank 0: none."""
@@ -138,6 +140,8 @@ class CompensatedLinear(nn.Module):
         """x W^ᵀ."""
         if x.dtype == torch.bfloat16 and len(x) <= INT4_ROWS and self.fits_int4:
             return torch._weight_int4pack_mm_for_cpu(x.contiguous(), *self.int4())
+        if self._dense is not None:
+            return x @ self._dense.T
         y = x.new_empty(len(x), self.out_features)
         for start, stop in self.tiles():
             torch.mm(x, self.rows(start, stop).dense(x.dtype).T, out=y[:, start:stop])
@@ -175,6 +179,23 @@ class CompensatedLinear(nn.Module):
     def extra_repr(self) -> str:
         """What torch prints of the layer."""
         return f"{self.in_features}, {self.out_features}, bits={self.bits}, rank={self.rank}"
+
+
+@contextmanager
+def unpacked(model: nn.Module) -> Iterator[None]:
+    """Keep W^ of every `CompensatedLinear` dense within this context: for the many products of a measurement.
+
+    It costs the memory of the dense weights, and saves unpacking them for every batch.
+    """
+    layers = [module for module in model.modules() if isinstance(module, CompensatedLinear)]
+    layers = [layer for layer in layers if layer.fused() == "torch"]
+    for layer in layers:
+        layer._dense = layer.dense()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._dense = None
 
 
 class PackedProduct(torch.autograd.Function):

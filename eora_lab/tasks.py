@@ -15,6 +15,7 @@ from torch import nn
 
 from eora_lab.errors import EoraLabError
 from eora_lab.intervals import Interval, paired_bootstrap
+from eora_lab.linear import unpacked
 from eora_lab.own_tasks import OWN_TASKS
 from eora_lab.sources import hub
 
@@ -92,18 +93,19 @@ def evaluate_tasks(
     with _mirror_before_hub(num_fewshot):
         members = {name: manager.load([copy.deepcopy(OWN_TASKS.get(name, name))])["tasks"] for name in tasks}
     leaves = {leaf: task for loaded in members.values() for leaf, task in loaded.items()}
-    found = lm_eval.simple_evaluate(
-        HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
-        tasks=list(leaves.values()),
-        task_manager=manager,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        bootstrap_iters=1000,
-        random_seed=seed,
-        numpy_random_seed=seed,
-        torch_random_seed=seed,
-        fewshot_random_seed=seed,
-    )
+    with unpacked(model):
+        found = lm_eval.simple_evaluate(
+            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            tasks=list(leaves.values()),
+            task_manager=manager,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            bootstrap_iters=1000,
+            random_seed=seed,
+            numpy_random_seed=seed,
+            torch_random_seed=seed,
+            fewshot_random_seed=seed,
+        )
     single = {leaf: _result(leaf, task, found) for leaf, task in leaves.items()}
     return {name: _pool(name, [single[leaf] for leaf in loaded]) for name, loaded in members.items()}
 

@@ -9,7 +9,7 @@ from torch import nn
 from eora_lab.compensate.factors import StoredFactors
 from eora_lab.compress import CompressedWeight, SparseWeight
 from eora_lab.errors import EoraLabError
-from eora_lab.linear import CompensatedLinear
+from eora_lab.linear import CompensatedLinear, unpacked
 
 
 def layer(
@@ -85,6 +85,18 @@ def test_the_weight_is_held_packed():
     assert held == module.compressed.nbytes == 256 * 512 * 3 // 8 + 256 * 8 * 2 * 4
     module(torch.ones(7, 512))
     assert held == sum(b.nbytes for name, b in module.named_buffers() if name not in ("lora_A", "lora_B", "bias"))
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND, ids=str)
+def test_unpacked_for_a_while_it_computes_the_same(kind, monkeypatch):
+    module = layer(**kind)
+    x = torch.randn(7, module.in_features, generator=torch.Generator().manual_seed(1))
+    before = module(x)
+    with unpacked(nn.Sequential(module)), monkeypatch.context() as patch:
+        patch.setattr(module, "rows", lambda *_: pytest.fail("unpacked once more"))
+        inside = module(x)
+    torch.testing.assert_close(inside, before, rtol=0, atol=1e-5 * before.abs().max().item())
+    assert torch.equal(module(x), before)
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND, ids=str)
