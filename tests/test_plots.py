@@ -168,6 +168,8 @@ def test_what_a_grid_varies_becomes_its_axes(tmp_path):
         "factor-bits": ("bits of an entry of A and B", 1, None),
         "modules": ("layers with a low-rank path", 1, ["all", "self_attn"]),
         "equal-bytes": ("bits a weight, all counted", 1, None),
+        "task-mix": ("calibration text", 3, ["wikitext2:validation", "arc"]),
+        "rivals": ("bits a weight, all counted", 1, None),
     }
     found = figures_of_grids(tmp_path)
     assert set(found) == set(wanted)

@@ -29,7 +29,7 @@ def plot_intervals(groups: Mapping[str, Mapping[str, Interval]]) -> Figure:
                 face = colour if interval.decided else "white"
                 axes.plot(interval.difference, place, "o", color=colour, markerfacecolor=face)
             axes.axvline(0, color="black", linewidth=0.8)
-            axes.set_xlabel(textwrap.fill(unit, 38))
+            axes.set_xlabel(textwrap.fill(unit, 30))
             axes.set_yticks(range(len(rows)), rows)
             axes.set_ylim(len(rows) - 0.4, -0.6)
         confidence = next(interval.confidence for panel in groups.values() for interval in panel.values())

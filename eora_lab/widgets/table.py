@@ -39,8 +39,10 @@ def html_table(frame: "pandas.DataFrame", columns: list[str] | None = None) -> s
 
 
 def is_number(value: object) -> bool:
+    """Whether a cell holds a number that is known."""
     return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def is_float(value: object) -> bool:
+    """Whether a cell is to be rounded."""
     return isinstance(value, float)
