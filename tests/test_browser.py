@@ -158,9 +158,9 @@ def text_of(selector: str) -> str:
 
 
 def image_in(selector: str, index: int) -> str:
-    """The source of a figure in the output that holds `selector`."""
+    """The source of a figure in the output that holds `selector`, which is a picture that the page could draw."""
     holder = json.dumps(f".jp-OutputArea-output:has({selector}) img")
-    return f"() => document.querySelectorAll({holder})[{index}]?.src"
+    return f"() => (image => image?.naturalWidth ? image.src : undefined)(document.querySelectorAll({holder})[{index}])"
 
 
 def test_the_quickstart_shows_before_and_after(lab):
@@ -191,6 +191,7 @@ def test_the_spectrum_explorer_follows_the_arrow_keys(lab):
     handle.scroll_into_view_if_needed()
     handle.focus()
     for figure in (0, 1):  # the curves, and the map
+        page.page.wait_for_function(image_in(".eora-rank", figure))
         page.changes(image_in(".eora-rank", figure), lambda: page.page.keyboard.press("ArrowRight"))
     page.changes(text_of(".eora-rank .widget-readout"), lambda: page.page.keyboard.press("ArrowLeft"))
     tabs = page.page.locator(".jp-OutputArea-output:has(.eora-rank) .widget-toggle-button", has_text="SVD")
@@ -231,8 +232,8 @@ def test_the_ablation_form_stops_and_keeps_what_is_finished(lab, server):
     form.get_by_text(re.compile(r"finished: \d cells run, 0 failed, 0 left")).wait_for(timeout=LONG)
     assert len(list(store.glob("*.json"))) == 4
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
-    page.page.get_by_role("button", name="Refresh").click()
     browser = page.page.locator(".jp-OutputArea-output:has(input[placeholder^='words'])")
+    browser.get_by_role("button", name="Refresh").click()
     browser.get_by_text("4 of 4 cells").wait_for()
     browser.locator("input").first.fill("rtn")
     browser.get_by_text("3 of 4 cells").wait_for()

@@ -53,7 +53,7 @@ def words(html: str) -> str:
 
 def pictures(*figures) -> tuple[bytes, ...]:
     """What is shown now."""
-    shown = tuple(bytes(figure.value) for figure in figures)
+    shown = tuple(figure.png for figure in figures)
     assert all(png.startswith(b"\x89PNG") for png in shown)
     return shown
 

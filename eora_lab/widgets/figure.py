@@ -1,5 +1,7 @@
 """A figure of which only some artists move, redrawn fast enough to follow a slider."""
 
+import base64
+import html
 import io
 from collections.abc import Iterable
 
@@ -8,14 +10,17 @@ import ipywidgets
 DPI = 100
 
 
-class LiveFigure(ipywidgets.Image):
+class LiveFigure(ipywidgets.HTML):
     """A matplotlib Figure as a PNG on a white panel of its own, readable on light and dark pages.
 
-    tooltip: says what it shows, also to those who cannot see it.
+    An `ipywidgets.Image` has no text for those who cannot see it, and breaks when it is given a tooltip.
+
+    says: what it shows. png: the picture as it is now.
     """
 
-    def __init__(self, tooltip: str):
-        super().__init__(format="png", tooltip=tooltip, layout={"max_width": "100%", "height": "auto"})
+    def __init__(self, says: str):
+        super().__init__(layout={"max_width": "100%"})
+        self._says = html.escape(says, quote=True)
 
     def show(self, figure, moving: Iterable) -> None:
         """Take a Figure and draw it; of its artists, those that move are drawn again by every `redraw`."""
@@ -39,4 +44,6 @@ class LiveFigure(ipywidgets.Image):
             artist.axes.draw_artist(artist)
         out = io.BytesIO()
         imsave(out, self._canvas.buffer_rgba(), format="png", pil_kwargs={"compress_level": 1})
-        self.value = out.getvalue()
+        self.png = out.getvalue()
+        source = f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
+        self.value = f'<img alt="{self._says}" title="{self._says}" src="{source}">'
