@@ -32,3 +32,15 @@ def one_thread(request):
         torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """A folder, which is the current one, with a tiny model and a text."""
+    from tests.tiny import TEXT, tiny_model, tiny_tokenizer
+
+    monkeypatch.chdir(tmp_path)
+    tiny_model("llama").save_pretrained("model")
+    tiny_tokenizer().save_pretrained("model")
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path

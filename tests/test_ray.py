@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eora_lab.store import ResultStore
-from tests.test_sweep import SMALL, contents, quiet_sweep, workplace  # noqa: F401
+from tests.test_sweep import SMALL, contents, quiet_sweep
 
 ray = pytest.importorskip("ray", reason='Ray is the extra `ray`: pip install "eora-lab[ray]"')
 
@@ -32,7 +32,7 @@ def kill_a_worker(store: Path, killed: list[int]) -> None:
             return
 
 
-def test_a_killed_worker_loses_nothing(workplace, monkeypatch):  # noqa: F811
+def test_a_killed_worker_loses_nothing(workplace, monkeypatch):
     quiet_sweep(GRID, "local")
     monkeypatch.setenv("EORA_LAB_TEST", str(os.getpid()))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))

@@ -21,20 +21,7 @@ from eora_lab.cells import Cell
 from eora_lab.cli import main
 from eora_lab.store import ResultStore
 from eora_lab.sweep import expand, highest_ranks, named_grids, on_model, plan, read_grid, sweep
-from tests.tiny import tiny_model, tiny_tokenizer
-
-TEXT = "The quick brown fox jumps over the lazy dog, and 12 more. " * 60
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """A folder with a tiny model and a text."""
-    monkeypatch.chdir(tmp_path)
-    tiny_model("llama").save_pretrained("model")
-    tiny_tokenizer().save_pretrained("model")
-    (tmp_path / "text.txt").write_text(TEXT)
-    return tmp_path
-
+from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 
 SMALL = {"model": "model", "group_size": 32, "inputs": "original", "source": "text.txt", "nsamples": 4, "seqlen": 32}
 SMALL |= {"perplexity": ["text.txt"], "windows": 2, "window_length": 32}

@@ -19,13 +19,12 @@ from eora_lab.recipe import Recipe
 from eora_lab.statistics import output_energy
 from eora_lab.store import ResultStore
 from eora_lab.sweep import expand, plan, run_plan, sweep
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import TEXT, tiny_model, tiny_tokenizer
 
 pytest.importorskip("ipywidgets", reason="ipywidgets is the extra `lab`")
 
 from eora_lab import widgets
 
-TEXT = "The quick brown fox jumps over the lazy dog, and 12 more. " * 60
 RECIPE = Recipe(bits=2, group_size=32)
 
 
@@ -182,15 +181,6 @@ def test_the_budget_explorer_shows_what_the_ranks_cost_and_leave(exploration, ba
 
 
 # --- sweeps --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tiny_model("llama").save_pretrained("model")
-    tiny_tokenizer().save_pretrained("model")
-    (tmp_path / "text.txt").write_text(TEXT)
-    return tmp_path
 
 
 SMALL = {"model": "model", "group_size": 32, "source": "text.txt", "nsamples": 4, "seqlen": 32}

@@ -15,6 +15,8 @@ CONFIGS = {
     "gemma": (transformers.GemmaConfig, {"num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True}),
 }
 
+TEXT = "The quick brown fox jumps over the lazy dog, and 12 more. " * 60
+
 
 def tiny_model(kind: str, seed: int = 0) -> transformers.PreTrainedModel:
     """A float32 causal LM with 2 blocks, hidden size 64, intermediate size 128 and a vocabulary of 97."""
