@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from eora_lab.blocks import block_linears
 from eora_lab.cache import ContentCache, SharedRecipe
 from eora_lab.calibration import calibration_batches, token_windows
 from eora_lab.errors import EoraLabError
@@ -163,11 +162,10 @@ def _compress(
     candidate: nn.Module, tokenizer, cell: Cell, cache: ContentCache, highest: int, clock: "_Clock"
 ) -> list[LayerReport]:
     """Compress and compensate a copy of the model, from the cache where that can be shared."""
-    names = list(block_linears(candidate))
-    ranks = {name: cell.recipe.rank if re.search(cell.only, name) else 0 for name in names}
+    cell.recipe.check(candidate)
+    ranks = {name: rank if re.search(cell.only, name) else 0 for name, rank in cell.recipe.ranks(candidate).items()}
     if not any(ranks.values()) and cell.recipe.rank:
-        raise EoraLabError(f"no layer matches {cell.only!r}; names are like {names[0]}")
-    cell.recipe.check(candidate, ranks)
+        raise EoraLabError(f"no layer matches {cell.only!r}; names are like {next(iter(ranks))}")
     settings = {f.name: getattr(cell.recipe, f.name) for f in fields(Recipe)}
     if not cell.shared:
         if cell.base_source:
@@ -189,13 +187,13 @@ def _compress(
     clock.lap("statistics")
     layers = []
     with torch.no_grad():
-        for name in names:
+        for name, rank in ranks.items():
             if name not in statistics:
                 raise EoraLabError(f"{name}: no calibration token reached this layer")
             recipe = SharedRecipe(
                 **settings, cache=cache, layer=name, key=key, base=base[name], base_key=base_key, highest=highest
             )
-            layers.append(compress_linear(candidate, name, statistics[name], recipe, ranks[name])[1])
+            layers.append(compress_linear(candidate, name, statistics[name], recipe, rank)[1])
     clock.lap("compress")
     return layers
 

@@ -74,6 +74,7 @@ def compress_model(
     if weights is not None:
         about["given"] = check_given(model, weights, progress)
     run = RunFolder(folder, about) if folder else None
+    ranks = recipe.ranks(model) if ranks is None else ranks
     stream = BlockStream(model, batches, held_out=recipe.held_out) if statistics is None else None
     report = Report()
     for index, (prefix, block) in enumerate(
@@ -93,9 +94,8 @@ def compress_model(
                         continue
                     if name not in found:
                         raise EoraLabError(f"{name}: no statistics")
-                    layer_rank = recipe.rank if ranks is None else ranks.get(name, 0)
                     given = weights[name] if weights else None
-                    modules[name], layer = compress_linear(model, name, found[name], recipe, layer_rank, given)
+                    modules[name], layer = compress_linear(model, name, found[name], recipe, ranks.get(name, 0), given)
                     layers.append(layer)
             if run:
                 run.save_block(index, modules, layers)

@@ -48,7 +48,7 @@ class Recipe:
     method: str = "eora"
     """how the error is compensated: none, svd, act_s, qera_approx or eora"""
     rank: int = 64
-    """rank of the compensation in every layer"""
+    """rank of the compensation in every layer; a smaller layer gets the highest that it allows"""
     factor_bits: int = 16
     """bits of A and B: 16, or 2 to 8 on a grid"""
     refit: bool = True
@@ -110,10 +110,15 @@ class Recipe:
                 Sparsity.parse(self.sparsity).check(linear.in_features)
             if given is None and not (prunes and self.bits == 16):
                 check_grid(linear.in_features, self.bits, self.group_size)
-            smaller = min(linear.in_features, linear.out_features)
-            rank = self.rank if ranks is None else ranks.get(name, 0)
-            if self.method != "none" and rank > smaller:
-                raise EoraLabError(f"rank {rank} is larger than {name} allows: at most {smaller}")
+            if self.method != "none" and ranks and ranks.get(name, 0) > highest_rank(linear):
+                raise EoraLabError(f"rank {ranks[name]} is larger than {name} allows: at most {highest_rank(linear)}")
+        highest = max(map(highest_rank, block_linears(model).values()))
+        if self.method != "none" and ranks is None and self.rank > highest:
+            raise EoraLabError(f"rank {self.rank} is larger than any layer allows: at most {highest}")
+
+    def ranks(self, model: nn.Module) -> dict[str, int]:
+        """Module name -> rank of every linear in the decoder blocks."""
+        return {name: min(self.rank, highest_rank(linear)) for name, linear in block_linears(model).items()}
 
     def compress(self, weight: Float[Tensor, "out in"], statistics: InputStatistics) -> Compressed:
         """Compress one weight with these settings."""
@@ -130,3 +135,8 @@ class Recipe:
         if self.shrink:
             return solve_shrunk(self.method, residual, statistics, rank)
         return solve(self.method, residual, statistics, rank), 0.0
+
+
+def highest_rank(linear: nn.Linear) -> int:
+    """The rank at which a low-rank path can be any matrix of the layer's shape."""
+    return min(linear.in_features, linear.out_features)

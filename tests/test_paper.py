@@ -102,6 +102,15 @@ def test_rows_run_the_published_settings_on_another_model():
         table_rows("T2", "some/model", published_model="GPT-2")
 
 
+def test_the_small_rank_sweep_goes_beyond_the_published_one(tmp_path):
+    rows = table_rows("T10", "smollm2-135m", "small")
+    ranks = [row.cells["wikitext2"].recipe.rank for row in rows if row.method == "EoRA"]
+    assert ranks == [16, 32, 64, 128, 256]
+    assert [bool(row.published) for row in rows if row.method == "EoRA"] == [True] * 4 + [False]
+    assert measured(rows, ResultStore(tmp_path))["rank"].iloc[-1] == ""
+    assert max(row.rank for row in table_rows("T10", "some/model", "full")) == 512
+
+
 def test_published_and_measured_stand_apart(tmp_path):
     """Results are put into a store by hand: the table must show them under "here" and the paper's under "paper"."""
     store, rows = ResultStore(tmp_path), table_rows("T2", "smollm2-135m", "small")[:4]

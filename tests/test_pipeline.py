@@ -1,6 +1,7 @@
 """The pass on small models of three architectures: what it measures, replaces, reports, stores and resumes."""
 
 import json
+import re
 
 import peft
 import pytest
@@ -26,6 +27,7 @@ from eora_lab.recipe import Recipe
 from eora_lab.statistics import output_energy
 from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer
 
+K_PROJ = "model.layers.0.self_attn.k_proj"
 SMALL = {"bits": 3, "group_size": 32, "rank": 8, "progress": False}
 
 
@@ -96,6 +98,13 @@ def test_a_compensated_model_is_closer_and_rank_decides(kind, compressor):
                 left = layer.error_before * (1 - layer.spectrum[rank])
                 assert layer.error_after == pytest.approx(left, rel=2e-3, abs=1e-5 * layer.error_before)
     assert distance[32] < distance[8] < distance[0]
+
+
+def test_a_layer_smaller_than_the_rank_is_restored_whole():
+    report = compress_model(tiny_model("llama"), batches(), **SMALL | {"rank": 48})
+    ranks = {layer.name.split(".")[-1]: layer.rank for layer in report.layers}
+    assert ranks["k_proj"] == ranks["v_proj"] == 32 and ranks["q_proj"] == ranks["down_proj"] == 48
+    assert all(la.error_after < 1e-5 * la.error_before for la in report.layers if la.rank == 32)
 
 
 def test_no_compensation_fits_whatever_the_rank():
@@ -316,7 +325,8 @@ def test_a_damaged_run_is_one_clear_error(tmp_path):
     [
         ({"bits": 1}, "bits must be between 2 and 8, not 1"),
         ({"group_size": 0}, "group size must be 1 or more, or -1 for one group per output row, not 0"),
-        ({"rank": 33}, r"rank 33 is larger than model\.layers\.0\.self_attn\.k_proj allows: at most 32"),
+        ({"rank": 65}, "rank 65 is larger than any layer allows: at most 64"),
+        ({"ranks": {K_PROJ: 33}}, rf"rank 33 is larger than {re.escape(K_PROJ)} allows: at most 32"),
         ({"rank": -1}, "rank must be 0 or more"),
         ({"compressor": "gtpq"}, "unknown compressor 'gtpq'; known: rtn, gptq, magnitude"),
         ({"compressor": "wanda"}, "wanda needs a sparsity, such as 2:4"),

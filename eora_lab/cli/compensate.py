@@ -29,7 +29,7 @@ class Compensate:
     method: str = "eora"
     """how the error is compensated: none, svd, act_s, qera_approx or eora"""
     rank: int = 64
-    """rank of the compensation in every layer"""
+    """rank of the compensation in every layer; a smaller layer gets the highest that it allows"""
     factor_bits: int = 16
     """bits of A and B: 16, or 2 to 8 on a grid"""
     inputs: Literal["compensated", "original"] = "compensated"
