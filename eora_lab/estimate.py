@@ -14,7 +14,9 @@ from eora_lab.errors import EoraLabError
 from eora_lab.models import EMBEDDED
 
 SHARED_INPUTS = 4 / 7  # q, k and v read one input, gate and up another
-TASK_TOKENS = 250  # read for a question: its prompt with each of the choices
+TASK_TOKENS = 140  # read for a question: its prompt with each of the choices (ARC; few-shot prompts are longer)
+WHOLE_TEXT, WHOLE_TASK = 300_000, 2000  # tokens of WikiText-2's test split, questions of a task
+SLOWER = 2  # than a matrix product alone: unpacking, eigenvectors, attention
 WORKSPACE = 1.2  # activations, logits, a layer's temporary matrices
 
 
@@ -61,28 +63,30 @@ def memory(cell: Cell) -> int | None:
 
 def measuring(cell: Cell, shape: Shape) -> float:
     """Floating-point operations of what a cell measures, roughly."""
-    read = len(cell.perplexity) * cell.windows * cell.window_length
-    read += len(cell.tasks) * (cell.limit or 2000) * TASK_TOKENS
+    read = len(cell.perplexity) * (cell.windows * cell.window_length or WHOLE_TEXT)
+    read += len(cell.tasks) * (cell.limit or WHOLE_TASK) * TASK_TOKENS
     return 2.0 * shape.parameters * read
 
 
-def preparing(cell: Cell, shape: Shape) -> float:
-    """Floating-point operations of calibration, compression and compensation, roughly."""
-    if cell.recipe is None:
-        return 0.0
+def calibrating(cell: Cell, shape: Shape) -> float:
+    """Floating-point operations of the pass over calibration text and of compression, roughly."""
     tokens = cell.nsamples * cell.seqlen
     total = 4.0 * shape.parameters * tokens
     for out_features, in_features in shape.layers:
         total += 2.0 * SHARED_INPUTS * tokens * in_features**2  # S
-        total += 2.0 * out_features * in_features**2  # R S, and GPTQ
-        total += 25.0 * min(out_features, in_features) ** 3  # eigenvectors
+        total += 2.0 * out_features * in_features**2  # GPTQ
     return total
+
+
+def solving(cell: Cell, shape: Shape) -> float:
+    """Floating-point operations of the compensation of all layers, roughly."""
+    return sum(2.0 * n * k**2 + 25.0 * min(n, k) ** 3 for n, k in shape.layers)  # R S, eigenvectors
 
 
 def work(cells: list[Cell]) -> float | None:
     """Floating-point operations of cells, roughly; None when a model's sizes are unknown.
 
-    What cells share counts once: a calibration pass with the base and the solves that rest on it.
+    What cells share counts once: a calibration pass with the base, and the solve of a method.
     """
     total, seen = 0.0, set()
     for cell in cells:
@@ -90,10 +94,14 @@ def work(cells: list[Cell]) -> float | None:
         if shape is None:
             return None
         total += measuring(cell, shape)
-        key = cell.recipe and replace(cell, perplexity=(), tasks=(), recipe=replace(cell.recipe, rank=0))
-        if key not in seen or not cell.shared:
-            total += preparing(cell, shape)
-            seen.add(key)
+        if cell.recipe is None:
+            continue
+        solve = replace(cell, perplexity=(), tasks=(), recipe=replace(cell.recipe, rank=0))
+        base = replace(solve, recipe=replace(solve.recipe, method="none"))
+        for key, part in ((base, calibrating), (solve, solving)):
+            if key not in seen or not cell.shared:
+                total += part(cell, shape)
+                seen.add(key)
     return total
 
 
@@ -124,7 +132,7 @@ def seconds(cells: list[Cell], finished: list[dict], device: str = "cpu") -> tup
     operations = work(cells)
     if operations is None:
         return None, "unknown"
-    return 3 * operations / speed(device), "rough"  # half of it runs far below the speed of a matrix product
+    return SLOWER * operations / speed(device), "rough"
 
 
 def _kind(config: dict) -> tuple:

@@ -19,6 +19,7 @@ from eora_lab import EoraLabError, calibration_batches, compress_model, load_mod
 from eora_lab.cache import ContentCache
 from eora_lab.cells import Cell
 from eora_lab.cli import main
+from eora_lab.estimate import work
 from eora_lab.store import ResultStore
 from eora_lab.sweep import expand, highest_ranks, named_grids, on_model, plan, read_grid, sweep
 from tests.tiny import TEXT, tiny_model, tiny_tokenizer
@@ -208,6 +209,18 @@ def test_the_plan_says_what_is_left_and_refuses_what_cannot_fit(workplace, monke
     Path("huge/config.json").write_text(json.dumps(tiny_config | huge))
     with pytest.raises(EoraLabError, match=r"needs about [\d.]+ GB"):
         quiet_sweep(SMALL | {"model": "huge"}, store)
+
+
+def test_the_estimate_counts_shared_work_once(workplace):
+    def added(**settings) -> float:
+        """By one more cell, beside that of EoRA at rank 4."""
+        first = SMALL | {"compressor": "gptq", "rank": 4}
+        return work(expand([first, first | settings])) - work(expand(first))
+
+    rank, method, bits = added(rank=8), added(method="svd"), added(bits=2)
+    assert 0 < rank < method < bits  # one more measurement; and one more solve; and one more base
+    assert rank == pytest.approx(work(expand(SMALL | {"compressor": "dense"})))
+    assert added(rank=8, windows=0) > 1000 * rank  # a whole text
 
 
 # --- damage --------------------------------------------------------------------------------------------------------
