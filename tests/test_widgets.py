@@ -263,6 +263,7 @@ def test_the_browser_filters_sorts_and_shows_a_cell(workplace):
     sweep(grid, "store", announce=lambda plan: None)
     browser.refresh.click()
     assert len(browser.frame) == 4 and "4 of 4 cells" in browser._table.value
+    assert browser.sort.value and browser.cell.value in browser.frame.index and browser._details.value
     browser.filter.value = "EORA done"
     assert sorted(browser.frame["rank"]) == [4, 8] and browser._table.value.count("<tr") == 3
     browser.sort.value = "rank"

@@ -44,8 +44,7 @@ class RunBrowser(ipywidgets.VBox):
         self._columns = interesting(self._all) if len(self._all) else []
         chosen = self.sort.value
         self.sort.options = self._columns
-        if chosen in self._columns:
-            self.sort.value = chosen
+        self.sort.value = chosen if chosen in self._columns else next(iter(self._columns), None)
         self._show()
 
     def _show(self, _=None) -> None:
@@ -53,6 +52,7 @@ class RunBrowser(ipywidgets.VBox):
             self.frame = self._all
             self._table.value, self.cell.options = "The store has no cells yet.", []
             return
+        chosen = self.cell.value
         words = self.filter.value.lower().split()
         texts = self._all.map(lambda value: str(value).lower()).agg(" ".join, axis=1)
         frame = self._all[[all(word in text for word in words) for text in texts]]
@@ -67,6 +67,7 @@ class RunBrowser(ipywidgets.VBox):
             (f"{place}: {label}", index)
             for place, (label, index) in enumerate(zip(labels, frame.index, strict=True), 1)
         ]
+        self.cell.value = chosen if chosen in frame.index else next(iter(frame.index), None)
         self._show_cell()
 
     def _show_cell(self, _=None) -> None:
