@@ -26,7 +26,8 @@ AXES = {
     "method": "compensation",
 }
 WORDS = {("only", ""): "all", ("group_size", -1): "whole row", ("base_source", ""): "as for the path"}
-SHORT = {"model": "{}", "compressor": "{}", "bits": "{}-bit"}
+WORDS |= {("sparsity", ""): "not pruned"}
+SHORT = {"model": "{}", "compressor": "{}", "bits": "{}-bit", "sparsity": "{}"}
 SHORT |= {"rank": "rank {}", "factor_bits": "{}-bit factors", "group_size": "groups of {}"}
 ERRORS = {"output_error": "error on calibration tokens", "held_out_error": "error on held-out tokens"}
 PERCENT = ("acc", "exact_match")
