@@ -30,6 +30,7 @@ def plot_intervals(groups: Mapping[str, Mapping[str, Interval]]) -> Figure:
                 axes.plot(interval.difference, place, "o", color=colour, markerfacecolor=face)
             axes.axvline(0, color="black", linewidth=0.8)
             axes.set_xlabel(textwrap.fill(unit, 30))
+            axes.locator_params("x", nbins=4)
             axes.set_yticks(range(len(rows)), rows)
             axes.set_ylim(len(rows) - 0.4, -0.6)
         confidence = next(interval.confidence for panel in groups.values() for interval in panel.values())
