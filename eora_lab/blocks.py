@@ -4,6 +4,7 @@ Only module structure is used (the list of blocks, `nn.Linear`, which linears ar
 decoder-only transformers model works and no architecture is named here.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -200,17 +201,34 @@ class BlockStream:
 
 
 def collect_statistics(
-    model: nn.Module, batches: Int[Tensor, "nsamples seqlen"], held_out: float = 0.0, progress: bool = True
+    model: nn.Module,
+    batches: Int[Tensor, "nsamples seqlen"],
+    held_out: float = 0.0,
+    progress: bool = True,
+    only: str = "",
 ) -> dict[str, InputStatistics]:
     """Statistics of every block linear of the model as it is; module name -> InputStatistics.
 
     held_out: share of the samples, the last ones, that is measured apart (`.held_out`).
+    only:     regular expression; layers whose name it does not match are not measured, and the pass ends after the last
+              that is.
     Shared inputs share one object. Holds the statistics of all blocks; `compress_model` needs one block's at a time.
+    Raises EoraLabError when no layer matches.
     """
     from tqdm.auto import tqdm
 
     stream = BlockStream(model, batches, held_out)
+    wanted = [
+        [name for name in linears(block) if re.search(only, f"{prefix}.{name}")]
+        for prefix, block in stream.blocks.items()
+    ]
+    if not any(wanted):
+        raise EoraLabError(f"no layer matches {only!r}; names are like {next(iter(block_linears(model)))}")
+    last = max(index for index, names in enumerate(wanted) if names)
     found: dict[str, InputStatistics] = {}
-    for index in tqdm(range(len(stream.blocks)), desc="statistics", unit="block", disable=not progress, leave=False):
-        found |= stream.statistics(index, keep_outputs=True)
+    for index in tqdm(range(last + 1), desc="statistics", unit="block", disable=not progress, leave=False):
+        if wanted[index]:
+            found |= stream.statistics(index, keep_outputs=True, only=wanted[index])
+        else:
+            stream.advance(index)
     return found

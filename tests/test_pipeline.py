@@ -77,6 +77,18 @@ def test_linears_that_share_an_input_share_statistics(kind):
         assert len(set(at.values())) == 4
 
 
+def test_statistics_of_some_layers_are_those_of_the_whole_pass():
+    model, tokens = tiny_model("llama"), batches()
+    whole = collect_statistics(model, tokens, progress=False)
+    names = {f"model.layers.1.self_attn.{name}_proj" for name in "qkv"}
+    for only, wanted in {r"1\.self_attn\.[qkv]_proj": names, K_PROJ: {K_PROJ}}.items():
+        some = collect_statistics(model, tokens, progress=False, only=only)
+        assert set(some) == wanted
+        assert all(torch.equal(some[name].second_moment, whole[name].second_moment) for name in wanted)
+    with pytest.raises(EoraLabError, match=r"no layer matches 'x\{9\}'; names are like model"):
+        collect_statistics(model, tokens, only="x{9}")
+
+
 def sparsity_for(compressor: str) -> dict:
     return {"sparsity": "2:4"} if compressor in PRUNERS else {}
 
