@@ -258,6 +258,19 @@ def test_factors_in_few_bits(bits):
     assert all(torch.equal(a, b) for a, b in zip(again.dense(), plain.dense(), strict=True))
 
 
+def test_few_bit_factors_of_an_error_that_avoids_the_loud_directions():
+    """As GPTQ's: what the factors do to the inputs is a small difference of large numbers."""
+    R, S = power_law(96, 128)
+    loud = torch.linalg.qr(normal(128, 2, seed=3)).Q.float()
+    R, S = R - R @ loud @ loud.T, S + 1e6 * loud @ loud.T
+    answer, statistics = solve("eora", R, S, 32), InputStatistics.from_second_moment(S)
+    lost = []
+    for fit in (None, (R, statistics)):
+        A, B = store_factors(answer, 4, fit).dense()
+        lost.append(loss(R, S, LowRank(A, B, answer.spectrum)))
+    assert lost[1] < 1e-2 * lost[0]
+
+
 @pytest.mark.parametrize("fitted", [False, True])
 def test_few_bit_factors_of_an_error_of_low_rank(fitted):
     """Components that remove nothing have zeros to round, and do no harm."""

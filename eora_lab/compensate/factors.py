@@ -74,14 +74,16 @@ def store_factors(
         balanced = answer.balanced()
         return StoredFactors(balanced.A.half().contiguous(), balanced.B.half().contiguous())
     grid = {"bits": bits, "group_size": -1, "zero_point": "integer", "scale_dtype": "float16"}
-    norm = answer.B.norm(dim=0).float()
-    A, B = answer.A.float() * norm[:, None], answer.B.float() / torch.where(norm > 0, norm, 1)
+    A, B = answer.A.double(), answer.B.double()
+    norm = B.norm(dim=0)
+    A, B = A * norm[:, None], B / torch.where(norm > 0, norm, 1)
     if not fit:
-        return StoredFactors(rtn(A, None, **grid), rtn(B, None, **grid))
+        return StoredFactors(rtn(A.float(), None, **grid), rtn(B.float(), None, **grid))
     residual, statistics = fit
     Q = rotation(answer.rank).to(B)
     A, B = Q.T @ A, B @ Q
-    B = gptq(B, InputStatistics.from_second_moment(A @ statistics.second_moment @ A.T), **grid)
+    moment = A @ statistics.second_moment.double() @ A.T  # where A avoids loud directions, large terms cancel
+    B = gptq(B.float(), InputStatistics.from_second_moment((moment + moment.T).float() / 2), **grid)
     A = torch.linalg.pinv(B.dense().double()) @ residual.double()
     return StoredFactors(gptq(A.float(), statistics, **grid), B)
 
