@@ -17,19 +17,15 @@ from eora_lab.formats.peft import SERVED_RANKS, read_files, write_adapter
 from eora_lab.linear import CompensatedLinear
 from eora_lab.runs import load_original
 from eora_lab.task_adapter import solve_adapter
-from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer
+from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer, tiny_tokens
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
 SMALL = {"bits": 2, "group_size": 32, "progress": False}
 
 
-def batches(n: int = 6, seqlen: int = 32, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 97, (n, seqlen), generator=torch.Generator().manual_seed(seed))
-
-
 def logits(model) -> torch.Tensor:
     with torch.no_grad():
-        return model(batches(3, seed=9)).logits
+        return model(tiny_tokens(3, seed=9)).logits
 
 
 def save_model(folder, kind: str, template: str | None = TEMPLATE) -> str:
@@ -42,7 +38,7 @@ def save_model(folder, kind: str, template: str | None = TEMPLATE) -> str:
 
 def compress(folder, source: str, ranks: dict[str, int] | None = None, rank: int = 12):
     model, _ = load_model(source)
-    compress_model(model, batches(), **SMALL, rank=rank, ranks=ranks, folder=folder)
+    compress_model(model, tiny_tokens(), **SMALL, rank=rank, ranks=ranks, folder=folder)
     return model
 
 
@@ -334,7 +330,9 @@ def test_switching_changes_the_path_and_nothing_else(place, tmp_path):
     model, original = load_run(run)[0], load_original(run)
     own = logits(model)
     for name, seed in (("a", 5), ("b", 6)):
-        write_adapter(tmp_path / name, solve_adapter(load_run(run)[0], original, batches(seed=seed), rank=6), "model")
+        write_adapter(
+            tmp_path / name, solve_adapter(load_run(run)[0], original, tiny_tokens(seed=seed), rank=6), "model"
+        )
     layers = [m for m in model.modules() if isinstance(m, CompensatedLinear)]
     packed = [layer.codes for layer in layers]
     adapters = Adapters(model, {"a": tmp_path / "a", "b": tmp_path / "b"})
@@ -375,12 +373,12 @@ def test_adapters_that_do_not_fit(place, tmp_path):
 def test_solving_again_from_the_same_texts_gives_the_runs_own_path(kind, inputs, tmp_path):
     source = save_model(tmp_path / "model", kind)
     model, _ = load_model(source)
-    compress_model(model, batches(), **SMALL, rank=12, inputs=inputs, folder=tmp_path / "run")
+    compress_model(model, tiny_tokens(), **SMALL, rank=12, inputs=inputs, folder=tmp_path / "run")
     original = load_original(tmp_path / "run")
     before = dict(original.named_modules())
     fresh = load_run(tmp_path / "run")[0]
     Adapters(fresh).use(None)
-    factors = solve_adapter(fresh, original, batches(), rank=12, inputs=inputs, progress=False)
+    factors = solve_adapter(fresh, original, tiny_tokens(), rank=12, inputs=inputs, progress=False)
     for name, (A, B) in factors.items():
         module = model.get_submodule(name)
         torch.testing.assert_close(B @ A, module.lora_B @ module.lora_A, rtol=0, atol=2e-4)
@@ -391,7 +389,7 @@ def test_solving_again_from_the_same_texts_gives_the_runs_own_path(kind, inputs,
 def test_a_task_adapter_serves_its_texts_better(place):
     """Inputs of a few token ids only, unlike those that the run was calibrated on."""
     model, original = load_run(place / "run")[0], load_original(place / "run")
-    task = batches(8, seed=3) % 5 + 3
+    task = tiny_tokens(8, seed=3) % 5 + 3
     with torch.no_grad():
         wanted = original(task).logits
         own = (model(task).logits - wanted).norm()
@@ -407,9 +405,9 @@ def test_bad_requests_to_solve(place, tmp_path):
         "rank 65 does not fit": {"rank": 65},
     }.items():
         with pytest.raises(EoraLabError, match=message):
-            solve_adapter(model, original, batches(), progress=False, **arguments)
+            solve_adapter(model, original, tiny_tokens(), progress=False, **arguments)
     with pytest.raises(EoraLabError, match="not in the original one, or of another size"):
-        solve_adapter(model, tiny_model("gemma"), batches(), progress=False)
+        solve_adapter(model, tiny_model("gemma"), tiny_tokens(), progress=False)
     save_model(tmp_path / "model", "llama")
     compress(tmp_path / "run", str(tmp_path / "model"))
     tiny_model("llama", seed=1).save_pretrained(tmp_path / "model")

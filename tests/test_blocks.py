@@ -7,17 +7,13 @@ from torch import nn
 
 from eora_lab import EoraLabError, InputStatistics, Report, collect_statistics, compress_model
 from eora_lab.blocks import BlockStream
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_tokens
 
 SMALL = {"bits": 3, "group_size": 32, "rank": 8, "progress": False}
 
 
-def batches(n: int = 6, seqlen: int = 32, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 97, (n, seqlen), generator=torch.Generator().manual_seed(seed))
-
-
 def test_linears_run_in_steps_of_equal_input():
-    steps = BlockStream(tiny_model("llama"), batches(2)).groups(0)
+    steps = BlockStream(tiny_model("llama"), tiny_tokens(2)).groups(0)
     assert [[name.split(".")[1] for name in step] for step in steps] == [
         ["q_proj", "k_proj", "v_proj"],
         ["o_proj"],
@@ -27,7 +23,7 @@ def test_linears_run_in_steps_of_equal_input():
 
 
 def test_true_sequential_calibrates_every_layer_on_what_the_finished_model_feeds_it():
-    model, tokens = tiny_model("llama"), batches()
+    model, tokens = tiny_model("llama"), tiny_tokens()
     report = compress_model(model, tokens, **SMALL, true_sequential=True)
     other = compress_model(tiny_model("llama"), tokens, **SMALL)
     seen = {layer.name: InputStatistics(layer.in_features) for layer in report.layers}
@@ -76,7 +72,7 @@ def moe_model() -> nn.Module:
     {"compressor": "gptq", "inputs": "original", "held_out": 0.4, "shrink": True},
 ])  # fmt: skip
 def test_experts_that_saw_few_tokens_are_compressed_without_data(settings):
-    model, original, tokens = moe_model(), moe_model(), batches(4)
+    model, original, tokens = moe_model(), moe_model(), tiny_tokens(4)
     report = compress_model(model, tokens, **SMALL, **settings)
     layers = {layer.name: layer for layer in report.layers}
     assert len(layers) == 2 * (4 + 3 * 3)
@@ -101,7 +97,7 @@ def test_experts_that_saw_few_tokens_are_compressed_without_data(settings):
 
 
 def test_layers_without_tokens_have_statistics_of_none():
-    found = collect_statistics(moe_model(), batches(), progress=False)
+    found = collect_statistics(moe_model(), tiny_tokens(), progress=False)
     assert found["model.layers.0.mlp.experts.2.up_proj"].tokens == 0
     assert found["model.layers.0.mlp.experts.0.up_proj"].tokens > 64
 
@@ -113,4 +109,4 @@ def test_fused_experts_are_refused_by_name():
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config).eval()
     with pytest.raises(EoraLabError, match=r"model\.layers\.0\.mlp\.experts\.\w+ fuses all experts in one \(4, "):
-        compress_model(model, batches(), **SMALL)
+        compress_model(model, tiny_tokens(), **SMALL)

@@ -16,7 +16,7 @@ from eora_lab.formats.dense import write_dense
 from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, write_checkpoint
 from eora_lab.linear import CompensatedLinear
 from eora_lab.models import load_model as load_dense
-from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer
+from tests.tiny import CONFIGS, save_tiny, tiny_model, tiny_tokens
 
 GRID = {"group_size": 32, "zero_point": "integer", "scale_dtype": "float16"}
 PASS = {"rank": 8, "inputs": "original", "progress": False}
@@ -27,30 +27,20 @@ EXPORTS = [
 ]
 
 
-def batches(n: int = 6, seed: int = 0) -> torch.Tensor:
-    return torch.randint(3, 97, (n, 32), generator=torch.Generator().manual_seed(seed))
-
-
 def logits(model, dtype=torch.float32) -> torch.Tensor:
     with torch.no_grad():
-        return model.to(dtype)(batches(2, seed=1)).logits
+        return model.to(dtype)(tiny_tokens(2, seed=1)).logits
 
 
 def modules_of(model) -> dict[str, CompensatedLinear]:
     return {name: m for name, m in model.named_modules() if isinstance(m, CompensatedLinear)}
 
 
-def save_tiny(kind: str, folder, seed: int = 0):
-    tiny_model(kind, seed).save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
 def make_checkpoint(original, folder, checkpoint_format="gptq", dtype=torch.float32, **grid):
     """Quantise and export; returns the quantised model."""
     model, tokenizer = load_model(original)
     settings = PASS | GRID | {"bits": 4, "sym": True, "method": "none", "rank": 0} | grid
-    compress_model(model, batches(), "gptq", **settings)
+    compress_model(model, tiny_tokens(), "gptq", **settings)
     write_checkpoint(folder, model, tokenizer, checkpoint_format, dtype)
     return model
 
@@ -59,7 +49,7 @@ def make_checkpoint(original, folder, checkpoint_format="gptq", dtype=torch.floa
 def exported(tmp_path_factory):
     """A folder with a Llama in `model`, and in `gptq` a checkpoint of it: 4 bits, symmetric."""
     folder = tmp_path_factory.mktemp("exported")
-    make_checkpoint(save_tiny("llama", folder / "model"), folder / "gptq")
+    make_checkpoint(save_tiny(folder / "model"), folder / "gptq")
     return folder
 
 
@@ -73,7 +63,7 @@ def original(exported, tmp_path):
 @pytest.mark.parametrize(("kind", "checkpoint_format", "grid"), EXPORTS)
 def test_a_checkpoint_of_a_run_compensates_like_the_run(kind, checkpoint_format, grid, tmp_path):
     """Quantise, export, read, compensate: the same codes, and the same model as in one pass."""
-    original = save_tiny(kind, tmp_path / "model")
+    original = save_tiny(tmp_path / "model", kind)
     quantised = make_checkpoint(original, tmp_path / "gptq", checkpoint_format, **grid)
     checkpoint = GptqCheckpoint(tmp_path / "gptq")
     assert checkpoint.config.checkpoint_format == checkpoint_format and checkpoint.config.bits == grid["bits"]
@@ -82,12 +72,12 @@ def test_a_checkpoint_of_a_run_compensates_like_the_run(kind, checkpoint_format,
         assert torch.equal(checkpoint[name].dense(), module.compressed.dense())
     alone, _ = load_model(original)
     checkpoint.check_model(alone)
-    compress_model(alone, batches(), weights=checkpoint, **PASS | {"method": "none", "rank": 0})
+    compress_model(alone, tiny_tokens(), weights=checkpoint, **PASS | {"method": "none", "rank": 0})
     assert torch.equal(logits(alone), logits(quantised))
 
     in_one, in_two = load_model(original)[0], load_model(original)[0]
-    first = compress_model(in_one, batches(), "gptq", **PASS | GRID | grid)
-    second = compress_model(in_two, batches(), weights=checkpoint, **PASS, folder=tmp_path / "run")
+    first = compress_model(in_one, tiny_tokens(), "gptq", **PASS | GRID | grid)
+    second = compress_model(in_two, tiny_tokens(), weights=checkpoint, **PASS, folder=tmp_path / "run")
     assert torch.equal(logits(in_two), logits(in_one))
     assert [layer.error_after for layer in second.layers] == [layer.error_after for layer in first.layers]
     assert all(layer.error_after < layer.error_before for layer in second.layers)
@@ -97,7 +87,7 @@ def test_a_checkpoint_of_a_run_compensates_like_the_run(kind, checkpoint_format,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_what_is_not_quantised_stays_what_it_was(kind, dtype, tmp_path):
-    make_checkpoint(save_tiny(kind, tmp_path / "model"), tmp_path / "gptq", dtype=dtype)
+    make_checkpoint(save_tiny(tmp_path / "model", kind), tmp_path / "gptq", dtype=dtype)
     before = {key: t.to(dtype) for key, t in load_file(tmp_path / "model" / "model.safetensors").items()}
     after = load_file(tmp_path / "gptq" / "model.safetensors")
     dense = {key for key in before if not key.endswith("_proj.weight")}
@@ -116,9 +106,9 @@ def test_what_is_not_quantised_stays_what_it_was(kind, dtype, tmp_path):
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_dense_exports_load_as_models(kind, tmp_path):
-    original = save_tiny(kind, tmp_path / "model")
+    original = save_tiny(tmp_path / "model", kind)
     model, tokenizer = load_model(original)
-    compress_model(model, batches(), "gptq", bits=3, group_size=32, **PASS)
+    compress_model(model, tiny_tokens(), "gptq", bits=3, group_size=32, **PASS)
     merged, plain, half = tmp_path / "merged", tmp_path / "plain", tmp_path / "half"
     write_dense(merged, model, tokenizer, torch.float32, merge=True)
     write_dense(plain, model, tokenizer, torch.float32)
@@ -142,7 +132,7 @@ def test_zeros_of_a_pruned_weight_stay_zeros(original, tmp_path):
         if name.endswith("_proj"):
             keep = linear.weight.abs().unflatten(1, (-1, 4)).argsort(-1).argsort(-1) >= 2
             weights[name] = rtn(linear.weight * keep.flatten(1), None, bits=4, **GRID)
-    compress_model(model, batches(), weights=weights, **PASS)
+    compress_model(model, tiny_tokens(), weights=weights, **PASS)
     write_dense(tmp_path / "dense", model, tokenizer)
     write_checkpoint(tmp_path / "v2", model, tokenizer, "gptq_v2")
     for name in weights:
@@ -168,7 +158,7 @@ def test_act_order_survives_run_folder_and_export(original, tmp_path):
     shuffle_channels(tmp_path / "gptq")
     checkpoint = GptqCheckpoint(tmp_path / "gptq")
     model, tokenizer = load_model(original)
-    report = compress_model(model, batches(), weights=checkpoint, **PASS, folder=tmp_path / "run")
+    report = compress_model(model, tiny_tokens(), weights=checkpoint, **PASS, folder=tmp_path / "run")
     assert modules_of(model)["model.layers.0.mlp.up_proj"].compressed.g_idx is not None
     assert torch.equal(logits(load_run(tmp_path / "run")[0]), logits(model))
     on_disk = sum(f.stat().st_size for f in (tmp_path / "run/blocks").iterdir())
@@ -217,7 +207,7 @@ def test_linears_that_the_checkpoint_left_dense_stay_dense(original, tmp_path):
     save_file(tensors, tmp_path / "gptq" / "model.safetensors")
     checkpoint = GptqCheckpoint(tmp_path / "gptq")
     checkpoint.check_model(model)
-    report = compress_model(model, batches(), weights=checkpoint, **PASS)
+    report = compress_model(model, tiny_tokens(), weights=checkpoint, **PASS)
     assert len(report.layers) == 13 and isinstance(model.get_submodule(name), torch.nn.Linear)
 
 
@@ -238,15 +228,15 @@ def test_a_compensation_resumes_and_knows_its_checkpoint(original, tmp_path):
     make_checkpoint(original, tmp_path / "other", bits=8)
     checkpoint = GptqCheckpoint(tmp_path / "gptq")
     whole, _ = load_model(original)
-    compress_model(whole, batches(), weights=checkpoint, **PASS, folder=tmp_path / "run")
+    compress_model(whole, tiny_tokens(), weights=checkpoint, **PASS, folder=tmp_path / "run")
     (tmp_path / "run/report.json").unlink()
     (tmp_path / "run/blocks/001.safetensors").unlink()
     resumed, _ = load_model(original)
-    compress_model(resumed, batches(), weights=checkpoint, **PASS, folder=tmp_path / "run")
+    compress_model(resumed, tiny_tokens(), weights=checkpoint, **PASS, folder=tmp_path / "run")
     assert torch.equal(logits(resumed), logits(whole))
     with pytest.raises(EoraLabError, match=r"holds another run \(given was"):
         other = GptqCheckpoint(tmp_path / "other")
-        compress_model(load_model(original)[0], batches(), weights=other, **PASS, folder=tmp_path / "run")
+        compress_model(load_model(original)[0], tiny_tokens(), weights=other, **PASS, folder=tmp_path / "run")
 
 
 def truncate(path) -> None:
@@ -349,13 +339,13 @@ def test_weights_of_another_model_are_told_by_their_distance(original, tmp_path)
     before = logits(model)
     checkpoint.check_model(model)  # nothing but this layer's weight differs
     with pytest.raises(EoraLabError, match=r"layers\.1\.self_attn\.o_proj comes compressed, but 1\.\d+ times"):
-        compress_model(model, batches(), weights=checkpoint, **PASS)
+        compress_model(model, tiny_tokens(), weights=checkpoint, **PASS)
     assert torch.equal(logits(model), before)
     wider = {name: checkpoint["model.layers.0.mlp.up_proj"] for name in ("model.layers.0.mlp.down_proj",)}
     with pytest.raises(EoraLabError, match=r"compressed as \(128, 64\), but is \(64, 128\) in this model"):
-        compress_model(model, batches(), weights=wider, **PASS)
+        compress_model(model, tiny_tokens(), weights=wider, **PASS)
     with pytest.raises(EoraLabError, match="lm_head comes compressed, but is no linear in the decoder blocks"):
-        compress_model(model, batches(), weights={"lm_head": checkpoint[Q_PROJ]}, **PASS)
+        compress_model(model, tiny_tokens(), weights={"lm_head": checkpoint[Q_PROJ]}, **PASS)
 
 
 def test_folders_that_are_no_checkpoint(original, tmp_path):
@@ -372,7 +362,7 @@ def test_exports_that_are_refused_leave_nothing_behind(original, tmp_path):
     model, tokenizer = load_model(original)
     with pytest.raises(EoraLabError, match="this model is not compressed"):
         write_checkpoint(tmp_path / "out", model, tokenizer)
-    compress_model(model, batches(), bits=4, group_size=32, **PASS)
+    compress_model(model, tiny_tokens(), bits=4, group_size=32, **PASS)
     with pytest.raises(EoraLabError, match="--zero-point integer --scale-dtype float16"):
         write_checkpoint(tmp_path / "out", model, tokenizer)
     with pytest.raises(EoraLabError, match="model is not an empty folder: choose another"):
@@ -388,7 +378,7 @@ def test_layers_of_several_grids_are_refused(original, tmp_path):
     model, tokenizer = load_model(original)
     linears = {name: m for name, m in model.named_modules() if name.endswith("_proj")}
     weights = {name: rtn(m.weight, None, bits=4 if "mlp" in name else 8, **GRID) for name, m in linears.items()}
-    compress_model(model, batches(), weights=weights, **PASS)
+    compress_model(model, tiny_tokens(), weights=weights, **PASS)
     with pytest.raises(EoraLabError, match=r"q_proj has \(8, 32\) and \S+gate_proj \(4, 32\)"):
         write_checkpoint(tmp_path / "out", model, tokenizer, "gptq_v2")
 

@@ -1,6 +1,7 @@
 """Small random models of three architectures, for tests that need structure and not language."""
 
 import string
+from pathlib import Path
 
 import tokenizers
 import torch
@@ -40,6 +41,24 @@ def tiny_model(kind: str, seed: int = 0) -> transformers.PreTrainedModel:
             if name.endswith("bias"):  # initialised to zero, which would hide a lost bias
                 parameter.normal_(0, 0.1)
     return model
+
+
+def tiny_tokens(n: int = 6, seqlen: int = 32, seed: int = 0) -> torch.Tensor:
+    """Random token ids (n, seqlen) without the special ones."""
+    return torch.randint(3, 97, (n, seqlen), generator=torch.Generator().manual_seed(seed))
+
+
+def logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """(n, seqlen, 97), without gradients."""
+    with torch.no_grad():
+        return model(tokens).logits
+
+
+def save_tiny(folder: Path | str, kind: str = "llama", seed: int = 0, **options) -> str:
+    """Save a `tiny_model` with its tokenizer; options: of `save_pretrained`. Returns the folder's name."""
+    tiny_model(kind, seed).save_pretrained(folder, **options)
+    tiny_tokenizer().save_pretrained(folder)
+    return str(folder)
 
 
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
