@@ -7,26 +7,11 @@ from typing import NamedTuple
 
 import matplotlib.pyplot as plt
 import matplotlib.style
+from matplotlib import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eora_lab.files import write_atomically
-
-STYLE = {
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.5,
-    "lines.markersize": 6,
-    "svg.hashsalt": "eora-lab",  # the same bytes every time
-    "svg.fonttype": "path",
-    "figure.dpi": 150,
-    "savefig.dpi": 150,
-}
 
 
 class Look(NamedTuple):
@@ -61,6 +46,22 @@ LABELS = {
     "eora_paper": "EoRA (as printed)",
 }
 ORDINARY = ("eora", "svd", "act_s", "qera_approx", "lqer", "act_s_released", "none", "qera_exact", "eora_paper")
+STYLE = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "axes.prop_cycle": cycler(color=[LOOKS[name].colour for name in ORDINARY]),
+    "lines.linewidth": 1.5,
+    "lines.markersize": 6,
+    "svg.hashsalt": "eora-lab",  # the same bytes every time
+    "svg.fonttype": "path",
+    "figure.dpi": 150,
+    "savefig.dpi": 150,
+}
 BAND = 0.15  # opacity
 
 
