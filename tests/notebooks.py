@@ -22,9 +22,10 @@ def smoke_copy(path: Path, folder: Path) -> Path:
 
     target = folder / "notebooks" / path.name
     target.parent.mkdir(parents=True, exist_ok=True)
-    for name in ("data", "figures", "kernels"):
+    for name in ("data", "kernels"):
         if not (folder / name).exists():
             (folder / name).symlink_to(ROOT / name)
+    shutil.copytree(ROOT / "figures", folder / "figures", dirs_exist_ok=True)  # JupyterLab shows no file behind a link
     notebook = load_notebook_node(str(path))
     nbformat.write(parameterize_notebook(notebook, smoke_parameters(notebook)), target)
     return target
