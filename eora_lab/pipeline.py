@@ -18,7 +18,7 @@ from eora_lab.compensate import SOLVERS, LowRank
 from eora_lab.compensate.eora import eora
 from eora_lab.compensate.factors import store_factors
 from eora_lab.compress import Compressed, CompressedWeight
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, naming
 from eora_lab.linear import CompensatedLinear
 from eora_lab.recipe import Recipe
 from eora_lab.report import LayerReport, Report, peak_memory
@@ -117,14 +117,18 @@ def compress_linear(
     rank: int,
     given: Compressed | None = None,
 ) -> tuple[CompensatedLinear, LayerReport]:
-    """Compress one linear, unless W^ is given, compensate it at `rank`, and put it in place."""
+    """Compress one linear, unless W^ is given, compensate it at `rank`, and put it in place.
+
+    Raises EoraLabError with the layer's name, such as where a weight is not finite.
+    """
     linear = model.get_submodule(name)
     weight = linear.weight.float()
     tokens, usable = statistics.tokens, statistics.or_identity(recipe.held_out > 0)
     data_free, statistics = usable is not statistics, usable
-    fit = in_turns(weight, linear.weight.dtype, statistics, recipe, rank, given)
-    residual, low_rank = fit.residual, fit.low_rank
-    factors = store_factors(low_rank, recipe.factor_bits, (residual, statistics) if recipe.refit else None)
+    with naming(name):
+        fit = in_turns(weight, linear.weight.dtype, statistics, recipe, rank, given)
+        residual, low_rank = fit.residual, fit.low_rank
+        factors = store_factors(low_rank, recipe.factor_bits, (residual, statistics) if recipe.refit else None)
     module = CompensatedLinear(linear, fit.compressed, factors)
     model.set_submodule(name, module)
     left = residual - module.lora_B.float() @ module.lora_A.float()

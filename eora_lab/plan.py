@@ -9,7 +9,7 @@ from eora_lab.blocks import block_linears
 from eora_lab.compensate import solve
 from eora_lab.compensate.budget import Budget, LayerSpectrum, allocate_ranks
 from eora_lab.compress import CompressedWeight
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, naming
 from eora_lab.recipe import Recipe
 from eora_lab.statistics import InputStatistics, output_energy
 
@@ -56,10 +56,11 @@ def layer_spectra(
         if name not in statistics:
             raise EoraLabError(f"{name}: no statistics")
         weight, usable = model.get_submodule(name).weight, statistics[name].or_identity(recipe.held_out > 0)
-        compressed = weights[name] if weights else recipe.compress(weight.float(), usable)
-        residual = weight.float() - compressed.dense(weight.dtype).to(weight).float()
         highest = min(weight.shape) if maximum is None else min(*weight.shape, maximum)
-        spectrum = solve("eora", residual, usable, highest).spectrum
+        with naming(name):
+            compressed = weights[name] if weights else recipe.compress(weight.float(), usable)
+            residual = weight.float() - compressed.dense(weight.dtype).to(weight).float()
+            spectrum = solve("eora", residual, usable, highest).spectrum
         signal = output_energy(weight.float(), usable.second_moment)
         layers[name] = LayerSpectrum(spectrum, signal, *weight.shape)
     return layers

@@ -8,7 +8,7 @@ from eora_lab.adapters import compensated_layers
 from eora_lab.blocks import BlockStream, block_linears, decoder_blocks
 from eora_lab.compensate import solve
 from eora_lab.compensate.factors import store_factors
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, naming
 from eora_lab.formats.peft import Factors
 
 
@@ -47,7 +47,8 @@ def solve_adapter(
             for name in (name for name in layers if name.startswith(f"{prefix}.")):
                 weight = dense[name].weight
                 residual = weight.float() - layers[name].dense(weight.dtype).float()
-                stored = store_factors(solve(method, residual, found[name].or_identity(False), rank))
+                with naming(name):
+                    stored = store_factors(solve(method, residual, found[name].or_identity(False), rank))
                 layers[name].set_factors(stored)
                 factors[name] = stored.dense()
                 if inputs == "compensated":

@@ -226,6 +226,18 @@ def test_non_finite_activations_stop_with_the_layers_name():
         collect_statistics(model, tiny_tokens(), progress=False)
 
 
+def test_a_weight_that_is_not_finite_stops_with_the_layers_name():
+    model, tokens = tiny_model("llama"), tiny_tokens()
+    statistics = collect_statistics(model, tokens, progress=False)
+    model.get_submodule(K_PROJ).weight.data[0, 0] = float("inf")
+    for run in (
+        lambda: plan_ranks(model, statistics, Recipe(bits=3, rank=8), Budget("relative"), progress=False),
+        lambda: compress_model(model, tokens, **SMALL, inputs="original", statistics=statistics),
+    ):
+        with pytest.raises(EoraLabError, match=f"^{re.escape(K_PROJ)}: weights are not finite"):
+            run()
+
+
 def test_a_model_without_blocks_of_linears():
     with pytest.raises(EoraLabError, match="Sequential: no list of decoder blocks"):
         compress_model(nn.Sequential(nn.Linear(2, 2)), tiny_tokens())
