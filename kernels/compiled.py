@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from eora_lab.triton_kernels.configs import Config, rule
+from eora_lab.layer.triton_kernels.configs import Config, rule
 
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H200, B200
 PLAIN = {"bits": 4, "group": 128}

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eora_lab.triton_kernels import FusedLinear, FusedWeight, merge, repack
+from eora_lab.layer.triton_kernels import FusedLinear, FusedWeight, merge, repack
 
 GROUP = 128
 

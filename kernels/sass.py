@@ -14,11 +14,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from eora_lab.triton_kernels.configs import Config
-from eora_lab.triton_kernels.decode import decode_kernel, down_kernel
-from eora_lab.triton_kernels.prefill import dense_kernel, prefill_kernel
-from eora_lab.triton_kernels.ptx import PLANES
-from eora_lab.triton_kernels.sparse24_kernel import sparse_decode_kernel
+from eora_lab.layer.triton_kernels.configs import Config
+from eora_lab.layer.triton_kernels.decode import decode_kernel, down_kernel
+from eora_lab.layer.triton_kernels.prefill import dense_kernel, prefill_kernel
+from eora_lab.layer.triton_kernels.ptx import PLANES
+from eora_lab.layer.triton_kernels.sparse24_kernel import sparse_decode_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 INSTRUCTION = re.compile(r"^\s+(?:/\*[0-9a-f]+\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from eora_lab.errors import EoraLabError
 from eora_lab.files import write_json
-from eora_lab.triton_kernels.configs import Config, bucket, key, tuned_path
-from eora_lab.triton_kernels.launch import launch
+from eora_lab.layer.triton_kernels.configs import Config, bucket, key, tuned_path
+from eora_lab.layer.triton_kernels.launch import launch
 from kernels.peers import GROUP, Layer
 from kernels.sass import compile_kernel
 from kernels.shapes import MERGED, MODELS

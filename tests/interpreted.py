@@ -94,9 +94,9 @@ def cases() -> list[Case]:
 
 def relative_error(case: Case, seed: int, device: str = "cpu") -> float:
     """||y - reference|| / ||reference||, the reference in float64 from the codes themselves."""
-    from eora_lab.triton_kernels import merge, repack
-    from eora_lab.triton_kernels.launch import launch
-    from eora_lab.triton_kernels.op import rows
+    from eora_lab.layer.triton_kernels import merge, repack
+    from eora_lab.layer.triton_kernels.launch import launch
+    from eora_lab.layer.triton_kernels.op import rows
 
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
@@ -142,9 +142,9 @@ def relative_error(case: Case, seed: int, device: str = "cpu") -> float:
 
 def sparse_error(case: Case, x: torch.Tensor, normal: Callable[..., torch.Tensor]) -> float:
     """The same for a 2:4 weight; one four in eight keeps a single weight, or none."""
-    from eora_lab.triton_kernels.launch import sparse_decode
-    from eora_lab.triton_kernels.op import rows
-    from eora_lab.triton_kernels.sparse24 import pack24
+    from eora_lab.layer.triton_kernels.launch import sparse_decode
+    from eora_lab.layer.triton_kernels.op import rows
+    from eora_lab.layer.triton_kernels.sparse24 import pack24
 
     (N,), (rank,), dtype = case.N, case.ranks, x.dtype
     kept = normal(N, case.K // 4, 4).argsort(-1) < 2
@@ -160,7 +160,7 @@ def sparse_error(case: Case, x: torch.Tensor, normal: Callable[..., torch.Tensor
 
 
 def blocks(case: Case, columns: int) -> "Config":
-    from eora_lab.triton_kernels.configs import Config
+    from eora_lab.layer.triton_kernels.configs import Config
 
     return Config(case.path, block_m=16 if case.M <= 16 else 32, block_n=columns, split_k=case.split_k)
 

@@ -6,7 +6,7 @@ import transformers
 from torch import nn
 
 from eora_lab import EoraLabError, InputStatistics, Report, collect_statistics, compress_model
-from eora_lab.blocks import BlockStream
+from eora_lab.calibrate.stream import BlockStream
 from tests.tiny import tiny_model, tiny_tokens
 
 SMALL = {"bits": 3, "group_size": 32, "rank": 8, "progress": False}

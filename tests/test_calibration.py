@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eora_lab.calibration import calibration_batches, token_windows
+from eora_lab.text.tokens import calibration_batches, token_windows
 from eora_lab.errors import EoraLabError
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -14,8 +14,8 @@ from eora_lab.cli import main
 from eora_lab.compress import rtn
 from eora_lab.formats.dense import write_dense
 from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, write_checkpoint
-from eora_lab.linear import CompensatedLinear
-from eora_lab.models import load_model as load_dense
+from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.model.load import load_model as load_dense
 from tests.tiny import CONFIGS, save_tiny, tiny_model, tiny_tokens
 
 GRID = {"group_size": 32, "zero_point": "integer", "scale_dtype": "float16"}

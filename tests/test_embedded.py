@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from eora_lab.embedded import embedded_model_folder
+from eora_lab.model.embedded import embedded_model_folder
 from eora_lab.errors import EoraLabError
-from eora_lab.models import EMBEDDED, load_model
+from eora_lab.model.load import EMBEDDED, load_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -103,7 +103,7 @@ def test_killed_then_full_disk_then_whole(tmp_path, monkeypatch):
     cache = tmp_path / "cache"
     monkeypatch.setenv("EORA_LAB_CACHE", str(cache))
     child = subprocess.Popen(
-        [sys.executable, "-c", "from eora_lab.models import load_model; load_model()"],
+        [sys.executable, "-c", "from eora_lab.model.load import load_model; load_model()"],
         cwd=ROOT,
         stderr=subprocess.DEVNULL,
     )

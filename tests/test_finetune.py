@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 
 from eora_lab import compress_model, load_model, load_run, perplexity
-from eora_lab.adapters import Adapters, use_only
+from eora_lab.run.adapters import Adapters, use_only
 from eora_lab.cli import main
-from eora_lab.finetune import finetune, last_checkpoint
+from eora_lab.finetune.finetune import finetune, last_checkpoint
 from eora_lab.formats.peft import read_adapter
-from eora_lab.linear import CompensatedLinear
-from eora_lab.runs import load_original
-from eora_lab.task_adapter import solve_adapter
-from eora_lab.trainer import FrozenLinear, train
-from eora_lab.training import Training
+from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.run.folder import load_original
+from eora_lab.run.task_adapter import solve_adapter
+from eora_lab.finetune.trainer import FrozenLinear, train
+from eora_lab.finetune.settings import Training
 from tests.tiny import tiny_model, tiny_tokenizer
 
 SHORT = Training(steps=6, batch_size=2, lr=1e-2, save_every=3)
@@ -154,8 +154,8 @@ def test_starts_differ_in_their_first_step_only_by_the_start(run, tmp_path):
 KILLED = """
 import torch
 from tests.test_finetune import batches, loaded
-from eora_lab.finetune import finetune
-from eora_lab.training import Training
+from eora_lab.finetune.finetune import finetune
+from eora_lab.finetune.settings import Training
 torch.set_num_threads(1)
 finetune(*loaded({run!r}), batches(), batches(seed=1), {out!r}, Training(**{training!r}), "eora", 8)
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eora_lab.triton_kernels import repack
+from eora_lab.layer.triton_kernels import repack
 from kernels.cuda.build import SOURCE, TYPES, build, find_nvcc
 
 NVCC = find_nvcc()

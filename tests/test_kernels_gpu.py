@@ -6,7 +6,7 @@ import torch
 from eora_lab.compensate import solve
 from eora_lab.compensate.factors import store_factors
 from eora_lab.compress import rtn
-from eora_lab.linear import CompensatedLinear
+from eora_lab.layer.linear import CompensatedLinear
 from tests.interpreted import Case, cases, relative_error
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -43,8 +43,8 @@ def test_agrees_with_float64(case: Case):
 @pytest.mark.parametrize("bits", [3, 4])
 def test_thousands_of_runs_under_load_give_the_same_bits(bits: int, pdl: bool):
     """A race of the split-K counter or of the early second launch would show as another result."""
-    from eora_lab.triton_kernels.configs import Config
-    from eora_lab.triton_kernels.launch import launch
+    from eora_lab.layer.triton_kernels.configs import Config
+    from eora_lab.layer.triton_kernels.launch import launch
 
     if pdl and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("programmatic dependent launch needs compute capability 9.0")
@@ -63,7 +63,7 @@ def test_thousands_of_runs_under_load_give_the_same_bits(bits: int, pdl: bool):
 
 
 def test_two_streams_do_not_share_scratch_memory():
-    from eora_lab.triton_kernels import FusedLinear
+    from eora_lab.layer.triton_kernels import FusedLinear
 
     one = layer()
     module, streams = FusedLinear(one.fused(), backend="triton"), [torch.cuda.Stream() for _ in range(2)]
@@ -80,7 +80,7 @@ def test_two_streams_do_not_share_scratch_memory():
 
 
 def test_a_cuda_graph_replays_on_new_inputs():
-    from eora_lab.triton_kernels import FusedLinear
+    from eora_lab.layer.triton_kernels import FusedLinear
     from kernels.timing import capture
 
     one = layer(bits=3)
@@ -93,8 +93,8 @@ def test_a_cuda_graph_replays_on_new_inputs():
 
 
 def test_compiles_with_inductor():
-    from eora_lab.triton_kernels import FusedLinear
-    from eora_lab.triton_kernels.repack import TENSORS
+    from eora_lab.layer.triton_kernels import FusedLinear
+    from eora_lab.layer.triton_kernels.repack import TENSORS
 
     module, x = FusedLinear(layer().fused(), backend="triton"), torch.randn(2, 4096, device="cuda").half()
     tensors = [getattr(module, name) for name in TENSORS]
@@ -107,7 +107,7 @@ def test_compiles_with_inductor():
 
 @pytest.mark.parametrize("bits", [3, 4])
 def test_the_cuda_kernel_agrees(bits: int):
-    from eora_lab.triton_kernels import FusedLinear
+    from eora_lab.layer.triton_kernels import FusedLinear
     from kernels.cuda.build import find_nvcc
     from kernels.cuda.driver import fused
 

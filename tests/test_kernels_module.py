@@ -9,8 +9,8 @@ import torch
 
 from eora_lab.compress import rtn
 from eora_lab.errors import EoraLabError
-from eora_lab.triton_kernels import FusedLinear, choose_backend, fused_weight, merge, repack
-from eora_lab.triton_kernels.configs import bucket, rule
+from eora_lab.layer.triton_kernels import FusedLinear, choose_backend, fused_weight, merge, repack
+from eora_lab.layer.triton_kernels.configs import bucket, rule
 
 
 def layer(out_features=36, in_features=96, rank=7, bits=4, group_size=32, dtype=torch.float16, bias=True, **grid):
@@ -145,7 +145,7 @@ def test_compiles_as_one_node():
     """The module traces without a break into a single call; apart, as shape checks in annotations cannot be traced."""
     code = """
 import torch
-from eora_lab.triton_kernels import FusedLinear, repack
+from eora_lab.layer.triton_kernels import FusedLinear, repack
 calls = []
 def backend(graph, _):
     calls.extend(n.target for n in graph.graph.nodes if n.op == "call_function")
@@ -189,7 +189,7 @@ def test_imports_no_triton_and_works_without():
 import sys
 sys.modules["triton"] = None
 import torch
-from eora_lab.triton_kernels import FusedLinear, repack
+from eora_lab.layer.triton_kernels import FusedLinear, repack
 codes = torch.randint(0, 16, (8, 32), dtype=torch.uint8)
 weight = repack(codes, torch.ones(8, 1), torch.zeros(8, 1), 4, torch.zeros(0, 32), torch.zeros(8, 0))
 x = torch.ones(1, 32).half()

@@ -9,7 +9,7 @@ from torch import nn
 from eora_lab.compensate.factors import StoredFactors
 from eora_lab.compress import CompressedWeight, SparseWeight
 from eora_lab.errors import EoraLabError
-from eora_lab.linear import CompensatedLinear, unpacked
+from eora_lab.layer.linear import CompensatedLinear, unpacked
 
 
 def layer(

@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from eora_lab.errors import EoraLabError
-from eora_lab.models import load_model
+from eora_lab.model.load import load_model
 from tests.tiny import CONFIGS, save_tiny, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +86,7 @@ def test_bad_device(tmp_path):
 
 
 def test_import_is_light():
-    done = python("import sys, eora_lab.models; assert 'transformers' not in sys.modules")
+    done = python("import sys, eora_lab.model.load; assert 'transformers' not in sys.modules")
     assert done.returncode == 0, done.stderr
 
 
@@ -167,7 +167,7 @@ def test_hub_ids(tmp_path):
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
     done = python(
         """
-        from eora_lab.models import load_model
+        from eora_lab.model.load import load_model
         print(sum(p.numel() for p in load_model("tiny/llama")[0].parameters()))
         try:
             load_model("tiny/absent")

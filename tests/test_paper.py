@@ -6,9 +6,9 @@ import pytest
 
 from eora_lab import EoraLabError
 from eora_lab.compensate import SOLVERS
-from eora_lab.paper import COLUMNS, FOLDER, METHODS, TABLES, published
-from eora_lab.paper_runs import both_sides, measured, rivalry, table_rows
-from eora_lab.store import ResultStore
+from eora_lab.experiment.paper import COLUMNS, FOLDER, METHODS, TABLES, published
+from eora_lab.experiment.paper_runs import both_sides, measured, rivalry, table_rows
+from eora_lab.experiment.store import ResultStore
 
 EXTRA = {"T3": "finetuned", "T8": "nsamples", "T9": "kernel", "T11": "finetuned", "T12": "data_share"}
 EXTRA |= {"T13": "factor_bits", "T17": "layer"}

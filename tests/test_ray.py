@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eora_lab.store import ResultStore
+from eora_lab.experiment.store import ResultStore
 from tests.test_sweep import SMALL, contents, quiet_sweep
 
 ray = pytest.importorskip("ray", reason='Ray is the extra `ray`: pip install "eora-lab[ray]"')

@@ -7,9 +7,9 @@ import torch
 from eora_lab import EoraLabError, collect_statistics, compress_model, load_model, load_run
 from eora_lab.compensate.budget import Budget
 from eora_lab.compress import COMPRESSORS
-from eora_lab.linear import CompensatedLinear
-from eora_lab.plan import plan_ranks
-from eora_lab.recipe import Recipe
+from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.run.ranks import plan_ranks
+from eora_lab.run.recipe import Recipe
 from tests.tiny import CONFIGS, logits, save_tiny, tiny_model, tiny_tokens
 
 SMALL = {"bits": 3, "group_size": 32, "rank": 8, "progress": False}

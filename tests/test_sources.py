@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from eora_lab.calibration import calibration_batches, token_windows
+from eora_lab.text.tokens import calibration_batches, token_windows
 from eora_lab.errors import EoraLabError
-from eora_lab.sources import SOURCES
+from eora_lab.text.sources import SOURCES
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -205,7 +205,7 @@ def test_a_damaged_mirror_is_named(mirror):
 def test_a_closed_network_fails_fast(tmp_path):
     """A hub that refuses the connection; load_dataset alone tries for 24 s."""
     code = (
-        "import time, eora_lab.errors, eora_lab.sources.gsm8k as source, datasets\n"
+        "import time, eora_lab.errors, eora_lab.text.sources.gsm8k as source, datasets\n"
         "start = time.monotonic()\n"
         "try: source.texts('train')\n"
         "except eora_lab.errors.EoraLabError as error: print(time.monotonic() - start, error)"

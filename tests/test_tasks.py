@@ -9,13 +9,13 @@ import torch
 
 from eora_lab import EoraLabError, perplexity
 from eora_lab.cli import main
-from eora_lab.evaluate import window_losses
-from eora_lab.intervals import paired_bootstrap
-from eora_lab.own_tasks import exemplar_questions, rouge_lsum
+from eora_lab.measure.evaluate import window_losses
+from eora_lab.measure.intervals import paired_bootstrap
+from eora_lab.measure.own_tasks import exemplar_questions, rouge_lsum
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-eval is the extra `eval`")
-from eora_lab.tasks import TaskResult, compare_results, evaluate_tasks
+from eora_lab.measure.tasks import TaskResult, compare_results, evaluate_tasks
 
 
 def write(root, path: str, rows: list[dict]) -> None:
@@ -125,7 +125,7 @@ def test_lm_eval_missing_is_one_clear_line():
     code = """
 import sys
 sys.modules["lm_eval"] = None
-from eora_lab.tasks import evaluate_tasks
+from eora_lab.measure.tasks import evaluate_tasks
 from eora_lab import EoraLabError
 try:
     evaluate_tasks(None, None, ["arc_easy"])

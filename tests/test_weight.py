@@ -27,19 +27,17 @@ def test_codes_are_a_little_endian_bit_stream_in_every_row(bits, rows, columns, 
     assert torch.equal(unpack(packed, bits, columns), codes)
 
 
-@pytest.mark.parametrize(
-    ("pattern", "bits_per_weight"), [("2:4", 1), ("1:4", 0.5), ("3:4", 1), ("4:8", 1), ("0.5", 1), ("0", 1), ("1", 1)]
-)
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:4", "4:8", "0.5", "0", "1"])
 @given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 2**32 - 1))
-def test_masks_are_positions_or_bitmaps(pattern, bits_per_weight, rows, eights, seed):
+def test_masks_are_positions_or_bitmaps(pattern, rows, eights, seed):
     generator = torch.Generator().manual_seed(seed)
     mask = random_mask(pattern, rows, 8 * eights, generator)
     packed, n = pack_mask(mask)
     assert torch.equal(unpack_mask(packed, n, 8 * eights), mask)
     if pattern in ("2:4", "1:4"):
         assert n == int(pattern[0])
-    if n or ":" in pattern:
-        assert packed.shape[1] == -(-8 * eights * bits_per_weight // 8)
+    bits_per_weight = n / 2 or 1  # n positions of 2 bits in every four; an unstructured mask can have them by chance
+    assert packed.shape[1] == -(-8 * eights * bits_per_weight // 8)
     matrix = torch.randn(mask.shape, generator=generator)
     assert torch.equal(unpack_kept(pack_kept(matrix, mask), mask), torch.where(mask, matrix, 0))
 

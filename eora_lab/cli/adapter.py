@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from eora_lab.cli.options import Calibration
+from eora_lab.text.settings import Calibration
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Export:
 
     def run(self) -> None:
         from eora_lab.formats.peft import write_adapter
-        from eora_lab.runs import read_config, run_factors
+        from eora_lab.run.folder import read_config, run_factors
 
         factors = run_factors(self.run_folder)
         write_adapter(self.output, factors, read_config(self.run_folder)["settings"]["model"], self.universal)
@@ -42,11 +42,11 @@ class Check:
     """write a universal adapter, which all of them load alike, to this folder"""
 
     def run(self) -> None:
-        from eora_lab.blocks import block_linears
+        from eora_lab.model.structure import block_linears
         from eora_lab.errors import EoraLabError
         from eora_lab.formats.adapter_check import check_adapter, fix_adapter
         from eora_lab.formats.peft import read_files, write_adapter
-        from eora_lab.models import load_skeleton
+        from eora_lab.model.load import load_skeleton
 
         tensors, config = read_files(self.path)
         name = self.model or config.get("base_model_name_or_path")
@@ -92,8 +92,8 @@ class Solve:
 
     def run(self) -> None:
         from eora_lab.formats.peft import write_adapter
-        from eora_lab.runs import load_original, load_run
-        from eora_lab.task_adapter import solve_adapter
+        from eora_lab.run.folder import load_original, load_run
+        from eora_lab.run.task_adapter import solve_adapter
 
         original = load_original(self.run_folder, self.device)
         model, tokenizer, _ = load_run(self.run_folder, original.dtype, self.device)

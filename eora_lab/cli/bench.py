@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from eora_lab.bench_solver import SHAPES, bench
+from eora_lab.experiment.bench_solver import SHAPES, bench
 
 
 @dataclass(frozen=True)

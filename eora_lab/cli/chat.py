@@ -41,11 +41,11 @@ class Chat:
     def run(self) -> None:
         from transformers import TextStreamer
 
-        from eora_lab import generate
-        from eora_lab.adapters import Adapters
+        from eora_lab.model import generate
+        from eora_lab.run.adapters import Adapters
         from eora_lab.errors import EoraLabError
-        from eora_lab.linear import CompensatedLinear
-        from eora_lab.runs import load_model_or_run
+        from eora_lab.layer.linear import CompensatedLinear
+        from eora_lab.run.folder import load_model_or_run
 
         folders = dict(named(text) for text in self.adapter)
         model, tokenizer = load_model_or_run(self.model, self.dtype, self.device)
@@ -90,7 +90,7 @@ def named(text: str) -> tuple[str, str]:
 
 def switch(adapters, name: str) -> str:
     """Switch adapters if a name is given. Says which one is in use."""
-    from eora_lab.adapters import OFF
+    from eora_lab.run.adapters import OFF
 
     if adapters is None:
         return "this model is not compressed: it has no adapters"

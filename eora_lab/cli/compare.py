@@ -4,10 +4,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from eora_lab.cli.options import Calibration, Evaluation
+from eora_lab.text.settings import Calibration, Evaluation
 from eora_lab.compensate.budget import Budget
 from eora_lab.compress.grid import ScaleDtype, ZeroPoint
-from eora_lab.recipe import Recipe
+from eora_lab.run.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Compare:
     """draw the table as .png and .svg, with its numbers beside as .csv"""
 
     def run(self) -> None:
-        from eora_lab.compare import compare, format_row, header
-        from eora_lab.models import load_model
+        from eora_lab.experiment.compare import compare, format_row, header
+        from eora_lab.model.load import load_model
 
         base = Recipe(
             self.compressor,
@@ -92,7 +92,7 @@ class Compare:
             rows.append(row)
             print(format_row(row), flush=True)
         if self.figure:
-            from eora_lab.compare import table
+            from eora_lab.experiment.compare import table
             from eora_lab.files import write_atomically
             from eora_lab.plots import plot_comparison, save
 

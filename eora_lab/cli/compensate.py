@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 import tyro
 
 from eora_lab.cli.compress import run_pass
-from eora_lab.cli.options import Calibration, Dtype, Evaluation
+from eora_lab.text.settings import Calibration, Evaluation
+from eora_lab.cli.options import Dtype
 from eora_lab.compensate.budget import Budget
-from eora_lab.recipe import Recipe
+from eora_lab.run.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Compensate:
 
     def run(self) -> None:
         from eora_lab.formats.gptq_checkpoint import GptqCheckpoint
-        from eora_lab.models import load_model
-        from eora_lab.pipeline import check_given
+        from eora_lab.model.load import load_model
+        from eora_lab.run.pipeline import check_given
 
         checkpoint = GptqCheckpoint(self.checkpoint)
         model, tokenizer = load_model(self.model, dtype=self.dtype, device=self.device)

@@ -7,10 +7,11 @@ from typing import Annotated
 
 import tyro
 
-from eora_lab.cli.options import Calibration, Dtype, Evaluation
+from eora_lab.text.settings import Calibration, Evaluation
+from eora_lab.cli.options import Dtype
 from eora_lab.compensate.budget import Budget
 from eora_lab.compress import CompressedWeight
-from eora_lab.recipe import Recipe
+from eora_lab.run.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Compress:
     """cpu or cuda"""
 
     def run(self) -> None:
-        from eora_lab.models import load_model
+        from eora_lab.model.load import load_model
 
         model, tokenizer = load_model(self.model, dtype=self.dtype, device=self.device)
         run_pass(
@@ -64,11 +65,11 @@ def run_pass(
     about: dict | None = None,
 ) -> None:
     """Plan the ranks, run the pass into the folder `output`, evaluate and print. `about` is noted in config.json."""
-    from eora_lab.blocks import collect_statistics
-    from eora_lab.evaluate import perplexity
-    from eora_lab.pipeline import compress_model
-    from eora_lab.plan import plan_ranks
-    from eora_lab.runs import write_report
+    from eora_lab.calibrate.stream import collect_statistics
+    from eora_lab.measure.evaluate import perplexity
+    from eora_lab.run.pipeline import compress_model
+    from eora_lab.run.ranks import plan_ranks
+    from eora_lab.run.folder import write_report
 
     recipe.check(model, given=weights)
     windows = evaluation.tokens(tokenizer) if evaluation else None

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from eora_lab.cli.options import Dtype, Evaluation
+from eora_lab.cli.options import Dtype
+from eora_lab.text.settings import Evaluation
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,8 @@ class Evaluate:
         first = self.measure(self.model, self.adapter)
         if self.against is None:
             return
-        from eora_lab.intervals import paired_bootstrap
-        from eora_lab.tasks import compare_results
+        from eora_lab.measure.intervals import paired_bootstrap
+        from eora_lab.measure.tasks import compare_results
 
         second = self.measure(self.against)
         print(f"{self.against} minus {self.model}, 95 % paired bootstrap:")
@@ -52,9 +53,9 @@ class Evaluate:
 
     def measure(self, name: str, adapter: str | None = None) -> tuple:
         """(loss of every window, results of the tasks) of one model, printed as they come."""
-        from eora_lab.adapters import use_only
-        from eora_lab.evaluate import window_losses
-        from eora_lab.runs import load_model_or_run
+        from eora_lab.run.adapters import use_only
+        from eora_lab.measure.evaluate import window_losses
+        from eora_lab.run.folder import load_model_or_run
 
         model, tokenizer = load_model_or_run(name, self.dtype, self.device)
         if adapter:
@@ -67,7 +68,7 @@ class Evaluate:
         print(f"perplexity {value:.4f} on {len(windows)} x {windows.shape[1]} tokens of {self.evaluation.source}")
         results = {}
         if self.tasks:
-            from eora_lab.tasks import evaluate_tasks
+            from eora_lab.measure.tasks import evaluate_tasks
 
             results = evaluate_tasks(model, tokenizer, self.tasks, self.limit, self.num_fewshot, self.batch_size)
         for result in results.values():

@@ -35,7 +35,7 @@ class Export:
         from eora_lab.errors import EoraLabError
         from eora_lab.formats.dense import write_dense
         from eora_lab.formats.gptq_checkpoint import write_checkpoint
-        from eora_lab.runs import load_run
+        from eora_lab.run.folder import load_run
 
         if self.merge and self.format != "dense":
             raise EoraLabError("a low-rank path cannot be added to codes: --merge goes with --format dense")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from eora_lab.cli.options import Calibration, Evaluation
-from eora_lab.training import Init, Training
+from eora_lab.text.settings import Calibration, Evaluation
+from eora_lab.finetune.settings import Init, Training
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Finetune:
     """cpu or cuda"""
 
     def run(self) -> None:
-        from eora_lab.finetune import finetune
-        from eora_lab.runs import claim_folder, load_original, load_run, read_config
+        from eora_lab.finetune.finetune import finetune
+        from eora_lab.run.folder import claim_folder, load_original, load_run, read_config
 
         self.training.check()
         model, tokenizer, _ = load_run(self.base, device=self.device)

@@ -8,7 +8,7 @@ class Models:
     """List the models that need no hub, and how to name any other."""
 
     def run(self) -> None:
-        from eora_lab.models import EMBEDDED
+        from eora_lab.model.load import EMBEDDED
 
         for name, description in EMBEDDED.items():
             print(f"{name:16} {description}")

@@ -26,7 +26,7 @@ class Calibration:
 
     def batches(self, model, tokenizer):
         """(nsamples, seqlen) token ids."""
-        from eora_lab.calibration import calibration_batches, token_windows
+        from eora_lab.text.tokens import calibration_batches, token_windows
 
         if self.first:
             return token_windows(tokenizer, self.source, self.nsamples, self.seqlen)
@@ -48,6 +48,6 @@ class Evaluation:
 
     def tokens(self, tokenizer):
         """(windows, seqlen) token ids."""
-        from eora_lab.calibration import token_windows
+        from eora_lab.text.tokens import token_windows
 
         return token_windows(tokenizer, self.source, self.windows, self.seqlen)

@@ -35,9 +35,9 @@ class Paper:
     """cpu or cuda"""
 
     def run(self) -> None:
-        from eora_lab.paper_runs import both_sides, measured, rivalry, table_rows
-        from eora_lab.store import ResultStore
-        from eora_lab.sweep import expand, plan, sweep
+        from eora_lab.experiment.paper_runs import both_sides, measured, rivalry, table_rows
+        from eora_lab.experiment.store import ResultStore
+        from eora_lab.experiment.sweep import expand, plan, sweep
 
         rows = table_rows(self.table, self.model, self.scale, self.published, self.released)
         store, cells = ResultStore(self.store), expand([cell for row in rows for cell in row.cells.values()])

@@ -13,7 +13,7 @@ from eora_lab.compensate.none import none
 from eora_lab.compensate.qera_approx import qera_approx
 from eora_lab.compensate.svd import svd
 from eora_lab.errors import EoraLabError
-from eora_lab.statistics import InputStatistics, all_finite
+from eora_lab.calibrate.statistics import InputStatistics, all_finite
 
 SOLVERS = {
     "none": none,

@@ -9,7 +9,7 @@ from torch import Tensor
 from eora_lab.compensate.lowrank import LowRank
 from eora_lab.compress import CompressedWeight, gptq, rtn
 from eora_lab.errors import EoraLabError
-from eora_lab.statistics import InputStatistics
+from eora_lab.calibrate.statistics import InputStatistics
 
 
 @dataclass(frozen=True)

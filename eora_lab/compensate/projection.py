@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eora_lab.compensate import krylov
 from eora_lab.compensate.lowrank import LowRank
-from eora_lab.statistics import InputStatistics
+from eora_lab.calibrate.statistics import InputStatistics
 
 
 def principal_errors(

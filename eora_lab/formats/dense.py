@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from eora_lab.embedded import one_line, quiet_transformers
+from eora_lab.errors import one_line
+from eora_lab.model.gguf import quiet_transformers
 from eora_lab.errors import EoraLabError
 from eora_lab.files import write_folder, write_json
-from eora_lab.linear import CompensatedLinear
+from eora_lab.layer.linear import CompensatedLinear
 
 
 def write_dense(

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from eora_lab.intervals import Interval
+from eora_lab.measure.intervals import Interval
 from eora_lab.plots.style import LOOKS, panels, styled
 
 DECIDED, OPEN = LOOKS["act_s_released"].colour, "#666666"

@@ -4,9 +4,9 @@ import html
 
 import ipywidgets
 
-from eora_lab.adapters import OFF, Adapters
+from eora_lab.run.adapters import OFF, Adapters
 from eora_lab.errors import EoraLabError
-from eora_lab.generate import generate
+from eora_lab.model.generate import generate
 from eora_lab.plots import LABELS
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import ipywidgets
 
-from eora_lab.store import ResultStore, row
+from eora_lab.experiment.store import ResultStore, row
 from eora_lab.widgets.table import html_table, interesting, settings
 
 WIDE = {"width": "min(100%, 46em)"}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import ipywidgets
 
-from eora_lab.explore import Exploration
+from eora_lab.measure.explore import Exploration
 from eora_lab.plots import LABELS, plot_error_map, plot_spectra
 from eora_lab.widgets.figure import LiveFigure
 

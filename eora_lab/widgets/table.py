@@ -3,8 +3,8 @@
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
-from eora_lab.cells import Cell
-from eora_lab.recipe import Recipe
+from eora_lab.experiment.cells import Cell
+from eora_lab.run.recipe import Recipe
 
 if TYPE_CHECKING:
     import pandas

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from eora_lab.errors import EoraLabError
-from eora_lab.triton_kernels import FusedWeight
+from eora_lab.layer.triton_kernels import FusedWeight
 from kernels.cuda.build import build
 
 Argument = Tensor | int | None

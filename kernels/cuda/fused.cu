@@ -1,7 +1,7 @@
 // y = x W^T + (x A^T) B^T + bias for one row of x at a time, W^ in 3 or 4 bits: the idea of the EoRA paper's kernel
 // (arXiv 2410.21271) in CUDA C++ of our own, to read beside the Triton one and to check it against.
 //
-// The weight comes in the layout of eora_lab/triton_kernels/repack.py. A warp owns 64 columns, two a thread: one 32-bit
+// The weight comes in the layout of eora_lab/layer/triton_kernels/repack.py. A warp owns 64 columns, two a thread: one 32-bit
 // load brings the codes of both. The warps of a program share K and the ranks, and meet in shared memory, so every
 // element of y is written once and nothing is added atomically.
 //

@@ -1,0 +1,234 @@
+"""Walk a decoder block by block: find the blocks and their linears, and stream hidden states through them.
+
+Only module structure is used (the list of blocks, `nn.Linear`, which linears are handed the same tensor), so any
+decoder-only transformers model works and no architecture is named here.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from eora_lab.errors import EoraLabError
+from eora_lab.calibrate.statistics import InputStatistics
+
+
+def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Name -> decoder block, in order. Raises EoraLabError when the model has none that hold linears."""
+    stacks = [
+        (name, stack)
+        for name, stack in model.named_modules()
+        if isinstance(stack, nn.ModuleList) and len(stack) and linears(stack[0])
+    ]
+    if not stacks:
+        raise EoraLabError(f"{type(model).__name__}: no list of decoder blocks with nn.Linear layers was found")
+    name, stack = max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return {f"{name}.{i}": block for i, block in enumerate(stack)}
+
+
+def linears(block: nn.Module) -> dict[str, nn.Linear]:
+    """Name within the block -> linear layer."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def check_experts(model: nn.Module) -> None:
+    """Raise EoraLabError where a block keeps the experts of a mixture in one tensor, which no compressor here takes."""
+    for prefix, block in decoder_blocks(model).items():
+        for name, module in block.named_modules():
+            for local, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd):
+                    raise EoraLabError(
+                        f"{prefix}.{name}.{local} fuses all experts in one {tuple(parameter.shape)} tensor: "
+                        "only models whose experts are nn.Linear layers can be compressed"
+                    )
+
+
+def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """Full name -> linear layer of any decoder block, in order."""
+    return {
+        f"{prefix}.{local}": linear
+        for prefix, block in decoder_blocks(model).items()
+        for local, linear in linears(block).items()
+    }
+
+
+BATCH = 4  # sequences that run through a block at once
+
+
+class _AllBlocksSeen(Exception):
+    pass
+
+
+class BlockStream:
+    """Hidden states of a token set on their way through the decoder.
+
+    tokens:     (nsamples, seqlen) token ids; they travel in mini-batches of BATCH.
+    held_out:   share of the samples, the last ones, that is measured apart.
+    hidden:     the input of the next block, one (batch, seqlen, hidden_size) tensor a mini-batch.
+    Raises EoraLabError when the held-out share leaves no sample on one of its sides.
+    """
+
+    def __init__(self, model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"], held_out: float = 0.0):
+        self.blocks = decoder_blocks(model)
+        kept = len(tokens) - round(held_out * len(tokens))
+        if held_out and not 0 < kept < len(tokens):
+            raise EoraLabError(f"holding out {held_out} of {len(tokens)} samples leaves none on one side")
+        parts = tokens.to(next(model.parameters()).device).split([kept, len(tokens) - kept])
+        mini_batches = [(part, i == 1) for i in (0, 1) for part in parts[i].split(BATCH) if len(part)]
+        self._held_out = [held for _, held in mini_batches]
+        self.hidden: list[Tensor] = []
+        self._calls: dict[int, list[tuple]] = {}  # mini-batch size -> what each block is called with beside the states
+        for part, _ in mini_batches:
+            hidden, calls = self._enter(model, part)
+            self.hidden.append(hidden)
+            self._calls[len(part)] = calls
+
+    @torch.no_grad()
+    def _enter(self, model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[tuple]]:
+        """Embed tokens. Blocks pass their input on meanwhile, and note their masks and positions."""
+        states, calls = [], []
+
+        def note(hidden_states, *args, **kwargs):
+            states.append(hidden_states)
+            calls.append((args, kwargs))
+            if len(calls) == len(self.blocks):
+                raise _AllBlocksSeen
+            return hidden_states
+
+        for block in self.blocks.values():
+            block.forward = note
+        try:
+            model(tokens, use_cache=False)
+        except _AllBlocksSeen:
+            pass
+        finally:
+            for block in self.blocks.values():
+                del block.forward
+        return states[0], calls
+
+    @torch.no_grad()
+    def outputs(self, index: int) -> Iterator[Float[Tensor, "batch seqlen hidden"]]:
+        """Run block `index` on the current hidden states, a mini-batch at a time."""
+        block = list(self.blocks.values())[index]
+        for hidden in self.hidden:
+            args, kwargs = self._calls[len(hidden)][index]
+            output = block(hidden, *args, **kwargs)
+            yield output[0] if isinstance(output, tuple) else output
+
+    def groups(self, index: int) -> list[list[str]]:
+        """The linears of block `index` in the order they run, those that are handed the same tensor together.
+
+        Seen on the first mini-batch; what does not run there (an expert without tokens) comes last, each alone.
+        """
+        block = list(self.blocks.values())[index]
+        seen: list[tuple[Tensor, list[str]]] = []
+
+        def watch(name: str):
+            def hook(module, args):
+                for x, names in seen:
+                    if x is args[0]:
+                        names.append(name)
+                        return
+                seen.append((args[0], [name]))
+
+            return hook
+
+        handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears(block).items()]
+        try:
+            next(self.outputs(index))
+        finally:
+            for handle in handles:
+                handle.remove()
+        groups = [names for _, names in seen]
+        return groups + [[name] for name in linears(block) if not any(name in group for group in groups)]
+
+    def statistics(
+        self, index: int, keep_outputs: bool, only: Sequence[str] | None = None
+    ) -> dict[str, InputStatistics]:
+        """Run block `index` and measure the input of each of its linears; full module name -> statistics.
+
+        Linears that are handed the same tensor (q, k and v; gate and up) share one object. Those that no token reaches
+        get one of 0 tokens.
+        only: names within the block; others are not measured.
+        keep_outputs: let the outputs be the next block's input, as when the block is used uncompressed.
+        Raises EoraLabError on NaN or Inf, naming the layer.
+        """
+        prefix = list(self.blocks)[index]
+        found: dict[str, InputStatistics] = {}
+        seen: list[tuple[Tensor, InputStatistics]] = []  # inputs of this mini-batch; held so that no id is reused
+        held_out = iter(self._held_out)
+        apart = next(held_out)
+
+        def watch(name: str):
+            def hook(module, args):
+                x = args[0]
+                shared = next((statistics for tensor, statistics in seen if tensor is x), None)
+                if name not in found:
+                    found[name] = shared or InputStatistics(x.shape[-1], x.device, name)
+                if found[name] is not shared:
+                    seen.append((x, found[name]))
+                    if apart and found[name].held_out is None:
+                        found[name].held_out = InputStatistics(x.shape[-1], x.device, name)
+                    (found[name].held_out if apart else found[name]).update(x)
+
+            return hook
+
+        measured = {
+            f"{prefix}.{name}": linear
+            for name, linear in linears(self.blocks[prefix]).items()
+            if only is None or name in only
+        }
+        handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in measured.items()]
+        try:
+            for i, output in enumerate(self.outputs(index)):
+                seen.clear()
+                apart = next(held_out, False)
+                if keep_outputs:
+                    self.hidden[i] = output
+        finally:
+            for handle in handles:
+                handle.remove()
+        for name, linear in measured.items():
+            found.setdefault(name, InputStatistics(linear.in_features, linear.weight.device, name))
+        return found
+
+    def advance(self, index: int) -> None:
+        """Let the outputs of block `index`, as it is now, be the next block's input."""
+        for i, output in enumerate(self.outputs(index)):
+            self.hidden[i] = output
+
+
+def collect_statistics(
+    model: nn.Module,
+    batches: Int[Tensor, "nsamples seqlen"],
+    held_out: float = 0.0,
+    progress: bool = True,
+    only: str = "",
+) -> dict[str, InputStatistics]:
+    """Statistics of every block linear of the model as it is; module name -> InputStatistics.
+
+    held_out: share of the samples, the last ones, that is measured apart (`.held_out`).
+    only:     regular expression; layers whose name it does not match are not measured, and the pass ends after the last
+              that is.
+    Shared inputs share one object. Holds the statistics of all blocks; `compress_model` needs one block's at a time.
+    Raises EoraLabError when no layer matches.
+    """
+    from tqdm.auto import tqdm
+
+    stream = BlockStream(model, batches, held_out)
+    wanted = [
+        [name for name in linears(block) if re.search(only, f"{prefix}.{name}")]
+        for prefix, block in stream.blocks.items()
+    ]
+    if not any(wanted):
+        raise EoraLabError(f"no layer matches {only!r}; names are like {next(iter(block_linears(model)))}")
+    last = max(index for index, names in enumerate(wanted) if names)
+    found: dict[str, InputStatistics] = {}
+    for index in tqdm(range(last + 1), desc="statistics", unit="block", disable=not progress, leave=False):
+        if wanted[index]:
+            found |= stream.statistics(index, keep_outputs=True, only=wanted[index])
+        else:
+            stream.advance(index)
+    return found

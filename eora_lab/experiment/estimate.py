@@ -1,0 +1,166 @@
+"""What a sweep will take: memory from the shape of the model, time from cells that ran before, else roughly."""
+
+import time
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from eora_lab.model.structure import decoder_blocks, linears
+from eora_lab.experiment.cells import Cell
+from eora_lab.model.embedded import cache_folder
+from eora_lab.errors import EoraLabError
+from eora_lab.model.load import EMBEDDED
+
+SHARED_INPUTS = 4 / 7  # q, k and v read one input, gate and up another
+TASK_TOKENS = 140  # read for a question: its prompt with each of the choices (ARC; few-shot prompts are longer)
+WHOLE_TEXT, WHOLE_TASK = 300_000, 2000  # tokens of WikiText-2's test split, questions of a task
+SLOWER = 2  # than a matrix product alone: unpacking, eigenvectors, attention
+WORKSPACE = 1.2  # activations, logits, a layer's temporary matrices
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a model, read from its configuration alone."""
+
+    parameters: int
+    layers: list[tuple[int, int]]  # (out, in) of every linear in the blocks
+    blocks: int
+
+
+@lru_cache(maxsize=8)
+def model_shape(name: str) -> Shape | None:
+    """Sizes of a model; None where its configuration cannot be read before its weights are (GGUF, no network)."""
+    import transformers
+
+    from eora_lab.model.embedded import FOLDER
+    from eora_lab.model.gguf import quiet_transformers
+
+    source = cache_folder() / FOLDER if name in EMBEDDED else name
+    try:
+        with quiet_transformers(), torch.device("meta"):
+            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
+            model = transformers.AutoModelForCausalLM.from_config(config)
+        blocks = decoder_blocks(model)
+    except Exception:  # of many kinds; the cell itself will say what is wrong
+        return None
+    shapes = [tuple(linear.weight.shape) for block in blocks.values() for linear in linears(block).values()]
+    return Shape(sum(p.numel() for p in model.parameters()), shapes, len(blocks))
+
+
+def memory(cell: Cell) -> int | None:
+    """Bytes that a cell needs at its highest point, or None when the model's sizes are unknown."""
+    shape = model_shape(cell.model)
+    if shape is None:
+        return None
+    weights = shape.parameters * getattr(torch, cell.dtype).itemsize
+    if cell.recipe is None:
+        return int(WORKSPACE * weights)
+    moments = int(SHARED_INPUTS * sum(4 * inputs**2 for _, inputs in shape.layers))  # S is float32
+    largest = max(max(pair) for pair in shape.layers)
+    return int(WORKSPACE * (2 * weights + (moments if cell.shared else moments / shape.blocks) + 6 * 8 * largest**2))
+
+
+def measuring(cell: Cell, shape: Shape) -> float:
+    """Floating-point operations of what a cell measures, roughly."""
+    read = len(cell.perplexity) * (cell.windows * cell.window_length or WHOLE_TEXT)
+    read += len(cell.tasks) * (cell.limit or WHOLE_TASK) * TASK_TOKENS
+    return 2.0 * shape.parameters * read
+
+
+def calibrating(cell: Cell, shape: Shape) -> float:
+    """Floating-point operations of the pass over calibration text and of compression, roughly."""
+    tokens = cell.nsamples * cell.seqlen
+    total = 4.0 * shape.parameters * tokens
+    for out_features, in_features in shape.layers:
+        total += 2.0 * SHARED_INPUTS * tokens * in_features**2  # S
+        total += 2.0 * out_features * in_features**2  # GPTQ
+    return total
+
+
+def solving(cell: Cell, shape: Shape) -> float:
+    """Floating-point operations of the compensation of all layers, roughly."""
+    return sum(2.0 * n * k**2 + 25.0 * min(n, k) ** 3 for n, k in shape.layers)  # R S, eigenvectors
+
+
+def work(cells: list[Cell]) -> float | None:
+    """Floating-point operations of cells, roughly; None when a model's sizes are unknown.
+
+    What cells share counts once: a calibration pass with the base, and the solve of a method.
+    """
+    total, seen = 0.0, set()
+    for cell in cells:
+        shape = model_shape(cell.model)
+        if shape is None:
+            return None
+        total += measuring(cell, shape)
+        if cell.recipe is None:
+            continue
+        solve = replace(cell, perplexity=(), tasks=(), recipe=replace(cell.recipe, rank=0))
+        base = replace(solve, recipe=replace(solve.recipe, method="none"))
+        for key, part in ((base, calibrating), (solve, solving)):
+            if key not in seen or not cell.shared:
+                total += part(cell, shape)
+                seen.add(key)
+    return total
+
+
+@lru_cache(maxsize=4)
+def speed(device: str) -> float:
+    """Floating-point operations a second of this machine in a float32 matrix product, measured in a moment."""
+    matrix = torch.ones(1024, 1024, device=device)
+    times = []
+    for _ in range(5):  # the best of some: others may use the machine too
+        started = time.perf_counter()
+        float((matrix @ matrix)[0, 0])
+        times.append(time.perf_counter() - started)
+    return 2 * 1024**3 / min(times)
+
+
+def seconds(cells: list[Cell], finished: list[dict], device: str = "cpu") -> tuple[float | None, str]:
+    """How long cells will take one after another, and on what that rests.
+
+    finished: cells of the store (`ResultStore.cells`). Those with the same model and compressor are the best guess.
+    """
+    past: dict[tuple, list[float]] = {}
+    for cell in finished:
+        if cell["status"] == "done" and "total" in cell["cost"]:
+            past.setdefault(_kind(cell["config"]), []).append(cell["cost"]["total"])
+    known = [past.get(_kind(cell.config())) for cell in cells]
+    if all(known):
+        return float(sum(sum(times) / len(times) for times in known)), "from finished cells"
+    operations = work(cells)
+    if operations is None:
+        return None, "unknown"
+    return SLOWER * operations / speed(device), "rough"
+
+
+def _kind(config: dict) -> tuple:
+    names = ("model", "compressor", "method", "source", "nsamples", "seqlen", "perplexity", "windows", "tasks", "limit")
+    return tuple(str(config.get(name)) for name in names)
+
+
+def available(device: str = "cpu") -> int | None:
+    """Bytes that a process can still get on a device, or None when the system does not say."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return None
+
+
+def check_memory(cells: list[Cell], device: str = "cpu", processes: int = 1) -> int | None:
+    """The largest memory of all cells, times the processes. Raises EoraLabError when it is more than there is."""
+    needs = [need for cell in cells if (need := memory(cell)) is not None]
+    if not needs:
+        return None
+    largest, there = processes * max(needs), available(device)
+    if there is not None and largest > there:
+        raise EoraLabError(
+            f"this sweep needs about {largest / 1e9:.1f} GB on {device} and {there / 1e9:.1f} GB are free: use a "
+            "smaller model, dtype bfloat16, inputs compensated (statistics of one block at a time), or a larger machine"
+        )
+    return largest

@@ -1,0 +1,62 @@
+"""Run cells on Ray: one cell a task, results in the same store. Ray restarts a cell whose worker dies."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from eora_lab.experiment.cache import ContentCache
+from eora_lab.experiment.cells import Cell
+from eora_lab.errors import EoraLabError
+from eora_lab.experiment.store import ResultStore
+from eora_lab.experiment.sweep import run_and_keep
+
+RETRIES = 3  # of a cell whose worker died
+
+
+def run_on_ray(
+    jobs: list[tuple[Cell, int]], folder: Path, batch_size: int, device: str, workers: int, address: str | None
+) -> Iterator[str]:
+    """The error of each cell (empty for none) as cells finish, in any order.
+
+    folder:  of the store; on a cluster, one that all its machines see.
+    address: of a running cluster; None starts one of `workers` processes here, and stops it at the end.
+    Raises EoraLabError when Ray is not installed or the cluster does not answer.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise EoraLabError('the Ray engine needs ray: pip install "eora-lab[ray]"') from error
+    ours = not ray.is_initialized()
+    if ours:
+        try:
+            local = {} if address else {"num_cpus": workers, "include_dashboard": False}
+            ray.init(address=address, log_to_driver=False, **local)
+        except (ConnectionError, ValueError) as error:
+            raise EoraLabError(f"no Ray cluster answers at {address}: {error}") from error
+
+    folder = folder.resolve()
+    store = ResultStore(folder)
+
+    remote = ray.remote(num_cpus=1, num_gpus=int(device.startswith("cuda")), max_retries=RETRIES)(run_one)
+    try:
+        waiting = {remote.remote(c.config(), highest, folder, batch_size, device): c for c, highest in jobs}
+        while waiting:
+            (ready, *_), _ = ray.wait(list(waiting), num_returns=1)
+            cell = waiting.pop(ready)
+            try:
+                yield ray.get(ready)
+            except ray.exceptions.RayError as error:  # the worker died every time, most likely for lack of memory
+                message = f"the worker died {RETRIES + 1} times: {type(error).__name__}"
+                store.put(cell.config(), error=message)
+                yield message
+    finally:
+        if ours:
+            ray.shutdown()
+
+
+def run_one(config: dict, highest: int, folder: Path, batch_size: int, device: str) -> str:
+    """What a worker does: `run_and_keep`, unless one that died before it had kept the result already."""
+    store, cell = ResultStore(folder), Cell.from_config(config)
+    found = store.get(config)
+    if found and found["status"] == "done":
+        return ""
+    return run_and_keep(cell, highest, store, ContentCache(folder / "cache"), batch_size, device)

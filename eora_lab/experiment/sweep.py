@@ -1,0 +1,227 @@
+"""Run a grid of experiments into a result store: every cell once, whatever fails or is killed on the way."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eora_lab.experiment.cache import ContentCache
+from eora_lab.experiment.cells import DENSE, MEASURED, Cell, load, run_cell
+from eora_lab.errors import EoraLabError
+from eora_lab.experiment.estimate import check_memory, model_shape, seconds
+from eora_lab.run.recipe import Recipe
+from eora_lab.experiment.store import ResultStore
+from eora_lab.files import digest
+
+if TYPE_CHECKING:
+    import pandas
+
+FORM = "a grid is a mapping from settings to values, or a list of such mappings"
+Grid = Mapping | list  # field -> value or values; or several such mappings, or cells, one after another
+
+
+def expand(grid: Grid) -> list[Cell]:
+    """All cells of a grid, each once. The last field varies fastest.
+
+    Raises EoraLabError for an unknown field, a value of a wrong type, or a grid of another form.
+    """
+    parts = grid if isinstance(grid, list) else [grid]
+    cells: dict[str, Cell] = {}
+    for part in parts:
+        if isinstance(part, Cell):
+            cells.setdefault(digest(part.config()), part)
+            continue
+        if not isinstance(part, Mapping):
+            raise EoraLabError(FORM)
+        axes = [value if isinstance(value, list) and name not in MEASURED else [value] for name, value in part.items()]
+        for values in itertools.product(*axes):
+            cell = Cell.from_config(dict(zip(part, values, strict=True)))
+            cells.setdefault(digest(cell.config()), cell)
+    if not cells:
+        raise EoraLabError("the grid is empty")
+    return list(cells.values())
+
+
+def named_grids() -> dict[str, Path]:
+    """The ablations that ship with the package, by name."""
+    return {path.stem: path for path in sorted((Path(__file__).parent / "grids").glob("*.yaml"))}
+
+
+def read_grid(path: Path | str) -> Grid:
+    """A grid from a YAML file, or one of `named_grids`. Raises EoraLabError when it cannot be read."""
+    import yaml
+
+    if not Path(path).exists():
+        path = named_grids().get(str(path), path)
+    try:
+        grid = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise EoraLabError(f"cannot read the grid {path}: {reason} (named ones: {', '.join(named_grids())})") from error
+    if not isinstance(grid, Mapping | list):
+        raise EoraLabError(f"{path} holds no grid: {FORM}")
+    return grid
+
+
+def on_model(grid: Grid, model: str) -> Grid:
+    """The same grid for another model."""
+    return [part | {"model": model} for part in (grid if isinstance(grid, list) else [grid])]
+
+
+def highest_ranks(cells: Iterable[Cell]) -> dict[str, int]:
+    """Digest of a cell's configuration -> the highest rank of those that differ from it in the rank alone.
+
+    Taken over the whole grid, so that a resumed sweep solves as an undisturbed one does.
+    """
+    groups: dict[str, list[Cell]] = {}
+    for cell in cells:
+        without_rank = {name: value for name, value in cell.config().items() if name not in ("rank", "factor_bits")}
+        groups.setdefault(digest(without_rank), []).append(cell)
+    return {
+        digest(cell.config()): max(other.recipe.rank for other in group) if cell.recipe else 0
+        for group in groups.values()
+        for cell in group
+    }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sweep has left to do."""
+
+    todo: list[Cell]
+    done: int
+    failed: int  # in the store with an error; not run again unless asked for
+    seconds: float | None
+    basis: str  # what the seconds rest on
+    memory: int | None  # bytes
+
+    def __str__(self) -> str:
+        total = len(self.todo) + self.done + self.failed
+        line = f"{total} cells: {self.done} done, {self.failed} failed before, {len(self.todo)} to run"
+        if self.todo and self.seconds is not None:
+            line += f", about {self.seconds / 60:.1f} min of one worker ({self.basis})"
+        return line + (f", about {self.memory / 1e9:.1f} GB of memory" if self.todo and self.memory else "")
+
+
+def plan(
+    cells: list[Cell], store: ResultStore, retry_failed: bool = False, device: str = "cpu", workers: int = 1
+) -> Plan:
+    """What is left. Cells that share a calibration pass or a base are put next to each other.
+
+    Raises EoraLabError when the memory of the machine cannot hold a cell.
+    """
+    model_shape.cache_clear()  # a folder may hold another model by now
+    found = [store.get(cell.config()) for cell in cells]
+    again = [cell is None or (retry_failed and cell["status"] == "failed") for cell in found]
+    todo = [cell for cell, wanted in zip(cells, again, strict=True) if wanted]
+    kept = [cell["status"] for cell, wanted in zip(found, again, strict=True) if not wanted]
+    todo.sort(key=_kinship)
+    time, basis = seconds(todo, list(store.cells()), device)
+    return Plan(todo, kept.count("done"), kept.count("failed"), time, basis, check_memory(todo, device, workers))
+
+
+def _kinship(cell: Cell) -> tuple:
+    """Sorts cells with the same statistics together, and among those the ones with the same base and solve."""
+    if cell.recipe is None:
+        return (cell.model, DENSE)
+    texts = (cell.base_source, cell.source, cell.nsamples, cell.seqlen, cell.share, cell.first, cell.seed)
+    texts = (*map(str, texts), str(cell.recipe.held_out))
+    last = ("method", "rank", "factor_bits", "refit")
+    base = tuple(str(getattr(cell.recipe, f.name)) for f in fields(Recipe) if f.name not in last)
+    return (cell.model, "sharing", texts, base, cell.recipe.method, -cell.recipe.rank)
+
+
+def sweep(
+    grid: Grid,
+    store: ResultStore | Path | str,
+    engine: str = "local",
+    workers: int = 1,
+    address: str | None = None,
+    retry_failed: bool = False,
+    batch_size: int = 8,
+    device: str = "cpu",
+    announce: Callable[[Plan], None] = print,
+) -> "pandas.DataFrame":
+    """Run the cells of a grid that a store does not have yet. Returns the rows of the grid's cells.
+
+    A cell that raises is kept with its error and the sweep goes on. Stopped in any way, it goes on where it was when it
+    is called again; at most the cells that were running are run anew.
+
+    engine:   "local": one cell after another, here. "ray": one cell a task, on `workers` processes of this machine, or
+              on the cluster at `address`, which must see the same store folder.
+    announce: is handed the plan before the first cell runs.
+    Raises EoraLabError when the grid cannot be understood, and before anything runs when the memory is too small.
+    """
+    from tqdm.auto import tqdm
+
+    store = store if isinstance(store, ResultStore) else ResultStore(store)
+    if engine not in ("local", "ray"):
+        raise EoraLabError(f"unknown engine {engine!r}; known: local, ray")
+    cells = expand(grid)
+    left = plan(cells, store, retry_failed, device, workers if engine == "ray" and not address else 1)
+    announce(left)
+    with tqdm(total=len(left.todo), desc="sweep", unit="cell", disable=not left.todo) as bar:
+        failed = 0
+        for error in run_plan(left, cells, store, engine, workers, address, batch_size, device):
+            failed += bool(error)
+            bar.update()
+            if error:
+                bar.set_postfix_str(f"{failed} failed")
+                bar.write(f"failed: {error}")
+    return rows(cells, store)
+
+
+def run_plan(
+    left: Plan,
+    cells: list[Cell],
+    store: ResultStore,
+    engine: str = "local",
+    workers: int = 1,
+    address: str | None = None,
+    batch_size: int = 8,
+    device: str = "cpu",
+) -> Iterator[str]:
+    """Run what a plan has left, a cell a step: its error, empty when there was none. `sweep` with a hand on the brake.
+
+    Who stops asking for the next cell stops the sweep; the cells that were handed out are in the store.
+
+    cells: the whole grid that `left` is the rest of. The others as for `sweep`.
+    """
+    load.cache_clear()  # a folder may hold another model by now
+    highest = highest_ranks(cells)
+    jobs = [(cell, highest[digest(cell.config())]) for cell in left.todo]
+    if engine == "ray":
+        from eora_lab.experiment.ray_engine import run_on_ray
+
+        yield from run_on_ray(jobs, store.folder, batch_size, device, workers, address)
+    else:
+        cache = ContentCache(store.folder / "cache")
+        for cell, rank in jobs:
+            yield run_and_keep(cell, rank, store, cache, batch_size, device)
+
+
+def rows(cells: list[Cell], store: ResultStore) -> "pandas.DataFrame":
+    """The rows of some cells of a store, in their order; those that it does not have are left out."""
+    import pandas
+
+    from eora_lab.experiment.store import row
+
+    return pandas.DataFrame([row(found) for cell in cells if (found := store.get(cell.config()))])
+
+
+def run_and_keep(
+    cell: Cell, highest: int, store: ResultStore, cache: ContentCache, batch_size: int = 8, device: str = "cpu"
+) -> str:
+    """Run a cell and keep its result, or its error, in the store. Returns the error, empty when there was none.
+
+    Only what says nothing about the cell stops a sweep: Ctrl-C, and a store that cannot be written.
+    """
+    try:
+        result, cost = run_cell(cell, cache, highest, batch_size, device)
+    except Exception as error:
+        message = str(error) if isinstance(error, EoraLabError) else f"{type(error).__name__}: {error}"
+        store.put(cell.config(), error=message or type(error).__name__)
+        return message
+    store.put(cell.config(), result=result, cost=cost)
+    return ""

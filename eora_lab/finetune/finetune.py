@@ -1,0 +1,81 @@
+"""Fine-tune the low-rank path on top of a frozen compressed model, from one start or another.
+
+What it starts from decides much (EoRA paper, tables 3, 11 and 12): EoRA, the SVD of the weight error (LoftQ with its W^
+kept), or LoRA's own start, where B A is zero and training must mend the compression first.
+"""
+
+import json
+from pathlib import Path
+
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from eora_lab.run.adapters import use_only
+from eora_lab.errors import EoraLabError
+from eora_lab.files import write_json
+from eora_lab.formats.peft import Factors, write_adapter
+from eora_lab.run.task_adapter import solve_adapter
+from eora_lab.finetune.trainer import train
+from eora_lab.finetune.settings import Init, Training
+
+CALIBRATION_TOKENS = 16384  # of the training text, to solve the start from
+
+
+def finetune(
+    model: nn.Module,
+    original: nn.Module,
+    tokens: Int[Tensor, "nsamples seqlen"],
+    held_out: Int[Tensor, "windows seqlen_held_out"],
+    folder: Path | str,
+    training: Training,
+    init: Init = "eora",
+    rank: int = 64,
+    seed: int = 0,
+) -> list[dict]:
+    """Train an adapter of one rank in every layer, from one start. Returns the log, as log.json in the folder holds it.
+
+    The folder becomes a PEFT adapter. Interrupted, it resumes from its last checkpoint, to the same result; finished,
+    its log is returned.
+
+    model:    compressed, from `load_run`. Its W^ stays frozen; it is left with the trained adapter in use.
+    original: the model that it was made from, to solve the start from.
+    tokens:   training sequences, which the steps go through in seeded order, more than once where they must.
+    held_out: sequences to measure the loss on.
+    Log:      {"step", "loss"} every few steps, the mean training loss since the entry before, nats a token;
+              {"step", "eval_loss"}, on the held-out sequences, step 0 first.
+    Raises EoraLabError when a setting does not fit, or when the loss is no longer finite.
+    """
+    folder = Path(folder)
+    training.check()
+    if rank < 1:
+        raise EoraLabError(f"the rank must be at least 1, not {rank}")
+    if finished(folder) is None:
+        checkpoint = last_checkpoint(folder)
+        start: Factors | None = None
+        if init != "lora" and checkpoint is None:
+            sequences = -(-CALIBRATION_TOKENS // tokens.shape[1])
+            start = solve_adapter(model, original, tokens[:sequences], init, rank)
+        factors, log = train(model, start, rank, tokens, held_out, folder, training, seed, checkpoint)
+        write_adapter(folder, factors, model.config.name_or_path)
+        write_json(folder / "log.json", log)
+    use_only(model, folder)
+    return finished(folder)
+
+
+def finished(folder: Path) -> list[dict] | None:
+    """The log of a fine-tuning that ran to its end."""
+    try:
+        return json.loads((folder / "log.json").read_text())
+    except FileNotFoundError:
+        return None
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written to its end: the Trainer writes trainer_state.json last."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+            return path
+        except (OSError, ValueError):
+            continue
+    return None

@@ -1,0 +1,50 @@
+"""The fused product as a module."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from eora_lab.errors import EoraLabError
+from eora_lab.layer.triton_kernels.backend import choose_backend
+from eora_lab.layer.triton_kernels.op import fused_linear, product, rows
+from eora_lab.layer.triton_kernels.repack import TENSORS, FusedWeight
+
+
+class FusedLinear(nn.Module):
+    """y = W^ x + B (A x) + bias from a `FusedWeight`, by Triton on a GPU and by torch elsewhere.
+
+    backend "torch" forces torch on a GPU too; "triton" raises EoraLabError on a device where it cannot run.
+    """
+
+    def __init__(self, weight: FusedWeight, backend: str = "auto"):
+        super().__init__()
+        self.backend = backend
+        self.numbers = weight.numbers()
+        for name in TENSORS:
+            self.register_buffer(name, getattr(weight, name), persistent=False)
+
+    @property
+    def weight(self) -> FusedWeight:
+        """What it was made from, on the device where it is."""
+        return FusedWeight(*(getattr(self, name) for name in TENSORS), **self.numbers)
+
+    def _apply(self, fn, recurse: bool = True) -> "FusedLinear":
+        """Follow to another device, but keep every dtype: scales stay as they were stored."""
+        for name in TENSORS:
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, tensor.to(fn(tensor[:0]).device))
+        return self
+
+    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
+        """Raises EoraLabError when x is not of the dtype that the layer was packed for."""
+        if x.dtype != self.A.dtype:
+            raise EoraLabError(f"the layer is packed for {self.A.dtype}, and x is {x.dtype}; pack it for that dtype")
+        if self.backend == "torch":
+            return product(rows(x, self.order), self.weight).view(*x.shape[:-1], sum(self.weight.out_features))
+        if self.backend == "triton" and not torch.compiler.is_compiling():
+            choose_backend(x.device, x.dtype, "triton")
+        return fused_linear(x, *(getattr(self, name) for name in TENSORS), **self.numbers)
+
+    def split(self, y: Float[Tensor, "... out"]) -> tuple[Float[Tensor, "... _"], ...]:
+        """The outputs of the layers that were merged."""
+        return y.split(self.numbers["out_features"], -1)

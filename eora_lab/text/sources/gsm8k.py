@@ -1,0 +1,17 @@
+"""GSM8K (Cobbe et al. 2021): question and worked answer with its calculator marks, in lm-eval's form."""
+
+from eora_lab.text import hub
+
+DEFAULT_SPLIT = "train"
+JOIN = "\n\n"
+PACKING = "examples"
+
+
+def texts(split: str) -> list[str]:
+    """The formatted problems of the split.
+
+    Raises:
+        EoraLabError: the split is neither in the mirror nor on the hub.
+    """
+    problems = hub.rows("openai/gsm8k", "main", split, ["question", "answer"])
+    return [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in problems]
