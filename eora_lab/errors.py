@@ -15,3 +15,8 @@ def naming(what: str) -> Iterator[None]:
         yield
     except EoraLabError as error:
         raise EoraLabError(f"{what}: {error}") from error
+
+
+def one_line(error: Exception) -> str:
+    """The message of another library's error, in one line of at most 300 characters."""
+    return " ".join(str(error).split())[:300] or type(error).__name__

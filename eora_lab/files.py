@@ -1,13 +1,16 @@
 """Write files so that a kill or a full disk leaves the old file or the new one, never half of one."""
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -62,3 +65,33 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     finally:
         if partial and partial.exists():
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def digest(data: object) -> str:
+    """SHA-256 of a JSON value, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a safetensors file."""
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def set_aside(path: Path, folder: Path, reason: str) -> None:
+    """Move a file that cannot be trusted out of the way, under a name that is free, and warn."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target, count = folder / path.name, 1
+    while target.exists():
+        target, count = folder / f"{path.name}.{count}", count + 1
+    try:
+        os.replace(path, target)
+    except FileNotFoundError:
+        return
+    warnings.warn(f"{path} cannot be used ({reason}); it was moved to {target}", stacklevel=3)

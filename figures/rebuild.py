@@ -17,9 +17,9 @@ import pandas
 from matplotlib.figure import Figure
 
 from eora_lab.experiment.paper_runs import both_sides, rivalry, table_rows
-from eora_lab.plots import plot_comparison, plot_intervals, plot_sweep, plot_table, save
 from eora_lab.experiment.store import ResultStore
 from eora_lab.experiment.sweep import expand, named_grids, read_grid, rows
+from eora_lab.plots import plot_comparison, plot_intervals, plot_sweep, plot_table, save
 from kernels.figure import draw
 
 ROOT = Path(__file__).parents[1]

@@ -43,7 +43,6 @@ def jobs() -> list[Job]:
             Job("decode", 1, capability, {"group": 32}),
             Job("decode", 1, capability, {"bits": 3, "group": 0, "even_k": False}),
             Job("prefill", 256, capability, {"dtype": "bf16", "offsets": "u8"}),
-            Job("sparse", 1, capability),
             Job("down", 1, capability),
             Job("dense", 1, capability),
         ]

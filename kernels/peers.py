@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eora_lab.layer.triton_kernels import FusedLinear, FusedWeight, merge, repack
+from eora_lab.layer.triton_kernels import FusedLinear, FusedWeight, repack
+from kernels.merge import merge
 
 GROUP = 128
 

@@ -18,7 +18,6 @@ from eora_lab.layer.triton_kernels.configs import Config
 from eora_lab.layer.triton_kernels.decode import decode_kernel, down_kernel
 from eora_lab.layer.triton_kernels.prefill import dense_kernel, prefill_kernel
 from eora_lab.layer.triton_kernels.ptx import PLANES
-from eora_lab.layer.triton_kernels.sparse24_kernel import sparse_decode_kernel
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 INSTRUCTION = re.compile(r"^\s+(?:/\*[0-9a-f]+\*/\s+)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)
@@ -27,7 +26,6 @@ KERNELS = {
     "down": down_kernel,
     "prefill": prefill_kernel,
     "dense": dense_kernel,
-    "sparse": sparse_decode_kernel,
 }
 INTEGERS = {"M", "N", "K", "KP", "NP", "R", "blocks", "chunks", "chunk", "counters", "stride_xm", "stride_wn"}
 
@@ -61,7 +59,7 @@ def compile_kernel(
     if name == "down":
         constants["GROUP"] = group or 128
     pointers = {
-        "q_ptr": "i16", "places_ptr": "i16", "tiles_ptr": "i32", "scales_ptr": scales, "offsets_ptr": offsets,
+        "q_ptr": "i16", "tiles_ptr": "i32", "scales_ptr": scales, "offsets_ptr": offsets,
         "sums_ptr": "fp32", "partial_ptr": "fp32", "counters_ptr": "i32",
         "xa_ptr": dtype if name == "prefill" else "fp32",
     }  # fmt: skip
@@ -86,8 +84,7 @@ def compile_kernel(
         usage = disassemble("cuobjdump", "-res-usage", cubin.name)
         code = disassemble("nvdisasm", "-c", cubin.name)
     everything = count(code)
-    channels = 256 if name == "sparse" else 16 * PLANES[bits]  # a round of the main loop
-    weights = channels * config.block_n / (32 * config.num_warps)
+    weights = 16 * PLANES[bits] * config.block_n / (32 * config.num_warps)  # a round of the main loop
     return Report(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
         spills=sum(n for op, n in everything.items() if op in {"LDL", "STL"}),

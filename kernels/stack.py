@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eora_lab.layer.triton_kernels import FusedLinear, merge
+from eora_lab.layer.triton_kernels import FusedLinear
+from kernels.merge import merge
 from kernels.peers import Layer
 from kernels.shapes import MERGED, MODELS, Dimensions
 from kernels.timing import median_us

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
@@ -84,19 +83,15 @@ def cases() -> list[Case]:
     found += [
         case("decode", "float16", bits, 48, "float", K=100 + bits, split_k=2) for bits in (3, 4)
     ]  # last one short
-    found += [
-        case("sparse", dtype, 16, -1, "sym", split_k=split_k, M=M, K=K, N=N, ranks=(rank,))
-        for dtype in ("float16", "bfloat16")
-        for M, K, N, rank, split_k in ((1, 256, (64,), 16, 1), (5, 404, (129,), 7, 2), (17, 512, (36,), 0, 1))
-    ]
     return found
 
 
 def relative_error(case: Case, seed: int, device: str = "cpu") -> float:
     """||y - reference|| / ||reference||, the reference in float64 from the codes themselves."""
-    from eora_lab.layer.triton_kernels import merge, repack
+    from eora_lab.layer.triton_kernels import repack
     from eora_lab.layer.triton_kernels.launch import launch
     from eora_lab.layer.triton_kernels.op import rows
+    from kernels.merge import merge
 
     generator = torch.Generator().manual_seed(seed)
     normal = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
@@ -110,8 +105,6 @@ def relative_error(case: Case, seed: int, device: str = "cpu") -> float:
     elif case.values == "tiny":
         x *= 1e-4
     x = arrange(x.to(dtype).to(device), case.layout)
-    if case.path == "sparse":
-        return sparse_error(case, x, normal)
     group_size = case.K if case.group == -1 else case.group
     groups = -(-case.K // group_size)
     index = torch.arange(case.K) // group_size
@@ -138,25 +131,6 @@ def relative_error(case: Case, seed: int, device: str = "cpu") -> float:
     y = launch(rows(x, weight.order), weight, blocks(case, 64 if seed % 2 else 32)).cpu().double()
     expected = torch.cat(reference, 1)
     return ((y - expected).norm() / expected.norm()).item()
-
-
-def sparse_error(case: Case, x: torch.Tensor, normal: Callable[..., torch.Tensor]) -> float:
-    """The same for a 2:4 weight; one four in eight keeps a single weight, or none."""
-    from eora_lab.layer.triton_kernels.launch import sparse_decode
-    from eora_lab.layer.triton_kernels.op import rows
-    from eora_lab.layer.triton_kernels.sparse24 import pack24
-
-    (N,), (rank,), dtype = case.N, case.ranks, x.dtype
-    kept = normal(N, case.K // 4, 4).argsort(-1) < 2
-    kept[:, ::8] &= normal(*kept[:, ::8].shape) > 0
-    W = (normal(N, case.K) * kept.flatten(1)).to(dtype)
-    A, B = (normal(rank, case.K) / case.K**0.5).to(dtype), normal(N, rank).to(dtype)
-    bias = normal(N).to(dtype) if case.bias else None
-    y = sparse_decode(rows(x, None), pack24(W, A, B, bias, dtype).to(x.device), blocks(case, 64)).cpu()
-    x = x.cpu()
-    expected = x.double() @ W.double().T + x.double() @ A.double().T @ B.double().T
-    expected += bias.double() if case.bias else 0
-    return ((y.double() - expected).norm() / expected.norm()).item()
 
 
 def blocks(case: Case, columns: int) -> "Config":

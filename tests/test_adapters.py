@@ -10,11 +10,11 @@ import torch
 from safetensors.torch import save_file
 
 from eora_lab import EoraLabError, compress_model, load_model, load_run, perplexity
-from eora_lab.run.adapters import Adapters
 from eora_lab.cli import main
 from eora_lab.formats.adapter_check import check_adapter, fix_adapter
 from eora_lab.formats.peft import SERVED_RANKS, read_files, write_adapter
 from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.run.adapters import Adapters
 from eora_lab.run.folder import load_original
 from eora_lab.run.task_adapter import solve_adapter
 from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer, tiny_tokens

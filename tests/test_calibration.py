@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eora_lab.text.tokens import calibration_batches, token_windows
 from eora_lab.errors import EoraLabError
+from eora_lab.text.tokens import calibration_batches, token_windows
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

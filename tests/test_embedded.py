@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eora_lab.model.embedded import embedded_model_folder
 from eora_lab.errors import EoraLabError
+from eora_lab.model.embedded import embedded_model_folder
 from eora_lab.model.load import EMBEDDED, load_model
 
 ROOT = Path(__file__).parents[1]

@@ -15,15 +15,15 @@ import torch
 import torch.nn.functional as F
 
 from eora_lab import compress_model, load_model, load_run, perplexity
-from eora_lab.run.adapters import Adapters, use_only
 from eora_lab.cli import main
 from eora_lab.finetune.finetune import finetune, last_checkpoint
+from eora_lab.finetune.settings import Training
+from eora_lab.finetune.trainer import FrozenLinear, train
 from eora_lab.formats.peft import read_adapter
 from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.run.adapters import Adapters, use_only
 from eora_lab.run.folder import load_original
 from eora_lab.run.task_adapter import solve_adapter
-from eora_lab.finetune.trainer import FrozenLinear, train
-from eora_lab.finetune.settings import Training
 from tests.tiny import tiny_model, tiny_tokenizer
 
 SHORT = Training(steps=6, batch_size=2, lr=1e-2, save_every=3)

@@ -9,8 +9,9 @@ import torch
 
 from eora_lab.compress import rtn
 from eora_lab.errors import EoraLabError
-from eora_lab.layer.triton_kernels import FusedLinear, choose_backend, fused_weight, merge, repack
+from eora_lab.layer.triton_kernels import FusedLinear, choose_backend, fused_weight, repack
 from eora_lab.layer.triton_kernels.configs import bucket, rule
+from kernels.merge import merge
 
 
 def layer(out_features=36, in_features=96, rank=7, bits=4, group_size=32, dtype=torch.float16, bias=True, **grid):

@@ -15,13 +15,13 @@ from eora_lab import (
     compress_model,
     perplexity,
 )
-from eora_lab.model.structure import decoder_blocks
+from eora_lab.calibrate.statistics import output_energy
 from eora_lab.compensate.budget import Budget
 from eora_lab.compress import COMPRESSORS, PRUNERS
 from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.model.structure import decoder_blocks
 from eora_lab.run.ranks import plan_ranks
 from eora_lab.run.recipe import Recipe
-from eora_lab.calibrate.statistics import output_energy
 from tests.tiny import CONFIGS, logits, tiny_model, tiny_tokens
 
 K_PROJ = "model.layers.0.self_attn.k_proj"

@@ -16,15 +16,15 @@ import pytest
 
 from eora_lab import EoraLabError
 from eora_lab.cli import main
-from eora_lab.experiment.compare import Row, table
 from eora_lab.compensate import SOLVERS
-from eora_lab.measure.intervals import Interval
+from eora_lab.experiment.compare import Row, table
 from eora_lab.experiment.paper_runs import both_sides, rivalry, table_rows
+from eora_lab.experiment.store import ResultStore
+from eora_lab.experiment.sweep import expand, named_grids, read_grid, rows, sweep
+from eora_lab.measure.intervals import Interval
 from eora_lab.plots import plot_comparison, plot_front, plot_intervals, plot_setting, plot_sweep, plot_table, save
 from eora_lab.plots.front import pareto, spread
 from eora_lab.plots.style import LABELS, LOOKS, looks
-from eora_lab.experiment.store import ResultStore
-from eora_lab.experiment.sweep import expand, named_grids, read_grid, rows, sweep
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]

@@ -10,9 +10,9 @@ import pyarrow.parquet
 import pytest
 import torch
 
-from eora_lab.text.tokens import calibration_batches, token_windows
 from eora_lab.errors import EoraLabError
 from eora_lab.text.sources import SOURCES
+from eora_lab.text.tokens import calibration_batches, token_windows
 from tests.tiny import tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

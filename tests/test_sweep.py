@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from eora_lab import EoraLabError, calibration_batches, compress_model, load_model, perplexity, token_windows
+from eora_lab.cli import main
 from eora_lab.experiment.cache import ContentCache
 from eora_lab.experiment.cells import Cell
-from eora_lab.cli import main
 from eora_lab.experiment.estimate import work
 from eora_lab.experiment.store import ResultStore
 from eora_lab.experiment.sweep import expand, highest_ranks, named_grids, on_model, plan, read_grid, sweep

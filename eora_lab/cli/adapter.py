@@ -42,11 +42,11 @@ class Check:
     """write a universal adapter, which all of them load alike, to this folder"""
 
     def run(self) -> None:
-        from eora_lab.model.structure import block_linears
         from eora_lab.errors import EoraLabError
         from eora_lab.formats.adapter_check import check_adapter, fix_adapter
         from eora_lab.formats.peft import read_files, write_adapter
         from eora_lab.model.load import load_skeleton
+        from eora_lab.model.structure import block_linears
 
         tensors, config = read_files(self.path)
         name = self.model or config.get("base_model_name_or_path")

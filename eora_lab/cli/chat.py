@@ -41,10 +41,10 @@ class Chat:
     def run(self) -> None:
         from transformers import TextStreamer
 
-        from eora_lab.model import generate
-        from eora_lab.run.adapters import Adapters
         from eora_lab.errors import EoraLabError
         from eora_lab.layer.linear import CompensatedLinear
+        from eora_lab.model import generate
+        from eora_lab.run.adapters import Adapters
         from eora_lab.run.folder import load_model_or_run
 
         folders = dict(named(text) for text in self.adapter)

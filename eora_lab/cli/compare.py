@@ -4,10 +4,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from eora_lab.text.settings import Calibration, Evaluation
 from eora_lab.compensate.budget import Budget
 from eora_lab.compress.grid import ScaleDtype, ZeroPoint
 from eora_lab.run.recipe import Recipe
+from eora_lab.text.settings import Calibration, Evaluation
 
 
 @dataclass(frozen=True)

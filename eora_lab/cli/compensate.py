@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 import tyro
 
 from eora_lab.cli.compress import run_pass
-from eora_lab.text.settings import Calibration, Evaluation
 from eora_lab.cli.options import Dtype
 from eora_lab.compensate.budget import Budget
 from eora_lab.run.recipe import Recipe
+from eora_lab.text.settings import Calibration, Evaluation
 
 
 @dataclass(frozen=True)

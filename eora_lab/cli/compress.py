@@ -7,11 +7,11 @@ from typing import Annotated
 
 import tyro
 
-from eora_lab.text.settings import Calibration, Evaluation
 from eora_lab.cli.options import Dtype
 from eora_lab.compensate.budget import Budget
 from eora_lab.compress import CompressedWeight
 from eora_lab.run.recipe import Recipe
+from eora_lab.text.settings import Calibration, Evaluation
 
 
 @dataclass(frozen=True)
@@ -67,9 +67,9 @@ def run_pass(
     """Plan the ranks, run the pass into the folder `output`, evaluate and print. `about` is noted in config.json."""
     from eora_lab.calibrate.stream import collect_statistics
     from eora_lab.measure.evaluate import perplexity
+    from eora_lab.run.folder import write_report
     from eora_lab.run.pipeline import compress_model
     from eora_lab.run.ranks import plan_ranks
-    from eora_lab.run.folder import write_report
 
     recipe.check(model, given=weights)
     windows = evaluation.tokens(tokenizer) if evaluation else None

@@ -53,8 +53,8 @@ class Evaluate:
 
     def measure(self, name: str, adapter: str | None = None) -> tuple:
         """(loss of every window, results of the tasks) of one model, printed as they come."""
-        from eora_lab.run.adapters import use_only
         from eora_lab.measure.evaluate import window_losses
+        from eora_lab.run.adapters import use_only
         from eora_lab.run.folder import load_model_or_run
 
         model, tokenizer = load_model_or_run(name, self.dtype, self.device)

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from eora_lab.text.settings import Calibration, Evaluation
 from eora_lab.finetune.settings import Init, Training
+from eora_lab.text.settings import Calibration, Evaluation
 
 
 @dataclass(frozen=True)

@@ -30,8 +30,8 @@ class Generate:
     """cpu or cuda"""
 
     def run(self) -> None:
-        from eora_lab.run.adapters import use_only
         from eora_lab.model.generate import generate
+        from eora_lab.run.adapters import use_only
         from eora_lab.run.folder import load_model_or_run
 
         model, tokenizer = load_model_or_run(self.model, self.dtype, self.device)

@@ -46,9 +46,9 @@ class Sweep:
     """cpu or cuda"""
 
     def run(self) -> None:
-        from eora_lab.measure.intervals import paired_bootstrap
         from eora_lab.experiment.store import ResultStore, scores
         from eora_lab.experiment.sweep import expand, on_model, plan, read_grid, sweep
+        from eora_lab.measure.intervals import paired_bootstrap
 
         grid, store = read_grid(self.grid), ResultStore(self.store)
         if self.model is not None:

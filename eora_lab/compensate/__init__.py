@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eora_lab.calibrate.statistics import InputStatistics, all_finite
 from eora_lab.compensate.act_s import act_s, act_s_released
 from eora_lab.compensate.eora import eora
 from eora_lab.compensate.eora_paper import eora_paper
@@ -13,7 +14,6 @@ from eora_lab.compensate.none import none
 from eora_lab.compensate.qera_approx import qera_approx
 from eora_lab.compensate.svd import svd
 from eora_lab.errors import EoraLabError
-from eora_lab.calibrate.statistics import InputStatistics, all_finite
 
 SOLVERS = {
     "none": none,

@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from eora_lab.compensate.lowrank import LowRank
 from eora_lab.calibrate.statistics import InputStatistics
+from eora_lab.compensate.lowrank import LowRank
 
 NULL = 1e-14  # eigenvalues below this share of the largest are rounding noise of a float64 decomposition
 

@@ -6,10 +6,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.compensate.lowrank import LowRank
 from eora_lab.compress import CompressedWeight, gptq, rtn
 from eora_lab.errors import EoraLabError
-from eora_lab.calibrate.statistics import InputStatistics
 
 
 @dataclass(frozen=True)

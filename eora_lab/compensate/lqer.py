@@ -3,9 +3,9 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.compensate.lowrank import LowRank
 from eora_lab.compensate.projection import principal_errors
-from eora_lab.calibrate.statistics import InputStatistics
 
 
 def lqer(residual: Float[Tensor, "out in"], statistics: InputStatistics, rank: int) -> LowRank:

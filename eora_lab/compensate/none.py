@@ -3,8 +3,8 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from eora_lab.compensate.lowrank import LowRank
 from eora_lab.calibrate.statistics import InputStatistics
+from eora_lab.compensate.lowrank import LowRank
 
 
 def none(residual: Float[Tensor, "out in"], statistics: InputStatistics, rank: int) -> LowRank:

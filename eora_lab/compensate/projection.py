@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.compensate import krylov
 from eora_lab.compensate.lowrank import LowRank
-from eora_lab.calibrate.statistics import InputStatistics
 
 
 def principal_errors(

@@ -3,9 +3,9 @@
 from jaxtyping import Float
 from torch import Tensor
 
+from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.compensate import LowRank, solve
 from eora_lab.errors import EoraLabError
-from eora_lab.calibrate.statistics import InputStatistics, output_energy
 
 AMOUNTS = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3)
 

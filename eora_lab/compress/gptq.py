@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.compress.feedback import inverse_factor, sweep
 from eora_lab.compress.grid import Grid, check_grid
 from eora_lab.compress.weight import CompressedWeight, zero_points
-from eora_lab.calibrate.statistics import InputStatistics
 
 
 @torch.no_grad()

@@ -4,9 +4,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.compress.grid import Grid
 from eora_lab.compress.weight import CompressedWeight
-from eora_lab.calibrate.statistics import InputStatistics
 
 
 @torch.no_grad()

@@ -4,12 +4,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.compress.feedback import inverse_factor, sweep
 from eora_lab.compress.grid import Grid, check_grid
 from eora_lab.compress.prune import Compressed, store
 from eora_lab.compress.sparsity import Sparsity
 from eora_lab.compress.weight import CompressedWeight, zero_points
-from eora_lab.calibrate.statistics import InputStatistics
 
 SPAN = 128  # columns whose masks are chosen at the same time where sparsity is unstructured
 

@@ -4,10 +4,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.compress.grid import Grid
 from eora_lab.compress.prune import Compressed, store
 from eora_lab.compress.sparsity import Sparsity
-from eora_lab.calibrate.statistics import InputStatistics
 
 
 @torch.no_grad()

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.compensate import LowRank, solve
 from eora_lab.compress import rtn
-from eora_lab.calibrate.statistics import InputStatistics
 
 SHAPES = ("1024x1024", "4096x4096", "14336x4096", "4096x14336")
 

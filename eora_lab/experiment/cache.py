@@ -4,7 +4,6 @@ An entry's key is made of all that it depends on, so it never has to be invalida
 SHA-256 beside it; one that does not agree is set aside and made again.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -14,17 +13,16 @@ from typing import TypeVar
 import filelock
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.calibrate.stream import collect_statistics
 from eora_lab.compensate import LowRank
 from eora_lab.compress import Compressed, weight_from_state_dict
 from eora_lab.errors import EoraLabError
-from eora_lab.files import write_atomically, write_json, write_safetensors
+from eora_lab.files import digest, file_digest, read_tensors, set_aside, write_atomically, write_json, write_safetensors
 from eora_lab.run.recipe import Recipe
-from eora_lab.calibrate.statistics import InputStatistics
-from eora_lab.files import digest, set_aside
 
 T = TypeVar("T")
 
@@ -114,12 +112,6 @@ def load_statistics(path: Path, device: torch.device) -> InputStatistics:
     return statistics
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 COMPENSATION = (
     "method",
     "rank",
@@ -171,9 +163,3 @@ class SharedRecipe(Recipe):
         """A hash of all that the compressed weight depends on. Fields that are added to Recipe count, to be safe."""
         settings = {f.name: getattr(self, f.name) for f in fields(Recipe) if f.name not in COMPENSATION}
         return digest([self.base_key, settings])[:24]
-
-
-def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """All tensors of a safetensors file."""
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -11,17 +11,18 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from eora_lab.experiment.cache import ContentCache, SharedRecipe
-from eora_lab.text.tokens import calibration_batches, token_windows
+from eora_lab.calibrate.statistics import InputStatistics
+from eora_lab.environment import peak_memory
 from eora_lab.errors import EoraLabError
+from eora_lab.experiment.cache import ContentCache, SharedRecipe
+from eora_lab.experiment.store import ResultStore
+from eora_lab.files import digest
 from eora_lab.measure.evaluate import window_losses
 from eora_lab.model.load import load_model
 from eora_lab.run.pipeline import compress_linear, compress_model, identity
 from eora_lab.run.recipe import Recipe
 from eora_lab.run.report import LayerReport
-from eora_lab.environment import peak_memory
-from eora_lab.calibrate.statistics import InputStatistics
-from eora_lab.files import digest
+from eora_lab.text.tokens import calibration_batches, token_windows
 
 DENSE = "dense"  # in place of a compressor: the model as it is
 MEASURED = ("perplexity", "tasks")  # fields whose lists are measured together, and are no axis of a grid
@@ -157,6 +158,23 @@ def run_cell(
         result["tasks"] = _tasks(candidate, tokenizer, cell, batch_size)
         clock.lap("tasks")
     return result, clock.seconds | {"peak_memory": peak_memory(next(model.parameters()).device)}
+
+
+def run_and_keep(
+    cell: Cell, highest: int, store: ResultStore, cache: ContentCache, batch_size: int = 8, device: str = "cpu"
+) -> str:
+    """Run a cell and keep its result, or its error, in the store. Returns the error, empty when there was none.
+
+    Only what says nothing about the cell stops a sweep: Ctrl-C, and a store that cannot be written.
+    """
+    try:
+        result, cost = run_cell(cell, cache, highest, batch_size, device)
+    except Exception as error:
+        message = str(error) if isinstance(error, EoraLabError) else f"{type(error).__name__}: {error}"
+        store.put(cell.config(), error=message or type(error).__name__)
+        return message
+    store.put(cell.config(), result=result, cost=cost)
+    return ""
 
 
 def _compress(

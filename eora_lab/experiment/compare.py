@@ -9,9 +9,9 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from eora_lab.calibrate.stream import collect_statistics
-from eora_lab.model.structure import decoder_blocks, linears
 from eora_lab.compensate.budget import Budget
 from eora_lab.measure.evaluate import perplexity
+from eora_lab.model.structure import decoder_blocks, linears
 from eora_lab.run.pipeline import compress_model
 from eora_lab.run.ranks import plan_ranks
 from eora_lab.run.recipe import Recipe

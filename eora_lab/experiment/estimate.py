@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from eora_lab.model.structure import decoder_blocks, linears
+from eora_lab.errors import EoraLabError
 from eora_lab.experiment.cells import Cell
 from eora_lab.model.embedded import cache_folder
-from eora_lab.errors import EoraLabError
 from eora_lab.model.load import EMBEDDED
+from eora_lab.model.structure import decoder_blocks, linears
 
 SHARED_INPUTS = 4 / 7  # q, k and v read one input, gate and up another
 TASK_TOKENS = 140  # read for a question: its prompt with each of the choices (ARC; few-shot prompts are longer)

@@ -8,7 +8,7 @@ from eora_lab.errors import EoraLabError
 if TYPE_CHECKING:
     import pandas
 
-FOLDER = Path(__file__).parents[1] / "data" / "paper"  # they ship with the repository, not inside the package
+FOLDER = Path(__file__).parents[2] / "data" / "paper"  # they ship with the repository, not inside the package
 TABLES = tuple(f"T{number}" for number in range(1, 20))
 COLUMNS = ("model", "base", "method", "rank", "task", "metric", "unit", "value", "source", "note")
 

@@ -13,11 +13,11 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from eora_lab.experiment.cells import Cell
 from eora_lab.errors import EoraLabError
-from eora_lab.measure.intervals import Interval, paired_bootstrap
+from eora_lab.experiment.cells import Cell
 from eora_lab.experiment.paper import METHODS, published
 from eora_lab.experiment.store import ResultStore, row, scores
+from eora_lab.measure.intervals import Interval, paired_bootstrap
 
 if TYPE_CHECKING:
     import pandas

@@ -3,11 +3,10 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from eora_lab.experiment.cache import ContentCache
-from eora_lab.experiment.cells import Cell
 from eora_lab.errors import EoraLabError
+from eora_lab.experiment.cache import ContentCache
+from eora_lab.experiment.cells import Cell, run_and_keep
 from eora_lab.experiment.store import ResultStore
-from eora_lab.experiment.sweep import run_and_keep
 
 RETRIES = 3  # of a cell whose worker died
 

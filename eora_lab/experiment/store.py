@@ -7,34 +7,21 @@ cache/          what cells share (`eora_lab.experiment.cache`); may be deleted a
 A cell is written once, in one step, so a killed sweep leaves whole cells and no others.
 """
 
-import hashlib
 import json
-import os
-import platform
 import statistics
-import subprocess
-import warnings
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
+from eora_lab.environment import environment
 from eora_lab.errors import EoraLabError
-from eora_lab.files import write_atomically, write_json
-from eora_lab.environment import versions
+from eora_lab.files import digest, set_aside, write_atomically, write_json
 
 if TYPE_CHECKING:
     import pandas
 
 FORMAT = "eora-lab cell 1"
 SUFFIXES = (".parquet", ".csv", ".md", ".tex")
-
-
-def digest(data: object) -> str:
-    """SHA-256 of a JSON value, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
 class ResultStore:
@@ -110,19 +97,6 @@ class ResultStore:
         return None
 
 
-def set_aside(path: Path, folder: Path, reason: str) -> None:
-    """Move a file that cannot be trusted out of the way, under a name that is free, and warn."""
-    folder.mkdir(parents=True, exist_ok=True)
-    target, count = folder / path.name, 1
-    while target.exists():
-        target, count = folder / f"{path.name}.{count}", count + 1
-    try:
-        os.replace(path, target)
-    except FileNotFoundError:
-        return
-    warnings.warn(f"{path} cannot be used ({reason}); it was moved to {target}", stacklevel=3)
-
-
 def row(cell: dict) -> dict:
     """A cell as one flat row. Lists in the result (layers, questions, outcomes) stay in the JSON file.
 
@@ -152,34 +126,3 @@ def scores(cell: dict) -> dict[str, list[float]]:
     result = cell["result"] or {}
     found = {f"log perplexity {text}": losses for text, losses in result.get("window_losses", [])}
     return found | {f"{task} {kept['metric']}": kept["outcomes"] for task, kept in result.get("tasks", {}).items()}
-
-
-def environment() -> dict:
-    """What the numbers were made with: versions, the commit of this package's repository, and the kind of machine."""
-    machine = {"system": platform.platform(), "processor": processor(), "cores": os.cpu_count()}
-    machine["threads"] = torch.get_num_threads()
-    machine["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    return {"versions": versions(), "commit": commit(), "machine": machine}
-
-
-@lru_cache(maxsize=1)
-def processor() -> str:
-    """Its name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
-
-
-@lru_cache(maxsize=1)
-def commit() -> str:
-    """The commit that this package is at, with "+" where tracked files differ from it; empty outside a repository."""
-    root = Path(__file__).parents[1]
-    if not (root / ".git").exists():
-        return ""
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""

@@ -6,13 +6,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eora_lab.experiment.cache import ContentCache
-from eora_lab.experiment.cells import DENSE, MEASURED, Cell, load, run_cell
 from eora_lab.errors import EoraLabError
+from eora_lab.experiment.cache import ContentCache
+from eora_lab.experiment.cells import DENSE, MEASURED, Cell, load, run_and_keep
 from eora_lab.experiment.estimate import check_memory, model_shape, seconds
-from eora_lab.run.recipe import Recipe
 from eora_lab.experiment.store import ResultStore
 from eora_lab.files import digest
+from eora_lab.run.recipe import Recipe
 
 if TYPE_CHECKING:
     import pandas
@@ -208,20 +208,3 @@ def rows(cells: list[Cell], store: ResultStore) -> "pandas.DataFrame":
     from eora_lab.experiment.store import row
 
     return pandas.DataFrame([row(found) for cell in cells if (found := store.get(cell.config()))])
-
-
-def run_and_keep(
-    cell: Cell, highest: int, store: ResultStore, cache: ContentCache, batch_size: int = 8, device: str = "cpu"
-) -> str:
-    """Run a cell and keep its result, or its error, in the store. Returns the error, empty when there was none.
-
-    Only what says nothing about the cell stops a sweep: Ctrl-C, and a store that cannot be written.
-    """
-    try:
-        result, cost = run_cell(cell, cache, highest, batch_size, device)
-    except Exception as error:
-        message = str(error) if isinstance(error, EoraLabError) else f"{type(error).__name__}: {error}"
-        store.put(cell.config(), error=message or type(error).__name__)
-        return message
-    store.put(cell.config(), result=result, cost=cost)
-    return ""

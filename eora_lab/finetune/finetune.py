@@ -10,13 +10,13 @@ from pathlib import Path
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from eora_lab.run.adapters import use_only
 from eora_lab.errors import EoraLabError
 from eora_lab.files import write_json
-from eora_lab.formats.peft import Factors, write_adapter
-from eora_lab.run.task_adapter import solve_adapter
-from eora_lab.finetune.trainer import train
 from eora_lab.finetune.settings import Init, Training
+from eora_lab.finetune.trainer import train
+from eora_lab.formats.peft import Factors, write_adapter
+from eora_lab.run.adapters import use_only
+from eora_lab.run.task_adapter import solve_adapter
 
 CALIBRATION_TOKENS = 16384  # of the training text, to solve the start from
 

@@ -9,11 +9,11 @@ import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eora_lab.run.adapters import Adapters, compensated_layers
 from eora_lab.errors import EoraLabError
+from eora_lab.finetune.settings import Training
 from eora_lab.formats.peft import Factors
 from eora_lab.layer.linear import CompensatedLinear
-from eora_lab.finetune.settings import Training
+from eora_lab.run.adapters import Adapters, compensated_layers
 
 
 class FrozenLinear(nn.Linear):

@@ -7,11 +7,10 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
-from eora_lab.errors import one_line
-from eora_lab.model.gguf import quiet_transformers
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, one_line
 from eora_lab.files import write_folder, write_json
 from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.model.gguf import quiet_transformers
 
 
 def write_dense(

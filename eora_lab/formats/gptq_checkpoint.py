@@ -9,12 +9,12 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from eora_lab.model.structure import block_linears
 from eora_lab.compress import CompressedWeight
 from eora_lab.errors import EoraLabError
 from eora_lab.formats.dense import dense_tensors, write_model_folder
 from eora_lab.formats.gptq import TENSORS, GptqConfig, read_linear, write_linear
 from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.model.structure import block_linears
 
 SAME = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 ROUNDING = 0.05  # relative distance of a dense tensor that 16 bits explain many times over

@@ -5,11 +5,11 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eora_lab.model.structure import block_linears
+from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.compensate import LowRank, solve
 from eora_lab.errors import EoraLabError
+from eora_lab.model.structure import block_linears
 from eora_lab.run.recipe import Recipe
-from eora_lab.calibrate.statistics import InputStatistics, output_energy
 
 
 class Exploration:

@@ -14,8 +14,8 @@ from functools import lru_cache
 from torch import nn
 
 from eora_lab.errors import EoraLabError
-from eora_lab.measure.intervals import Interval, paired_bootstrap
 from eora_lab.layer.linear import unpacked
+from eora_lab.measure.intervals import Interval, paired_bootstrap
 from eora_lab.measure.own_tasks import OWN_TASKS
 from eora_lab.text import hub
 

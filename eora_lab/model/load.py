@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 
+from eora_lab.errors import EoraLabError, one_line
 from eora_lab.model.embedded import embedded_model_folder
-from eora_lab.errors import one_line
 from eora_lab.model.gguf import quiet_transformers, read_gguf
-from eora_lab.errors import EoraLabError
 
 EMBEDDED = {"smollm2-135m": "SmolLM2-135M-Instruct, a Llama of 30 blocks; fetched once as a 93 MB wheel"}
 DTYPES = ("float32", "bfloat16", "float16", "float64")

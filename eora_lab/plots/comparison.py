@@ -7,7 +7,7 @@ from eora_lab.plots.style import LABELS, looks, panels, styled
 
 
 def plot_comparison(frame: pandas.DataFrame) -> Figure:
-    """Bars of perplexity, one a row of `eora_lab.experiment.compare.table`, with the dense model (its first row) as a line."""
+    """Bars of perplexity, a row of `experiment.compare.table` each, with the dense model (its first row) as a line."""
     dense, rivals = frame.iloc[0], frame.iloc[1:]
     methods = list(dict.fromkeys(rivals["method"]))
     look = looks(methods)

@@ -5,8 +5,8 @@ import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from eora_lab.experiment.cells import DENSE, Cell
 from eora_lab.errors import EoraLabError
+from eora_lab.experiment.cells import DENSE, Cell
 from eora_lab.plots.scales import (
     AXES,
     ERRORS,

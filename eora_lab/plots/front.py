@@ -5,8 +5,8 @@ import pandas
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from eora_lab.experiment.cells import DENSE
 from eora_lab.errors import EoraLabError
+from eora_lab.experiment.cells import DENSE
 from eora_lab.plots.curves import plot_setting, touched, varied
 from eora_lab.plots.scales import AXES, figures, metric_name, metrics, plain_log_axis, setting_name
 from eora_lab.plots.style import LABELS, LOOKS, looks, panels, styled

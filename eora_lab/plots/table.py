@@ -13,7 +13,7 @@ NAMES = LABELS | {"svd": "SVD (ZeroQuant-V2)"}  # what the paper calls it
 
 
 def plot_table(frame: pandas.DataFrame) -> Figure:
-    """Rows of `eora_lab.experiment.paper_runs.both_sides`, a panel a task: against the rank, or against the base and what varies.
+    """Rows of `experiment.paper_runs.both_sides`, a panel a task: against the rank, or the base and what varies.
 
     Published figures are in the upper panels, tinted; measured ones, with one standard error, in the lower. They are of
     different models and share no axis.

@@ -6,32 +6,25 @@ adapter/                     the low-rank path as a PEFT adapter, each layer at 
 report.json                  written last: a folder with a report is complete
 """
 
-import hashlib
 import json
-import platform
 from dataclasses import asdict
-from importlib import metadata
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from eora_lab.model.structure import decoder_blocks, linears
+from eora_lab.environment import versions
 from eora_lab.errors import EoraLabError
 from eora_lab.files import write_json, write_safetensors
 from eora_lab.formats import peft
 from eora_lab.layer.linear import CompensatedLinear
 from eora_lab.model.load import load_model
+from eora_lab.model.structure import fingerprint
 from eora_lab.run.report import LayerReport, Report, layer_report
 
 CONFIG = "config.json"
 PACKAGES = ("eora-lab", "torch", "transformers", "safetensors", "numpy")
-
-
-def versions() -> dict[str, str]:
-    """Versions of what the numbers depend on."""
-    return {"python": platform.python_version()} | {name: metadata.version(name) for name in PACKAGES}
 
 
 class RunFolder:
@@ -176,15 +169,6 @@ def load_original(path: Path | str, device: str = "cpu") -> nn.Module:
     if fingerprint(model) != settings["weights"]:
         raise EoraLabError(f"{settings['model']} is no longer the model that {path} was made from: bring that one back")
     return model
-
-
-def fingerprint(model: nn.Module) -> str:
-    """A hash that tells models apart: of the first row of every linear in the decoder blocks."""
-    weights = hashlib.sha256()
-    for block in decoder_blocks(model).values():
-        for linear in linears(block).values():
-            weights.update(linear.weight[0].float().cpu().numpy().tobytes())
-    return weights.hexdigest()
 
 
 def load_model_or_run(name: str, dtype: torch.dtype | str = torch.float32, device: str = "cpu") -> tuple:

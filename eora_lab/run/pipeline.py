@@ -13,20 +13,19 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.calibrate.stream import BlockStream
-from eora_lab.model.structure import block_linears, decoder_blocks, linears
 from eora_lab.compensate import SOLVERS, LowRank
 from eora_lab.compensate.eora import eora
 from eora_lab.compensate.factors import store_factors
 from eora_lab.compress import Compressed, CompressedWeight
+from eora_lab.environment import peak_memory
 from eora_lab.errors import EoraLabError, naming
 from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.model.structure import block_linears, decoder_blocks, fingerprint, linears
+from eora_lab.run.folder import RunFolder
 from eora_lab.run.recipe import Recipe
 from eora_lab.run.report import LayerReport, Report
-from eora_lab.environment import peak_memory
-from eora_lab.run.folder import RunFolder
-from eora_lab.model.structure import fingerprint
-from eora_lab.calibrate.statistics import InputStatistics, output_energy
 
 
 @torch.no_grad()

@@ -5,13 +5,13 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from eora_lab.model.structure import block_linears
+from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.compensate import solve
 from eora_lab.compensate.budget import Budget, LayerSpectrum, allocate_ranks
 from eora_lab.compress import CompressedWeight
 from eora_lab.errors import EoraLabError, naming
+from eora_lab.model.structure import block_linears
 from eora_lab.run.recipe import Recipe
-from eora_lab.calibrate.statistics import InputStatistics, output_energy
 
 
 def plan_ranks(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eora_lab.model.structure import block_linears, check_experts
+from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.compensate import SOLVERS, LowRank, solve
 from eora_lab.compensate.factors import check_factor_bits
 from eora_lab.compensate.shrinkage import solve_shrunk
@@ -15,7 +15,7 @@ from eora_lab.compress.grid import ScaleDtype, ZeroPoint, check_grid
 from eora_lab.compress.sparsity import Sparsity
 from eora_lab.errors import EoraLabError
 from eora_lab.layer.linear import CompensatedLinear
-from eora_lab.calibrate.statistics import InputStatistics
+from eora_lab.model.structure import block_linears, check_experts
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,7 @@
 """What a compression pass did: numbers a layer, numbers in all, as JSON and as a printed table."""
 
 import json
-import resource
-import sys
 from dataclasses import asdict, dataclass, field
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -104,11 +100,3 @@ class Report:
 def layer_report(data: dict) -> LayerReport:
     """A LayerReport from its JSON form, where the ranks of the spectrum are text."""
     return LayerReport(**data | {"spectrum": {int(rank): share for rank, share in data["spectrum"].items()}})
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes at the highest point so far: of the GPU that holds the model, else of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -4,13 +4,13 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from eora_lab.run.adapters import compensated_layers
 from eora_lab.calibrate.stream import BlockStream
-from eora_lab.model.structure import block_linears, decoder_blocks
 from eora_lab.compensate import solve
 from eora_lab.compensate.factors import store_factors
 from eora_lab.errors import EoraLabError, naming
 from eora_lab.formats.peft import Factors
+from eora_lab.model.structure import block_linears, decoder_blocks
+from eora_lab.run.adapters import compensated_layers
 
 
 @torch.no_grad()

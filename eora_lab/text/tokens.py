@@ -1,8 +1,8 @@
 """From texts to token batches: what the model sees while its statistics are measured, and what it is evaluated on.
 
-Everything is drawn from one seed, and no special tokens are added. Sources are in `eora_lab.text.sources`; the packing of
-each follows the EoRA paper's calibration (arXiv:2410.21271): random windows of WikiText-2, task examples joined until
-a sequence is full, random windows of long C4 documents, and half-half mixes of task and C4.
+Everything is drawn from one seed, and no special tokens are added. Sources are in `eora_lab.text.sources`; the packing
+of each follows the EoRA paper's calibration (arXiv:2410.21271): random windows of WikiText-2, task examples joined
+until a sequence is full, random windows of long C4 documents, and half-half mixes of task and C4.
 """
 
 import operator

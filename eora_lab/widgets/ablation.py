@@ -8,12 +8,12 @@ from pathlib import Path
 import ipywidgets
 import traitlets
 
-from eora_lab.experiment.cells import DENSE
 from eora_lab.compress import PRUNERS, QUANTISERS
 from eora_lab.errors import EoraLabError
-from eora_lab.plots import LABELS
+from eora_lab.experiment.cells import DENSE
 from eora_lab.experiment.store import ResultStore
 from eora_lab.experiment.sweep import expand, plan, rows, run_plan
+from eora_lab.plots import LABELS
 from eora_lab.widgets.table import html_table, interesting
 
 METHODS = ("none", "svd", "act_s", "qera_approx", "eora")

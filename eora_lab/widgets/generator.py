@@ -4,10 +4,10 @@ import html
 
 import ipywidgets
 
-from eora_lab.run.adapters import OFF, Adapters
 from eora_lab.errors import EoraLabError
 from eora_lab.model.generate import generate
 from eora_lab.plots import LABELS
+from eora_lab.run.adapters import OFF, Adapters
 
 
 class SideBySide(ipywidgets.VBox):

@@ -1,27 +1,21 @@
 """Fused kernels: y = x W^ᵀ + (x Aᵀ) Bᵀ + bias with W^ in 3 or 4 bits, read once. Importing this imports no Triton.
 
-repack            the kernel's layout, made once from a compressed layer; `merge` joins layers with the same input
+repack            the kernel's layout, made once from a compressed layer
 ptx, planes       codes to floating-point numbers, two weights in two instructions
 decode, epilogue  the kernel for few rows
 prefill           the kernels for many rows
-sparse24          2:4 weights with a low-rank path
 configs, launch   block sizes and launches
 op, backend, linear   one torch operator, where it runs, and a module around it
 """
 
 from eora_lab.layer.triton_kernels.backend import choose_backend
 from eora_lab.layer.triton_kernels.linear import FusedLinear
-from eora_lab.layer.triton_kernels.repack import FusedWeight, fused_weight, merge, repack
-from eora_lab.layer.triton_kernels.sparse24 import Sparse24Weight, pack24, sparse24_linear
+from eora_lab.layer.triton_kernels.repack import FusedWeight, fused_weight, repack
 
 __all__ = [
     "FusedLinear",
     "FusedWeight",
-    "Sparse24Weight",
     "choose_backend",
     "fused_weight",
-    "merge",
-    "pack24",
     "repack",
-    "sparse24_linear",
 ]

@@ -9,9 +9,6 @@ from eora_lab.layer.triton_kernels.decode import decode_kernel, down_kernel
 from eora_lab.layer.triton_kernels.prefill import dense_kernel, prefill_kernel
 from eora_lab.layer.triton_kernels.ptx import PLANES
 from eora_lab.layer.triton_kernels.repack import FusedWeight
-from eora_lab.layer.triton_kernels.sparse24 import BLOCK as SPARSE_BLOCK
-from eora_lab.layer.triton_kernels.sparse24 import Sparse24Weight
-from eora_lab.layer.triton_kernels.sparse24_kernel import sparse_decode_kernel
 
 CHUNKS = 8  # of K in the down-projection: enough programs to be quick, few enough to add up again
 
@@ -46,24 +43,6 @@ def decode(x: Float[Tensor, "rows in"], weight: FusedWeight, config: Config, y: 
         SPLIT_K=config.split_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.block_r, PDL=config.pdl,
         **options(config),
     )  # fmt: skip
-
-
-def sparse_decode(x: Float[Tensor, "rows in"], weight: Sparse24Weight, config: Config) -> Float[Tensor, "rows out"]:
-    """y = x W^ᵀ + (x Aᵀ) Bᵀ + bias with a 2:4 weight. The last stride of x is 1."""
-    M, K = x.shape
-    NP, blocks = weight.places.shape[1], weight.places.shape[0] // 16
-    y = x.new_empty(M, weight.out_features)
-    grid = NP // config.block_n, config.split_k, -(-M // config.block_m)
-    partial, xa, _, counters, chunks = first_launch(x, weight.A, blocks * SPARSE_BLOCK, 128, grid, config)
-    sparse_decode_kernel[grid](
-        x, weight.values, weight.places, weight.tiles, xa, weight.Bt,
-        weight.Bt if weight.bias is None else weight.bias, partial, counters, y,
-        M, y.shape[1], K, NP, len(weight.A), blocks, chunks, x.stride(0),
-        HAS_BIAS=weight.bias is not None, EVEN_K=blocks * SPARSE_BLOCK == K,
-        SPLIT_K=config.split_k, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_R=config.block_r, PDL=config.pdl,
-        **options(config),
-    )  # fmt: skip
-    return y
 
 
 def first_launch(

@@ -184,7 +184,7 @@ def fused_weight(
 ) -> FusedWeight:
     """`repack` of a `CompressedWeight`. A weight that its 2:4 mask drops is packed as the zero point, a code.
 
-    Raises EoraLabError as `repack` does, and on weights that were pruned only (see `sparse24_linear`).
+    Raises EoraLabError as `repack` does, and on weights that were pruned only.
     """
     if isinstance(compressed, SparseWeight):
         raise EoraLabError("the fused kernel reads 3 or 4 bits, not 16; use the torch backend")
@@ -196,49 +196,3 @@ def fused_weight(
         group = torch.arange(codes.shape[1], device=codes.device) // group_size if index is None else index.long()
         codes = torch.where(mask, codes, offsets[:, group])
     return repack(codes, scales, offsets, compressed.bits, A, B, bias, index, group_size, dtype)
-
-
-def merge(weights: list[FusedWeight]) -> FusedWeight:
-    """Several layers that read the same input (q, k and v; gate and up) as one: one launch, outputs side by side.
-
-    Raises EoraLabError when bits, groups, dtypes or channel orders differ.
-    """
-    first, *others = weights
-    for other in others:
-        same = [
-            (
-                w.bits,
-                w.group,
-                w.in_features,
-                w.A.dtype,
-                w.scales.dtype,
-                w.offsets.dtype,
-                w.bias is None,
-                w.order is None,
-            )
-            for w in (first, other)
-        ]
-        if same[0] != same[1] or (first.order is not None and not torch.equal(first.order, other.order)):
-            raise EoraLabError(
-                "layers can be merged only with the same input, bits, group size, dtypes and bias or none"
-            )
-    rank, tiles, ranks, columns = max(w.Bt.shape[0] for w in weights), [], 0, 0
-    for w in weights:
-        tiles.append(w.tiles + torch.tensor([ranks, 0, columns, columns], dtype=torch.int32, device=w.tiles.device))
-        ranks, columns = ranks + w.A.shape[0], columns + sum(w.out_features)
-
-    def side_by_side(name: str) -> Tensor:
-        return torch.cat([getattr(w, name) for w in weights], -1)
-
-    return replace(
-        first,
-        planes=side_by_side("planes"),
-        scales=side_by_side("scales"),
-        offsets=side_by_side("offsets"),
-        A=torch.cat([w.A for w in weights]),
-        Bt=torch.cat([torch.nn.functional.pad(w.Bt, (0, 0, 0, rank - w.Bt.shape[0])) for w in weights], 1),
-        tiles=torch.cat(tiles),
-        bias=None if first.bias is None else side_by_side("bias"),
-        out_features=sum((w.out_features for w in weights), ()),
-        ranks=sum((w.ranks for w in weights), ()),
-    )

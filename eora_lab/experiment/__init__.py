@@ -1,0 +1,1 @@
+"""Many runs: cells, grids, what they share, where results are kept, and the paper's tables."""

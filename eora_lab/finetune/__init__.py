@@ -1,0 +1,1 @@
+"""Training the low-rank path on top of frozen, packed weights."""

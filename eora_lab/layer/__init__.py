@@ -1,0 +1,1 @@
+"""The compressed layer: packed weight, low-rank path, and who multiplies."""

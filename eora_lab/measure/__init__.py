@@ -1,0 +1,1 @@
+"""How good a model is: perplexity, tasks, intervals, and the errors inside a layer."""
