@@ -1,10 +1,26 @@
-"""The one error that users see: a sentence that says what is wrong and what to do."""
+"""The one error that users see: a sentence that says what is wrong and what to do. Settings raise it when made."""
 
-from collections.abc import Iterator
+import difflib
+import functools
+import numbers
+import types
+import typing
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
+
+T = typing.TypeVar("T")
+WORDS = {
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    bool: "true or false",
+    tuple: "a list",
+    type(None): "nothing",
+}
 
 
-class EoraLabError(ValueError):
+class EoraLabError(Exception):
     """A wrong input, a missing file or an unusable model. The command line prints it as one line."""
 
 
@@ -20,3 +36,70 @@ def naming(what: str) -> Iterator[None]:
 def one_line(error: Exception) -> str:
     """The message of another library's error, in one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def unknown(kind: str, name: object, known: Iterable[str]) -> EoraLabError:
+    """The error for a name that is none of those known. It says which one may be meant."""
+    known = list(known)
+    near = difflib.get_close_matches(str(name), known, 1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return EoraLabError(f"unknown {kind} {name!r}; known: {', '.join(known)}{hint}")
+
+
+@typing.dataclass_transform(frozen_default=True)
+def settings(cls: type[T]) -> type[T]:
+    """A frozen dataclass that checks the names and types of what it is made from, and then its values, by `check`.
+
+    A whole number does for a float, a list for a tuple, and a single text for a tuple of texts. Raises EoraLabError.
+    """
+    made = dataclass(frozen=True)(cls)  # type: ignore[call-overload]
+    make, names = made.__init__, [field.name for field in fields(made)]
+
+    @functools.wraps(make)
+    def __init__(self, *args, **kwargs) -> None:
+        for name in kwargs:
+            if name not in names:
+                raise unknown("setting", name, names)
+        if len(args) > len(names):
+            raise EoraLabError(f"{made.__name__} has {len(names)} settings, not {len(args)}: {', '.join(names)}")
+        make(self, *args, **kwargs)
+        hints = _hints(made)
+        for name in names:
+            object.__setattr__(self, name, as_setting(hints[name], getattr(self, name), name))
+        if hasattr(self, "check"):
+            self.check()
+
+    made.__init__ = __init__
+    return made
+
+
+_hints = functools.cache(typing.get_type_hints)
+
+
+def as_setting(hint: typing.Any, value: typing.Any, name: str) -> typing.Any:
+    """A value as a setting of that type takes it. Raises EoraLabError when it is of another type."""
+    kind, arguments = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is typing.Literal:
+        if value in arguments:
+            return value
+        raise unknown(name, value, arguments)
+    kinds = [kind]
+    if kind in (typing.Union, types.UnionType):
+        kinds = list(arguments)
+        for argument in arguments:
+            try:
+                return as_setting(argument, value, name)
+            except EoraLabError:
+                continue
+    elif kind is tuple:
+        items = (value,) if isinstance(value, str) else value
+        if isinstance(items, list | tuple):
+            return tuple(as_setting(arguments[0], item, name) for item in items)
+    elif kind in (int, float):
+        if isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool):
+            return kind(value)
+    elif isinstance(value, kind):
+        return value
+    wanted = " or ".join(WORDS.get(one, getattr(one, "__name__", str(one))) for one in kinds)
+    yaml = "; text such as 2:4 needs quotes in YAML" if str in kinds else ""
+    raise EoraLabError(f"{name} must be {wanted}, not {value!r}{yaml}")

@@ -84,8 +84,8 @@ def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Te
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def set_aside(path: Path, folder: Path, reason: str) -> None:
-    """Move a file that cannot be trusted out of the way, under a name that is free, and warn."""
+def set_aside(path: Path, folder: Path, reason: str = "") -> None:
+    """Move a file out of the way, under a name that is free. With a reason why it cannot be used, warn."""
     folder.mkdir(parents=True, exist_ok=True)
     target, count = folder / path.name, 1
     while target.exists():
@@ -94,4 +94,5 @@ def set_aside(path: Path, folder: Path, reason: str) -> None:
         os.replace(path, target)
     except FileNotFoundError:
         return
-    warnings.warn(f"{path} cannot be used ({reason}); it was moved to {target}", stacklevel=3)
+    if reason:
+        warnings.warn(f"{path} cannot be used ({reason}); it was moved to {target}", stacklevel=3)

@@ -71,15 +71,15 @@ def with_low_rank(base: Callable[[Tensor], Tensor], layer: Layer) -> Callable[[T
 
 
 def ours(layer: Layer) -> Callable[[Tensor], Tensor]:
-    return FusedLinear(layer.fused(), backend="triton")
+    return FusedLinear(layer.fused())
 
 
 def ours_without(layer: Layer) -> Callable[[Tensor], Tensor]:
-    return FusedLinear(layer.fused(rank=0), backend="triton")
+    return FusedLinear(layer.fused(rank=0))
 
 
 def ours_merged(layers: list[Layer]) -> Callable[[Tensor], Tensor]:
-    return FusedLinear(merge([layer.fused() for layer in layers]), backend="triton")
+    return FusedLinear(merge([layer.fused() for layer in layers]))
 
 
 def peers(layer: Layer) -> dict[str, tuple[Callable[[Layer], Callable[[Tensor], Tensor]], bool]]:

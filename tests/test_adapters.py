@@ -9,15 +9,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from eora_lab import EoraLabError, compress_model, load_model, load_run, perplexity
+from eora_lab import EoraLabError, load_model, load_run, perplexity
 from eora_lab.cli import main
 from eora_lab.formats.adapter_check import check_adapter, fix_adapter
 from eora_lab.formats.peft import SERVED_RANKS, read_files, write_adapter
 from eora_lab.layer.linear import CompensatedLinear
 from eora_lab.run.adapters import Adapters
 from eora_lab.run.folder import load_original
+from eora_lab.run.recipe import Recipe
 from eora_lab.run.task_adapter import solve_adapter
-from tests.tiny import CONFIGS, tiny_model, tiny_tokenizer, tiny_tokens
+from tests.tiny import CONFIGS, compress, tiny_model, tiny_tokenizer, tiny_tokens
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
 SMALL = {"bits": 2, "group_size": 32, "progress": False}
@@ -36,9 +37,9 @@ def save_model(folder, kind: str, template: str | None = TEMPLATE) -> str:
     return str(folder)
 
 
-def compress(folder, source: str, ranks: dict[str, int] | None = None, rank: int = 12):
+def make_run(folder, source: str, ranks: dict[str, int] | None = None, rank: int = 12):
     model, _ = load_model(source)
-    compress_model(model, tiny_tokens(), **SMALL, rank=rank, ranks=ranks, folder=folder)
+    compress(model, tiny_tokens(), **SMALL, rank=rank, ranks=ranks, folder=folder)
     return model
 
 
@@ -53,7 +54,7 @@ def place(tmp_path_factory):
     """A tiny model, and a run of it with rank 12 in every layer."""
     folder = tmp_path_factory.mktemp("adapters")
     save_model(folder / "model", "llama")
-    compress(folder / "run", str(folder / "model"))
+    make_run(folder / "run", str(folder / "model"))
     (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
     return folder
 
@@ -91,7 +92,7 @@ def in_peft(folder, base):
 @pytest.mark.parametrize("form", ["ragged", "universal"])
 def test_both_forms_give_the_same_logits_in_peft(kind, form, tmp_path, recwarn):
     source = save_model(tmp_path / "model", kind)
-    model = compress(tmp_path / "run", source, ranks=ragged_ranks())
+    model = make_run(tmp_path / "run", source, ranks=ragged_ranks())
     flag = ["--universal"] if form == "universal" else []
     assert main(["adapter", "export", str(tmp_path / "run"), str(tmp_path / "out"), *flag]) == 0
     adapted = in_peft(tmp_path / "out", bare(tmp_path / "run", kind))
@@ -117,7 +118,7 @@ def test_ranks_of_the_universal_form_are_served_ones(tmp_path):
 
 
 def test_a_run_without_a_path_has_no_adapter(place, tmp_path, capsys):
-    compress(tmp_path / "run", str(place / "model"), rank=0)
+    make_run(tmp_path / "run", str(place / "model"), rank=0)
     assert not (tmp_path / "run" / "adapter").exists()
     assert main(["adapter", "export", str(tmp_path / "run"), str(tmp_path / "out")]) == 1
     assert "has no low-rank path" in capsys.readouterr().err
@@ -215,7 +216,7 @@ def test_upper_case_names_are_not_found_by_gptqmodel():
 
 
 def test_a_ragged_run_is_named_on_the_command_line_and_mended(place, tmp_path, capsys):
-    compress(tmp_path / "run", str(place / "model"), ranks=ragged_ranks())
+    make_run(tmp_path / "run", str(place / "model"), ranks=ragged_ranks())
     adapter = str(tmp_path / "run" / "adapter")
     assert main(["adapter", "check", adapter]) == 1
     out, err = capsys.readouterr()
@@ -235,7 +236,7 @@ def test_a_ragged_run_is_named_on_the_command_line_and_mended(place, tmp_path, c
 
 def test_gptqmodels_ragged_adapter_is_mended(place, tmp_path):
     """It leaves alpha_pattern out and means a scaling of 1: peft makes it something else until it is mended."""
-    model = compress(tmp_path / "run", str(place / "model"), ranks=ragged_ranks())
+    model = make_run(tmp_path / "run", str(place / "model"), ranks=ragged_ranks())
     path = tmp_path / "run" / "adapter"
     config = json.loads((path / "adapter_config.json").read_text())
     (path / "adapter_config.json").write_text(json.dumps(config | {"alpha_pattern": {}}))
@@ -331,7 +332,7 @@ def test_switching_changes_the_path_and_nothing_else(place, tmp_path):
     own = logits(model)
     for name, seed in (("a", 5), ("b", 6)):
         write_adapter(
-            tmp_path / name, solve_adapter(load_run(run)[0], original, tiny_tokens(seed=seed), rank=6), "model"
+            tmp_path / name, solve_adapter(load_run(run)[0], original, tiny_tokens(seed=seed), Recipe(rank=6)), "model"
         )
     layers = [m for m in model.modules() if isinstance(m, CompensatedLinear)]
     packed = [layer.codes for layer in layers]
@@ -373,12 +374,12 @@ def test_adapters_that_do_not_fit(place, tmp_path):
 def test_solving_again_from_the_same_texts_gives_the_runs_own_path(kind, inputs, tmp_path):
     source = save_model(tmp_path / "model", kind)
     model, _ = load_model(source)
-    compress_model(model, tiny_tokens(), **SMALL, rank=12, inputs=inputs, folder=tmp_path / "run")
+    compress(model, tiny_tokens(), **SMALL, rank=12, inputs=inputs, folder=tmp_path / "run")
     original = load_original(tmp_path / "run")
     before = dict(original.named_modules())
     fresh = load_run(tmp_path / "run")[0]
     Adapters(fresh).use(None)
-    factors = solve_adapter(fresh, original, tiny_tokens(), rank=12, inputs=inputs, progress=False)
+    factors = solve_adapter(fresh, original, tiny_tokens(), Recipe(rank=12, inputs=inputs), progress=False)
     for name, (A, B) in factors.items():
         module = model.get_submodule(name)
         torch.testing.assert_close(B @ A, module.lora_B @ module.lora_A, rtol=0, atol=2e-4)
@@ -393,7 +394,7 @@ def test_a_task_adapter_serves_its_texts_better(place):
     with torch.no_grad():
         wanted = original(task).logits
         own = (model(task).logits - wanted).norm()
-        solve_adapter(model, original, task, rank=12, progress=False)
+        solve_adapter(model, original, task, Recipe(rank=12), progress=False)
         assert (model(task).logits - wanted).norm() < 0.8 * own
 
 
@@ -402,14 +403,14 @@ def test_bad_requests_to_solve(place, tmp_path):
     for message, arguments in {
         "unknown method 'eoraa'": {"method": "eoraa"},
         "unknown inputs 'both'": {"inputs": "both"},
-        "rank 65 does not fit": {"rank": 65},
+        "rank 65 is larger than any layer allows": {"rank": 65},
     }.items():
         with pytest.raises(EoraLabError, match=message):
-            solve_adapter(model, original, tiny_tokens(), progress=False, **arguments)
+            solve_adapter(model, original, tiny_tokens(), Recipe(**arguments), progress=False)
     with pytest.raises(EoraLabError, match="not in the original one, or of another size"):
         solve_adapter(model, tiny_model("gemma"), tiny_tokens(), progress=False)
     save_model(tmp_path / "model", "llama")
-    compress(tmp_path / "run", str(tmp_path / "model"))
+    make_run(tmp_path / "run", str(tmp_path / "model"))
     tiny_model("llama", seed=1).save_pretrained(tmp_path / "model")
     with pytest.raises(EoraLabError, match="no longer the model that"):
         load_original(tmp_path / "run")
@@ -431,7 +432,7 @@ def test_solve_evaluate_and_generate(place, arc, capsys):
     run = str(place / "run")
     assert main(["adapter", "check", arc]) == 0
     capsys.readouterr()
-    text = ["--source", str(place / "text.txt"), "--windows", "2", "--seqlen", "32"]
+    text = ["--perplexity", str(place / "text.txt"), "--windows", "2", "--window-length", "32"]
     printed = {}
     for adapter in (None, "off", arc):
         flag = ["--adapter", adapter] if adapter else []

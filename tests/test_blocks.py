@@ -5,9 +5,9 @@ import torch
 import transformers
 from torch import nn
 
-from eora_lab import EoraLabError, InputStatistics, Report, collect_statistics, compress_model
+from eora_lab import EoraLabError, InputStatistics, Report, collect_statistics
 from eora_lab.calibrate.stream import BlockStream
-from tests.tiny import tiny_model, tiny_tokens
+from tests.tiny import compress, tiny_model, tiny_tokens
 
 SMALL = {"bits": 3, "group_size": 32, "rank": 8, "progress": False}
 
@@ -24,8 +24,8 @@ def test_linears_run_in_steps_of_equal_input():
 
 def test_true_sequential_calibrates_every_layer_on_what_the_finished_model_feeds_it():
     model, tokens = tiny_model("llama"), tiny_tokens()
-    report = compress_model(model, tokens, **SMALL, true_sequential=True)
-    other = compress_model(tiny_model("llama"), tokens, **SMALL)
+    report = compress(model, tokens, **SMALL, true_sequential=True)
+    other = compress(tiny_model("llama"), tokens, **SMALL)
     seen = {layer.name: InputStatistics(layer.in_features) for layer in report.layers}
     for name, statistics in seen.items():
         model.get_submodule(name).register_forward_pre_hook(lambda module, args, s=statistics: s.update(args[0]))
@@ -73,7 +73,7 @@ def moe_model() -> nn.Module:
 ])  # fmt: skip
 def test_experts_that_saw_few_tokens_are_compressed_without_data(settings):
     model, original, tokens = moe_model(), moe_model(), tiny_tokens(4)
-    report = compress_model(model, tokens, **SMALL, **settings)
+    report = compress(model, tokens, **SMALL, **settings)
     layers = {layer.name: layer for layer in report.layers}
     assert len(layers) == 2 * (4 + 3 * 3)
     for name, layer in layers.items():
@@ -86,7 +86,7 @@ def test_experts_that_saw_few_tokens_are_compressed_without_data(settings):
         assert torch.isfinite(model.get_submodule(name).dense()).all()
         assert layer.error_after < layer.error_before
     free = {"compressor": "magnitude", "sparsity": "2:4"} if "sparsity" in settings else {"compressor": "rtn"}
-    compress_model(original, tokens, **SMALL | {"method": "svd"}, **free)
+    compress(original, tokens, **SMALL | {"method": "svd"}, **free)
     name = "model.layers.1.mlp.experts.2.up_proj"
     assert torch.equal(model.get_submodule(name).dense(), original.get_submodule(name).dense())
     for name in ("lora_A", "lora_B"):
@@ -109,4 +109,4 @@ def test_fused_experts_are_refused_by_name():
     )  # fmt: skip
     model = transformers.MixtralForCausalLM(config).eval()
     with pytest.raises(EoraLabError, match=r"model\.layers\.0\.mlp\.experts\.\w+ fuses all experts in one \(4, "):
-        compress_model(model, tiny_tokens(), **SMALL)
+        compress(model, tiny_tokens(), **SMALL)

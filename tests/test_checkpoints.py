@@ -9,14 +9,14 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from eora_lab import EoraLabError, compress_model, load_model, load_run
+from eora_lab import EoraLabError, load_model, load_run
 from eora_lab.cli import main
 from eora_lab.compress import rtn
 from eora_lab.formats.dense import write_dense
 from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, write_checkpoint
 from eora_lab.layer.linear import CompensatedLinear
 from eora_lab.model.load import load_model as load_dense
-from tests.tiny import CONFIGS, save_tiny, tiny_model, tiny_tokens
+from tests.tiny import CONFIGS, compress, save_tiny, tiny_model, tiny_tokens
 
 GRID = {"group_size": 32, "zero_point": "integer", "scale_dtype": "float16"}
 PASS = {"rank": 8, "inputs": "original", "progress": False}
@@ -40,8 +40,8 @@ def make_checkpoint(original, folder, checkpoint_format="gptq", dtype=torch.floa
     """Quantise and export; returns the quantised model."""
     model, tokenizer = load_model(original)
     settings = PASS | GRID | {"bits": 4, "sym": True, "method": "none", "rank": 0} | grid
-    compress_model(model, tiny_tokens(), "gptq", **settings)
-    write_checkpoint(folder, model, tokenizer, checkpoint_format, dtype)
+    compress(model, tiny_tokens(), "gptq", **settings)
+    write_checkpoint(folder, model, tokenizer, dtype, checkpoint_format)
     return model
 
 
@@ -72,12 +72,12 @@ def test_a_checkpoint_of_a_run_compensates_like_the_run(kind, checkpoint_format,
         assert torch.equal(checkpoint[name].dense(), module.compressed.dense())
     alone, _ = load_model(original)
     checkpoint.check_model(alone)
-    compress_model(alone, tiny_tokens(), weights=checkpoint, **PASS | {"method": "none", "rank": 0})
+    compress(alone, tiny_tokens(), weights=checkpoint, **PASS | {"method": "none", "rank": 0})
     assert torch.equal(logits(alone), logits(quantised))
 
     in_one, in_two = load_model(original)[0], load_model(original)[0]
-    first = compress_model(in_one, tiny_tokens(), "gptq", **PASS | GRID | grid)
-    second = compress_model(in_two, tiny_tokens(), weights=checkpoint, **PASS, folder=tmp_path / "run")
+    first = compress(in_one, tiny_tokens(), "gptq", **PASS | GRID | grid)
+    second = compress(in_two, tiny_tokens(), weights=checkpoint, **PASS, folder=tmp_path / "run")
     assert torch.equal(logits(in_two), logits(in_one))
     assert [layer.error_after for layer in second.layers] == [layer.error_after for layer in first.layers]
     assert all(layer.error_after < layer.error_before for layer in second.layers)
@@ -108,7 +108,7 @@ def test_what_is_not_quantised_stays_what_it_was(kind, dtype, tmp_path):
 def test_dense_exports_load_as_models(kind, tmp_path):
     original = save_tiny(tmp_path / "model", kind)
     model, tokenizer = load_model(original)
-    compress_model(model, tiny_tokens(), "gptq", bits=3, group_size=32, **PASS)
+    compress(model, tiny_tokens(), "gptq", bits=3, group_size=32, **PASS)
     merged, plain, half = tmp_path / "merged", tmp_path / "plain", tmp_path / "half"
     write_dense(merged, model, tokenizer, torch.float32, merge=True)
     write_dense(plain, model, tokenizer, torch.float32)
@@ -132,9 +132,9 @@ def test_zeros_of_a_pruned_weight_stay_zeros(original, tmp_path):
         if name.endswith("_proj"):
             keep = linear.weight.abs().unflatten(1, (-1, 4)).argsort(-1).argsort(-1) >= 2
             weights[name] = rtn(linear.weight * keep.flatten(1), None, bits=4, **GRID)
-    compress_model(model, tiny_tokens(), weights=weights, **PASS)
+    compress(model, tiny_tokens(), weights=weights, **PASS)
     write_dense(tmp_path / "dense", model, tokenizer)
-    write_checkpoint(tmp_path / "v2", model, tokenizer, "gptq_v2")
+    write_checkpoint(tmp_path / "v2", model, tokenizer, checkpoint_format="gptq_v2")
     for name in weights:
         dense = load_file(tmp_path / "dense" / "model.safetensors")[f"{name}.weight"]
         assert ((dense.unflatten(1, (-1, 4)) != 0).sum(-1) <= 2).all()
@@ -158,12 +158,12 @@ def test_act_order_survives_run_folder_and_export(original, tmp_path):
     shuffle_channels(tmp_path / "gptq")
     checkpoint = GptqCheckpoint(tmp_path / "gptq")
     model, tokenizer = load_model(original)
-    report = compress_model(model, tiny_tokens(), weights=checkpoint, **PASS, folder=tmp_path / "run")
+    report = compress(model, tiny_tokens(), weights=checkpoint, **PASS, folder=tmp_path / "run")
     assert modules_of(model)["model.layers.0.mlp.up_proj"].compressed.g_idx is not None
     assert torch.equal(logits(load_run(tmp_path / "run")[0]), logits(model))
     on_disk = sum(f.stat().st_size for f in (tmp_path / "run/blocks").iterdir())
     assert report.nbytes < on_disk < report.nbytes + 20_000
-    config = write_checkpoint(tmp_path / "again", model, tokenizer, "gptq")
+    config = write_checkpoint(tmp_path / "again", model, tokenizer)
     assert config.desc_act and config.group_size == 32
     again = GptqCheckpoint(tmp_path / "again")
     assert all(torch.equal(again[name].dense(), checkpoint[name].dense()) for name in checkpoint)
@@ -207,7 +207,7 @@ def test_linears_that_the_checkpoint_left_dense_stay_dense(original, tmp_path):
     save_file(tensors, tmp_path / "gptq" / "model.safetensors")
     checkpoint = GptqCheckpoint(tmp_path / "gptq")
     checkpoint.check_model(model)
-    report = compress_model(model, tiny_tokens(), weights=checkpoint, **PASS)
+    report = compress(model, tiny_tokens(), weights=checkpoint, **PASS)
     assert len(report.layers) == 13 and isinstance(model.get_submodule(name), torch.nn.Linear)
 
 
@@ -228,15 +228,15 @@ def test_a_compensation_resumes_and_knows_its_checkpoint(original, tmp_path):
     make_checkpoint(original, tmp_path / "other", bits=8)
     checkpoint = GptqCheckpoint(tmp_path / "gptq")
     whole, _ = load_model(original)
-    compress_model(whole, tiny_tokens(), weights=checkpoint, **PASS, folder=tmp_path / "run")
+    compress(whole, tiny_tokens(), weights=checkpoint, **PASS, folder=tmp_path / "run")
     (tmp_path / "run/report.json").unlink()
     (tmp_path / "run/blocks/001.safetensors").unlink()
     resumed, _ = load_model(original)
-    compress_model(resumed, tiny_tokens(), weights=checkpoint, **PASS, folder=tmp_path / "run")
+    compress(resumed, tiny_tokens(), weights=checkpoint, **PASS, folder=tmp_path / "run")
     assert torch.equal(logits(resumed), logits(whole))
     with pytest.raises(EoraLabError, match=r"holds another run \(given was"):
         other = GptqCheckpoint(tmp_path / "other")
-        compress_model(load_model(original)[0], tiny_tokens(), weights=other, **PASS, folder=tmp_path / "run")
+        compress(load_model(original)[0], tiny_tokens(), weights=other, **PASS, folder=tmp_path / "run")
 
 
 def truncate(path) -> None:
@@ -285,8 +285,10 @@ def test_a_damaged_checkpoint_is_one_clear_line(damage, message, original, tmp_p
     assert not (tmp_path / "run" / "blocks").exists()
 
 
-TEXTS = "--calibration.source text.txt --calibration.nsamples 4 --calibration.seqlen 32 --evaluation.source text.txt"
-TEXTS = f"{TEXTS} --evaluation.windows 2 --evaluation.seqlen 32".split()
+TEXTS = (
+    "--calibration.source text.txt --calibration.nsamples 4 --calibration.seqlen 32 --evaluation.perplexity text.txt"
+)
+TEXTS = f"{TEXTS} --evaluation.windows 2 --evaluation.window-length 32".split()
 
 
 def resized(**changes):
@@ -339,13 +341,13 @@ def test_weights_of_another_model_are_told_by_their_distance(original, tmp_path)
     before = logits(model)
     checkpoint.check_model(model)  # nothing but this layer's weight differs
     with pytest.raises(EoraLabError, match=r"layers\.1\.self_attn\.o_proj comes compressed, but 1\.\d+ times"):
-        compress_model(model, tiny_tokens(), weights=checkpoint, **PASS)
+        compress(model, tiny_tokens(), weights=checkpoint, **PASS)
     assert torch.equal(logits(model), before)
     wider = {name: checkpoint["model.layers.0.mlp.up_proj"] for name in ("model.layers.0.mlp.down_proj",)}
     with pytest.raises(EoraLabError, match=r"compressed as \(128, 64\), but is \(64, 128\) in this model"):
-        compress_model(model, tiny_tokens(), weights=wider, **PASS)
+        compress(model, tiny_tokens(), weights=wider, **PASS)
     with pytest.raises(EoraLabError, match="lm_head comes compressed, but is no linear in the decoder blocks"):
-        compress_model(model, tiny_tokens(), weights={"lm_head": checkpoint[Q_PROJ]}, **PASS)
+        compress(model, tiny_tokens(), weights={"lm_head": checkpoint[Q_PROJ]}, **PASS)
 
 
 def test_folders_that_are_no_checkpoint(original, tmp_path):
@@ -362,7 +364,7 @@ def test_exports_that_are_refused_leave_nothing_behind(original, tmp_path):
     model, tokenizer = load_model(original)
     with pytest.raises(EoraLabError, match="this model is not compressed"):
         write_checkpoint(tmp_path / "out", model, tokenizer)
-    compress_model(model, tiny_tokens(), bits=4, group_size=32, **PASS)
+    compress(model, tiny_tokens(), bits=4, group_size=32, **PASS)
     with pytest.raises(EoraLabError, match="--zero-point integer --scale-dtype float16"):
         write_checkpoint(tmp_path / "out", model, tokenizer)
     with pytest.raises(EoraLabError, match="model is not an empty folder: choose another"):
@@ -378,9 +380,9 @@ def test_layers_of_several_grids_are_refused(original, tmp_path):
     model, tokenizer = load_model(original)
     linears = {name: m for name, m in model.named_modules() if name.endswith("_proj")}
     weights = {name: rtn(m.weight, None, bits=4 if "mlp" in name else 8, **GRID) for name, m in linears.items()}
-    compress_model(model, tiny_tokens(), weights=weights, **PASS)
+    compress(model, tiny_tokens(), weights=weights, **PASS)
     with pytest.raises(EoraLabError, match=r"q_proj has \(8, 32\) and \S+gate_proj \(4, 32\)"):
-        write_checkpoint(tmp_path / "out", model, tokenizer, "gptq_v2")
+        write_checkpoint(tmp_path / "out", model, tokenizer, checkpoint_format="gptq_v2")
 
 
 def test_compress_export_compensate_on_the_command_line(original, tmp_path, capsys, monkeypatch):
@@ -392,9 +394,9 @@ def test_compress_export_compensate_on_the_command_line(original, tmp_path, caps
     assert "gptq, 4 bits, groups of 32, sym=True, desc_act=False" in capsys.readouterr().out
     assert main(["export", "run", "gptq", "--format", "gptq_v2"]) == 1
     assert "gptq is not an empty folder" in capsys.readouterr().err
-    assert main(["export", "run", "v2", "--merge"]) == 1
-    assert "--merge goes with --format dense" in capsys.readouterr().err
-    assert main(["export", "run", "dense", "--format", "dense", "--merge", "--dtype", "float32"]) == 0
+    assert main(["export", "run", "v2", "--format", "gguf"]) == 1
+    assert "unknown format 'gguf'; known: gptq, gptq_v2, dense, merged" in capsys.readouterr().err
+    assert main(["export", "run", "dense", "--format", "merged", "--dtype", "float32"]) == 0
     arguments = ["compensate", "v1", "again", "--model", "model", "--rank", "8", "--inputs", "original", *TEXTS]
     assert main(arguments) == 0
     reports = [json.loads((tmp_path / run / "report.json").read_text()) for run in ("run", "again")]
@@ -405,5 +407,8 @@ def test_compress_export_compensate_on_the_command_line(original, tmp_path, caps
     torch.testing.assert_close(logits(merged), logits(run), rtol=1e-4, atol=1e-5)
     arguments[2] = "budget"
     assert main([*arguments, "--budget.objective", "relative"]) == 0
-    ranks = json.loads((tmp_path / "budget" / "config.json").read_text())["settings"]["ranks"]
+    assert (
+        json.loads((tmp_path / "budget" / "config.json").read_text())["settings"]["budget"]["objective"] == "relative"
+    )
+    ranks = json.loads((tmp_path / "budget" / "ranks.json").read_text())
     assert len(ranks) == 14 and len(set(ranks.values())) > 1

@@ -21,8 +21,10 @@ def workplace(tmp_path, monkeypatch):
     return tmp_path
 
 
-TEXTS = "--calibration.source text.txt --calibration.nsamples 4 --calibration.seqlen 32 --evaluation.source text.txt"
-TEXTS = f"{TEXTS} --evaluation.windows 2 --evaluation.seqlen 32".split()
+TEXTS = (
+    "--calibration.source text.txt --calibration.nsamples 4 --calibration.seqlen 32 --evaluation.perplexity text.txt"
+)
+TEXTS = f"{TEXTS} --evaluation.windows 2 --evaluation.window-length 32".split()
 SMALL = ["--model", "model", "--group-size", "32", "--rank", "8"]
 
 
@@ -41,11 +43,11 @@ def test_help_names_every_command_and_setting(capsys):
 def test_compress_evaluate_generate(workplace, capsys):
     assert main(["compress", "run", *SMALL, *TEXTS]) == 0
     out = capsys.readouterr().out
-    assert "model.layers.1.mlp.down_proj" in out and "perplexity dense" in out
+    assert "model.layers.1.mlp.down_proj" in out and "perplexity on text.txt: dense" in out
     report = json.loads((workplace / "run/report.json").read_text())
-    assert main(["evaluate", "run", "--source", "text.txt", "--windows", "2", "--seqlen", "32"]) == 0
+    assert main(["evaluate", "run", "--perplexity", "text.txt", "--windows", "2", "--window-length", "32"]) == 0
     measured = float(re.search(r"perplexity ([\d.]+)", capsys.readouterr().out)[1])
-    assert measured == pytest.approx(report["perplexity"]["compressed"], rel=1e-4)
+    assert measured == pytest.approx(report["perplexity"]["text.txt"]["compressed"], rel=1e-4)
     assert main(["generate", "run", "The quick", "--tokens", "5"]) == 0
     assert capsys.readouterr().out.startswith("The quick")
     config = json.loads((workplace / "run/config.json").read_text())
@@ -66,6 +68,10 @@ def test_compare_prints_a_row_a_recipe_and_draws(workplace, capsys):
         "compare",
         *SMALL,
         *TEXTS,
+        "--compressor",
+        "rtn",
+        "--inputs",
+        "original",
         "--method",
         "none",
         "svd",
@@ -96,7 +102,7 @@ def test_compare_takes_every_setting_of_the_base(workplace, capsys):
     assert "sparsegpt 2:4 4-bit g32 " in out and "sparsegpt 2:4  " in out
     arguments = ["compare", *SMALL, *TEXTS, "--method", "none", "--compressor", "gptq", "--scale-dtype", "float16"]
     assert main([*arguments, "--zero-point", "integer", "--no-desc-act", "--mse"]) == 0
-    assert re.search(r"gptq 3-bit g32 .* 3\.6\d ", capsys.readouterr().out)  # 3 + 16/32 + 3/32, and padding
+    assert re.search(r"gptq 4-bit g32 .* 4\.6\d ", capsys.readouterr().out)  # 4 + 16/32 + 4/32
 
 
 def test_models(capsys):
@@ -108,8 +114,8 @@ def test_models(capsys):
     ("arguments", "message"),
     [
         (["evaluate", "absent"], "no model 'absent'"),
-        (["evaluate", "model", "--source", "wikipedia"], "unknown source 'wikipedia'"),
-        (["evaluate", "model", "--source", "text.txt", "--seqlen", "9000"], "one window needs 9000"),
+        (["evaluate", "model", "--perplexity", "wikipedia"], "unknown source 'wikipedia'"),
+        (["evaluate", "model", "--perplexity", "text.txt", "--window-length", "9000"], "one window needs 9000"),
         (["compress", "run", *SMALL, *TEXTS, "--bits", "9"], "bits must be between 2 and 8"),
         (["compress", "run", *SMALL, *TEXTS, "--group-size", "0"], "group size must be 1 or more"),
         (["compress", "run", *SMALL, *TEXTS, "--sparsity", "2:4"], "gptq does not prune"),

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eora_lab import EoraLabError
-from eora_lab.compress import COMPRESSORS, PRUNERS, rtn, weight_from_state_dict
+from eora_lab.compress import COMPRESSORS, PRUNERS, rtn, tagged_state_dict, weight_from_state_dict
 from eora_lab.compress.grid import Grid
-from eora_lab.compress.weight import zero_points
+from eora_lab.compress.grid_weight import zero_points
 from tests.layers import statistics_of, weight_of
 
 
@@ -24,7 +24,7 @@ def compress(name, weight, statistics, **settings):
 def test_state_dict_round_trip(name, bits, zero_point, scale_dtype):
     grid = {"bits": bits, "group_size": 16, "zero_point": zero_point, "scale_dtype": scale_dtype}
     compressed = compress(name, weight_of(12, 64), statistics_of(64), **grid)
-    loaded = weight_from_state_dict(compressed.state_dict())
+    loaded = weight_from_state_dict(tagged_state_dict(compressed))
     assert torch.equal(loaded.dense(), compressed.dense())
     assert loaded.nbytes == compressed.nbytes
 

@@ -4,7 +4,7 @@ import importlib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import get_args, get_origin
 from urllib.parse import unquote
@@ -16,7 +16,7 @@ import eora_lab
 from docs.build import MODULES, build
 
 ROOT = Path(__file__).parent.parent
-BY_NAME = (dict, Callable)  # tensors in these have no one shape
+BY_NAME = (dict, Mapping, Callable)  # tensors in these have no one shape
 SHAPE = re.compile(r"\([\w.* ]+,[\w.*, ]*\)")  # (out, in), (..., in), (tokens,)
 LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")  # of Markdown and HTML
 NAMED = re.compile(r"`((?:eora_lab|kernels|tests|notebooks|figures|data)/[\w./-]*)`")  # places of the repository

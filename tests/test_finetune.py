@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eora_lab import compress_model, load_model, load_run, perplexity
+from eora_lab import load_model, load_run, perplexity
 from eora_lab.cli import main
 from eora_lab.finetune.finetune import finetune, last_checkpoint
 from eora_lab.finetune.settings import Training
@@ -23,8 +23,9 @@ from eora_lab.formats.peft import read_adapter
 from eora_lab.layer.linear import CompensatedLinear
 from eora_lab.run.adapters import Adapters, use_only
 from eora_lab.run.folder import load_original
+from eora_lab.run.recipe import Recipe
 from eora_lab.run.task_adapter import solve_adapter
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import compress, tiny_model, tiny_tokenizer
 
 SHORT = Training(steps=6, batch_size=2, lr=1e-2, save_every=3)
 
@@ -43,7 +44,7 @@ def run(tmp_path_factory):
     tiny_tokenizer().save_pretrained(folder / "model")
     model, _ = load_model(folder / "model")
     settings = {"bits": 2, "group_size": 32, "method": "none", "rank": 0}
-    compress_model(model, batches(), **settings, folder=folder / "run", progress=False)
+    compress(model, batches(), **settings, folder=folder / "run", progress=False)
     (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
     return folder / "run"
 
@@ -64,7 +65,7 @@ def loss(model, tokens=None) -> float:
 def test_the_packed_weight_passes_gradients_on_and_takes_none(bits):
     """What peft wraps has no parameters; the gradient of its input is that of the dense product."""
     model = tiny_model("qwen2")
-    compress_model(model, batches(), bits=bits, group_size=32, method="none", rank=0, progress=False)
+    compress(model, batches(), bits=bits, group_size=32, method="none", rank=0, progress=False)
     layer = next(m for m in model.modules() if isinstance(m, CompensatedLinear) and m.bias is not None)
     frozen = FrozenLinear(layer)
     assert not list(frozen.parameters())
@@ -79,7 +80,7 @@ def test_training_is_that_of_a_dense_model_in_peft(run, tmp_path):
     """The factors after some steps are those of plain peft and AdamW on W^ as dense weights, same data order."""
     training = Training(steps=4, batch_size=8, lr=1e-2, save_every=4)  # one batch holds all, so order does not matter
     model, original = loaded(run)
-    start = solve_adapter(model, original, batches(), rank=4, progress=False)
+    start = solve_adapter(model, original, batches(), Recipe(rank=4), progress=False)
     factors, log = train(model, start, 4, batches(), batches(seed=1), tmp_path, training, 0, None)
 
     dense, packed = tiny_model("qwen2"), load_run(run)[0]
@@ -120,7 +121,7 @@ def test_a_start_is_what_it_says_and_the_trained_adapter_is_what_was_measured(ru
     fresh, _ = loaded(run)
     Adapters(fresh).use(None)
     if init != "lora":
-        solve_adapter(fresh, original, batches(), init, 8, progress=False)
+        solve_adapter(fresh, original, batches(), Recipe(method=init, rank=8), progress=False)
     assert values[0] == pytest.approx(loss(fresh), abs=1e-4)
 
     use_only(fresh, tmp_path / "out")
@@ -196,7 +197,7 @@ def test_a_finished_training_is_not_run_again(run, tmp_path):
 
 
 TEXTS = {"source": "text.txt", "nsamples": 6, "seqlen": 32, "rank": 8, "steps": 4, "save-every": 2, "batch-size": 2}
-TEXTS |= {"lr": 1e-3, "evaluation.source": "text.txt", "evaluation.windows": 2, "evaluation.seqlen": 32}
+TEXTS |= {"lr": 1e-3, "evaluation.perplexity": "text.txt", "evaluation.windows": 2, "evaluation.window-length": 32}
 TEXTS = [word for key, value in TEXTS.items() for word in (f"--{key}", str(value))]
 
 
@@ -212,7 +213,7 @@ def test_the_command_compares_starts_and_its_adapters_work(run, tmp_path, capsys
         assert float(losses[-1]) == pytest.approx(held_out(log)[-1], abs=1e-4)
         assert main(["adapter", "check", f"{out}/{init}"]) == 0
         capsys.readouterr()
-        text = ["--source", "text.txt", "--windows", "2", "--seqlen", "32"]
+        text = ["--perplexity", "text.txt", "--windows", "2", "--window-length", "32"]
         assert main(["evaluate", "run", "--adapter", f"{out}/{init}", *text]) == 0
         assert float(capsys.readouterr().out.split()[1]) == pytest.approx(math.exp(float(losses[-1])), rel=2e-3)
     assert main(["finetune", "run", out, *TEXTS, "--steps", "5"]) == 1
@@ -227,7 +228,7 @@ def test_the_command_compares_starts_and_its_adapters_work(run, tmp_path, capsys
         (["run", "out", "--steps", "0"], "must be at least 1"),
         (["run", "out", "--lr", "-1"], "learning rate above 0"),
         (["run", "out", "--rank", "0"], "rank must be at least 1"),
-        (["run", "out", "--rank", "65"], "rank 65 does not fit"),
+        (["run", "out", "--rank", "65"], "rank 65 is larger than any layer allows"),
         (["run", "out", "--source", "wikipedia"], "unknown source"),
         (["run", "out", "--init", "lora", "--lr", "1e38"], "no longer finite"),
     ],

@@ -6,7 +6,7 @@ import torch
 from eora_lab import InputStatistics
 from eora_lab.compress import gptq, rtn
 from eora_lab.compress.grid import Grid
-from eora_lab.compress.weight import zero_points
+from eora_lab.compress.grid_weight import zero_points
 from tests.layers import output_error, statistics_of, weight_of
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eora_lab import EoraLabError
-from eora_lab.compress import CompressedWeight, rtn
+from eora_lab.compress import GridWeight, rtn
 from eora_lab.formats.gptq import BITS, FORMATS, GptqConfig, from_words, read_linear, to_words, write_linear
 
 # 3 bits: (word, bit of the word, bits, first bit of the code) of every piece of the 32 codes in three words
@@ -40,7 +40,7 @@ def slow_dense(tensors: dict[str, torch.Tensor], bits: int, checkpoint_format: s
     return dense
 
 
-def weight_of(bits: int, groups: int, sym: bool, shuffled: bool, seed: int = 0) -> CompressedWeight:
+def weight_of(bits: int, groups: int, sym: bool, shuffled: bool, seed: int = 0) -> GridWeight:
     """A weight (32, 64) that both formats can hold; shuffled: groups of channels from all over."""
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(32, 64, generator=generator)
@@ -80,7 +80,7 @@ def test_a_linear_goes_out_and_comes_back(bits, checkpoint_format, sym, groups, 
     read = read_linear(tensors, config, "layer")
     assert torch.equal(read.codes, weight.codes) and torch.equal(read.dense(), weight.dense())
     assert (read.g_idx is None) == (not shuffled)
-    stored = CompressedWeight.from_state_dict(read.state_dict())
+    stored = GridWeight.from_state_dict(read.state_dict())
     assert torch.equal(stored.dense(), weight.dense())
     assert stored.nbytes == read.nbytes == weight.nbytes
 

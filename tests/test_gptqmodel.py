@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from eora_lab import compress_model, load_model
+from eora_lab import load_model
 from eora_lab.compress import rtn
 from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, write_checkpoint
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import compress, tiny_model, tiny_tokenizer
 
 PYTHON = os.environ.get("EORA_LAB_GPTQMODEL")
 PEER = Path(__file__).with_name("gptqmodel_peer.py")
@@ -64,8 +64,8 @@ def write_ours(folder: Path, checkpoint_format: str, shuffled: bool, grid: dict)
             back = order.argsort()
             weight = replace(weight, codes=weight.codes[:, back], g_idx=(back // grid["group_size"]).to(torch.int32))
         weights[name] = weight
-    compress_model(model, TOKENS, weights=weights, method="none", rank=0, inputs="original", progress=False)
-    write_checkpoint(folder, model, tokenizer, checkpoint_format)
+    compress(model, TOKENS, weights=weights, method="none", rank=0, inputs="original", progress=False)
+    write_checkpoint(folder, model, tokenizer, checkpoint_format=checkpoint_format)
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def test_both_read_the_same_weights_and_logits(folder, name):
     read = {k.split("/")[1]: t for k, t in load_file(folder / "read.safetensors").items() if k.startswith(f"{name}/")}
     model, _ = load_model(folder / "model")
     checkpoint.check_model(model)
-    compress_model(model, TOKENS, weights=checkpoint, method="none", rank=0, inputs="original", progress=False)
+    compress(model, TOKENS, weights=checkpoint, method="none", rank=0, inputs="original", progress=False)
     for module in checkpoint:  # GPTQModel computes (q - z) * s in float16: our exact product, rounded
         assert torch.equal(checkpoint[module].dense().half(), read[module]), module
     with torch.no_grad():

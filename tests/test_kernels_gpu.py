@@ -66,7 +66,7 @@ def test_two_streams_do_not_share_scratch_memory():
     from eora_lab.layer.triton_kernels import FusedLinear
 
     one = layer()
-    module, streams = FusedLinear(one.fused(), backend="triton"), [torch.cuda.Stream() for _ in range(2)]
+    module, streams = FusedLinear(one.fused()), [torch.cuda.Stream() for _ in range(2)]
     inputs = [torch.randn(2, 4096, device="cuda").half() for _ in streams]
     expected = [module(x) for x in inputs]
     torch.cuda.synchronize()
@@ -84,7 +84,7 @@ def test_a_cuda_graph_replays_on_new_inputs():
     from kernels.timing import capture
 
     one = layer(bits=3)
-    module, x, y = FusedLinear(one.fused(), backend="triton"), torch.zeros(1, 4096, device="cuda").half(), []
+    module, x, y = FusedLinear(one.fused()), torch.zeros(1, 4096, device="cuda").half(), []
     graph = capture([lambda: y.append(module(x))])
     for _ in range(5):
         x.copy_(torch.randn(1, 4096))
@@ -96,7 +96,7 @@ def test_compiles_with_inductor():
     from eora_lab.layer.triton_kernels import FusedLinear
     from eora_lab.layer.triton_kernels.repack import TENSORS
 
-    module, x = FusedLinear(layer().fused(), backend="triton"), torch.randn(2, 4096, device="cuda").half()
+    module, x = FusedLinear(layer().fused()), torch.randn(2, 4096, device="cuda").half()
     tensors = [getattr(module, name) for name in TENSORS]
 
     def call(x):  # the module's own method carries a shape check, which cannot be traced
@@ -114,7 +114,7 @@ def test_the_cuda_kernel_agrees(bits: int):
     if find_nvcc() is None:
         pytest.skip("no nvcc")
     weight, x = layer(bits=bits).fused(), torch.randn(2, 4096, device="cuda").half()
-    ours, theirs = FusedLinear(weight, backend="triton")(x).double(), fused(x, weight).double()
+    ours, theirs = FusedLinear(weight)(x).double(), fused(x, weight).double()
     assert ((ours - theirs).norm() / theirs.norm()) < 1e-3
 
 
@@ -126,8 +126,8 @@ def test_a_compensated_layer_computes_the_same_either_way(bits: int):
     W = old.weight.detach().float()
     factors = store_factors(solve("svd", W, torch.eye(512, device="cuda"), 16))
     fused = CompensatedLinear(old, rtn(W, None, bits=bits), factors)
-    plain = CompensatedLinear(old, rtn(W, None, bits=bits), factors, backend="torch")
-    assert (fused.fused() == "torch") == (bits == 8) and plain.fused() == "torch"
+    plain = CompensatedLinear(old, rtn(W, None, bits=bits), factors, backend="tiles")
+    assert (fused.backend_for(3), plain.backend_for(3)) == ("tiles" if bits == 8 else "triton", "tiles")
     x = torch.randn(3, 512, device="cuda", dtype=torch.float16, requires_grad=True)
     torch.testing.assert_close(fused(x.detach()), plain(x.detach()), rtol=2e-3, atol=2e-3)
     fused(x).sum().backward()  # through torch

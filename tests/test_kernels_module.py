@@ -1,4 +1,4 @@
-"""Repacking, the operator on the CPU, merging and the choice of a backend: what needs neither Triton nor a GPU."""
+"""Repacking, the operator on the CPU, and merging: what needs neither Triton nor a GPU."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ import torch
 
 from eora_lab.compress import rtn
 from eora_lab.errors import EoraLabError
-from eora_lab.layer.triton_kernels import FusedLinear, choose_backend, fused_weight, repack
+from eora_lab.layer.triton_kernels import FusedLinear, fused_weight, repack, why_not_triton
 from eora_lab.layer.triton_kernels.configs import bucket, rule
 from kernels.merge import merge
 
@@ -169,20 +169,8 @@ def test_moving_a_module_keeps_its_dtypes():
     assert module.to("meta").planes.is_meta
 
 
-def test_a_forced_torch_backend_agrees():
-    weight, x = fused_weight(*layer()), torch.randn(3, 96).half()
-    assert torch.equal(FusedLinear(weight, backend="torch")(x), FusedLinear(weight)(x))
-
-
-def test_backends():
-    assert choose_backend("cpu") == "torch"
-    assert choose_backend("cpu", backend="torch") == "torch"
-    with pytest.raises(EoraLabError, match="needs an NVIDIA GPU"):
-        choose_backend("cpu", backend="triton")
-    with pytest.raises(EoraLabError, match="unknown backend"):
-        choose_backend("cpu", backend="cuda")
-    with pytest.raises(EoraLabError, match="needs an NVIDIA GPU"):
-        FusedLinear(fused_weight(*layer()), backend="triton")(torch.randn(1, 96).half())
+def test_what_triton_lacks_here_is_said():
+    assert why_not_triton(torch.device("cpu"), torch.float16) == "an NVIDIA GPU, and the layer is on cpu"
 
 
 def test_imports_no_triton_and_works_without():

@@ -167,11 +167,12 @@ def test_hub_ids(tmp_path):
     (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
     done = python(
         """
+        from eora_lab.errors import EoraLabError
         from eora_lab.model.load import load_model
         print(sum(p.numel() for p in load_model("tiny/llama")[0].parameters()))
         try:
             load_model("tiny/absent")
-        except ValueError as error:
+        except EoraLabError as error:
             print(error)
         """,
         HF_HUB_OFFLINE="1",

@@ -89,12 +89,12 @@ def test_rows_run_the_published_settings_on_another_model():
     eora = rows[3]
     assert eora.published == {"wikitext2": 6.80, "arc_challenge": 47.44, "mathqa": 37.21, "gsm8k": 30.70}
     cell = eora.cells["mathqa"]
-    assert (cell.recipe.bits, cell.recipe.rank, cell.recipe.group_size, cell.seqlen) == (4, 128, -1, 2048)
-    assert (cell.source, cell.base_source, cell.tasks) == ("mathqa+c4", "wikitext2", ("mathqa",))
+    assert (cell.recipe.bits, cell.recipe.rank, cell.recipe.group_size, cell.calibration.seqlen) == (4, 128, -1, 2048)
+    assert (cell.calibration.source, cell.base_source, cell.tasks) == ("mathqa+c4", "wikitext2", ("mathqa",))
     small = table_rows("T2", "smollm2-135m", "small")[3].cells
     assert set(small) == {"wikitext2", "arc_easy"} and small["arc_easy"].limit == 200
     released = table_rows("T2", "some/model", "full", released=True)[2].cells["mathqa"]
-    assert released.recipe.method == "act_s_released" and released.share == 20 / 64
+    assert released.recipe.method == "act_s_released" and released.calibration.share == 20 / 64
     assert {row.extra for row in table_rows("T8", "some/model")} >= {"nsamples 16", "nsamples 512"}
     with pytest.raises(EoraLabError, match="T9 cannot be run"):
         table_rows("T9", "some/model")
@@ -117,8 +117,8 @@ def test_published_and_measured_stand_apart(tmp_path):
     for i, row in enumerate(rows):
         losses = [["wikitext2:test", [4.0 - i / 10, 5.0 - i / 10, 6.0 - i / 10]]]
         result = {"perplexity": {"wikitext2:test": 100.0 - i}, "window_losses": losses}
-        store.put(row.cells["wikitext2"].config(), result=result)
-    store.put(rows[3].cells["arc_easy"].config(), error="no such data")
+        store.put(row.cells["wikitext2"].config(), {}, result=result)
+    store.put(rows[3].cells["arc_easy"].config(), {}, error="no such data")
     frame = measured(rows, store)
     assert frame["paper wikitext2"].tolist() == [7.00, 6.80, 6.82, 6.80]
     assert frame["here wikitext2"].tolist() == ["100.00", "99.00", "98.00", "97.00"]

@@ -12,7 +12,6 @@ from eora_lab import (
     InputStatistics,
     Report,
     collect_statistics,
-    compress_model,
     perplexity,
 )
 from eora_lab.calibrate.statistics import output_energy
@@ -22,7 +21,7 @@ from eora_lab.layer.linear import CompensatedLinear
 from eora_lab.model.structure import decoder_blocks
 from eora_lab.run.ranks import plan_ranks
 from eora_lab.run.recipe import Recipe
-from tests.tiny import CONFIGS, logits, tiny_model, tiny_tokens
+from tests.tiny import CONFIGS, compress, logits, tiny_model, tiny_tokens
 
 K_PROJ = "model.layers.0.self_attn.k_proj"
 SMALL = {"bits": 3, "group_size": 32, "rank": 8, "progress": False}
@@ -89,7 +88,7 @@ def test_a_compensated_model_is_closer_and_rank_decides(kind, compressor):
     distance = {}
     for rank in (0, 8, 32):
         model = tiny_model(kind)
-        report = compress_model(model, tokens, compressor, **SMALL | {"rank": rank} | sparsity_for(compressor))
+        report = compress(model, tokens, compressor, **SMALL | {"rank": rank} | sparsity_for(compressor))
         distance[rank] = (logits(model, tokens) - dense).norm().item()
         for layer in report.layers:
             assert layer.rank == rank and layer.tokens == tokens.numel()
@@ -101,14 +100,14 @@ def test_a_compensated_model_is_closer_and_rank_decides(kind, compressor):
 
 
 def test_a_layer_smaller_than_the_rank_is_restored_whole():
-    report = compress_model(tiny_model("llama"), tiny_tokens(), **SMALL | {"rank": 48})
+    report = compress(tiny_model("llama"), tiny_tokens(), **SMALL | {"rank": 48})
     ranks = {layer.name.split(".")[-1]: layer.rank for layer in report.layers}
     assert ranks["k_proj"] == ranks["v_proj"] == 32 and ranks["q_proj"] == ranks["down_proj"] == 48
     assert all(la.error_after < 1e-5 * la.error_before for la in report.layers if la.rank == 32)
 
 
 def test_no_compensation_fits_whatever_the_rank():
-    report = compress_model(tiny_model("llama"), tiny_tokens(), method="none", rank=1000, group_size=16)
+    report = compress(tiny_model("llama"), tiny_tokens(), method="none", rank=1000, group_size=16)
     assert all(layer.rank == 0 for layer in report.layers)
 
 
@@ -117,18 +116,18 @@ def test_rounds_in_turn_lower_the_error(compressor):
     left = {}
     for rounds in (1, 3):
         settings = SMALL | {"rounds": rounds, "inputs": "original"} | sparsity_for(compressor)
-        report = compress_model(tiny_model("llama"), tiny_tokens(), compressor, **settings)
+        report = compress(tiny_model("llama"), tiny_tokens(), compressor, **settings)
         left[rounds] = [layer.error_after for layer in report.layers]
     assert all(after <= before * 1.001 for before, after in zip(left[1], left[3], strict=True))  # 16-bit factors
     assert sum(left[3]) < 0.95 * sum(left[1]) or compressor == "gptq"  # whose errors leave a path little to take up
     with pytest.raises(EoraLabError, match="rounds must be 1 or more"):
-        compress_model(tiny_model("llama"), tiny_tokens(), **SMALL, rounds=0)
+        compress(tiny_model("llama"), tiny_tokens(), **SMALL, rounds=0)
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_embeddings_head_norms_and_biases_stay(kind):
     model, before = tiny_model(kind), tiny_model(kind).state_dict()
-    compress_model(model, tiny_tokens(), **SMALL)
+    compress(model, tiny_tokens(), **SMALL)
     after = model.state_dict()
     blocks = decoder_blocks(tiny_model(kind))
     for name, tensor in before.items():
@@ -150,7 +149,7 @@ def test_original_inputs_do_not_see_compression_and_compensated_ones_do():
         "given": {"inputs": "original", "statistics": statistics},
         "compensated": {"inputs": "compensated"},
     }.items():
-        reports[name] = compress_model(tiny_model("llama"), tokens, **SMALL, **kwargs)
+        reports[name] = compress(tiny_model("llama"), tokens, **SMALL, **kwargs)
     errors = {name: [layer.error_after for layer in report.layers] for name, report in reports.items()}
     assert errors["pass"] == pytest.approx(errors["given"], rel=1e-4)
     assert errors["pass"][:4] == pytest.approx(errors["compensated"][:4], rel=1e-4)  # q, k, v, o read original inputs
@@ -160,7 +159,7 @@ def test_original_inputs_do_not_see_compression_and_compensated_ones_do():
 def test_compensated_inputs_are_those_of_the_compressed_model():
     """What block 1 was calibrated on is what the finished model feeds it."""
     model, tokens = tiny_model("llama"), tiny_tokens()
-    report = compress_model(model, tokens, **SMALL)
+    report = compress(model, tokens, **SMALL)
     name = "model.layers.1.mlp.down_proj"
     statistics = InputStatistics(64)
     block = model.model.layers[1]
@@ -179,7 +178,7 @@ def test_compensated_inputs_are_those_of_the_compressed_model():
 
 def test_report_counts_what_is_stored_and_survives_json(tmp_path):
     model = tiny_model("llama")
-    report = compress_model(model, tiny_tokens(), **SMALL, folder=tmp_path / "run")
+    report = compress(model, tiny_tokens(), **SMALL, folder=tmp_path / "run")
     on_disk = sum(f.stat().st_size for f in tmp_path.glob("run/**/*.safetensors"))
     adapter = (tmp_path / "run/adapter/adapter_model.safetensors").stat().st_size
     assert report.nbytes < on_disk - adapter < report.nbytes + 20_000  # headers
@@ -215,7 +214,7 @@ def test_report_counts_what_is_stored_and_survives_json(tmp_path):
 def test_bad_settings_are_told_before_anything_changes(kwargs, message):
     model, before = tiny_model("llama"), tiny_model("llama")
     with pytest.raises(EoraLabError, match=message):
-        compress_model(model, tiny_tokens(), **SMALL | kwargs)
+        compress(model, tiny_tokens(), **SMALL | kwargs)
     assert torch.equal(logits(model, tiny_tokens(1)), logits(before, tiny_tokens(1)))
 
 
@@ -232,7 +231,7 @@ def test_a_weight_that_is_not_finite_stops_with_the_layers_name():
     model.get_submodule(K_PROJ).weight.data[0, 0] = float("inf")
     for run in (
         lambda: plan_ranks(model, statistics, Recipe(bits=3, rank=8), Budget("relative"), progress=False),
-        lambda: compress_model(model, tokens, **SMALL, inputs="original", statistics=statistics),
+        lambda: compress(model, tokens, **SMALL, inputs="original", statistics=statistics),
     ):
         with pytest.raises(EoraLabError, match=f"^{re.escape(K_PROJ)}: weights are not finite"):
             run()
@@ -240,17 +239,17 @@ def test_a_weight_that_is_not_finite_stops_with_the_layers_name():
 
 def test_a_model_without_blocks_of_linears():
     with pytest.raises(EoraLabError, match="Sequential: no list of decoder blocks"):
-        compress_model(nn.Sequential(nn.Linear(2, 2)), tiny_tokens())
+        compress(nn.Sequential(nn.Linear(2, 2)), tiny_tokens())
 
 
 def test_statistics_that_lack_a_layer():
     with pytest.raises(EoraLabError, match=r"model\.layers\.0\.self_attn\.q_proj: no statistics"):
-        compress_model(tiny_model("llama"), tiny_tokens(), **SMALL, inputs="original", statistics={})
+        compress(tiny_model("llama"), tiny_tokens(), **SMALL, inputs="original", statistics={})
 
 
 def test_half_precision_models_stay_in_their_dtype():
     model = tiny_model("llama").to(torch.bfloat16)
-    compress_model(model, tiny_tokens(), **SMALL)
+    compress(model, tiny_tokens(), **SMALL)
     module = model.model.layers[0].mlp.up_proj
     assert module.dense().dtype == module.lora_A.dtype == torch.bfloat16
     assert torch.isfinite(logits(model, tiny_tokens(1))).all()
@@ -276,16 +275,16 @@ def test_held_out_samples_are_measured_apart():
         assert (statistics.tokens, statistics.held_out.tokens) == (6 * 32, 2 * 32)
         torch.testing.assert_close(statistics.second_moment, whole[name].second_moment)
         torch.testing.assert_close(statistics.held_out.second_moment, rest[name].second_moment)
-    report = compress_model(tiny_model("llama"), tokens, **SMALL, held_out=0.25)
+    report = compress(tiny_model("llama"), tokens, **SMALL, held_out=0.25)
     for layer in report.layers:
         assert layer.held_out_after < layer.held_out_before
     gained = [sum(getattr(layer, f) for layer in report.layers) for f in ("error_after", "held_out_after")]
     assert gained[0] < gained[1]  # less is gained on tokens that were not calibrated on
     assert "held-out tokens" in report.summary()
     with pytest.raises(EoraLabError, match="leaves none on one side"):
-        compress_model(tiny_model("llama"), tiny_tokens(2), **SMALL, held_out=0.1)
+        compress(tiny_model("llama"), tiny_tokens(2), **SMALL, held_out=0.1)
     with pytest.raises(EoraLabError, match="hold out a share"):
-        compress_model(tiny_model("llama"), tokens, **SMALL, shrink=True)
+        compress(tiny_model("llama"), tokens, **SMALL, shrink=True)
 
 
 def test_budgeted_ranks_remove_more_error_for_the_same_parameters():
@@ -296,7 +295,7 @@ def test_budgeted_ranks_remove_more_error_for_the_same_parameters():
     for objective in ("uniform", "absolute"):
         model = tiny_model("llama")
         ranks = plan_ranks(model, statistics, recipe, Budget(objective, multiple=1), progress=False)
-        report = compress_model(model, tokens, **SMALL, inputs="original", statistics=statistics, ranks=ranks)
+        report = compress(model, tokens, **SMALL, inputs="original", statistics=statistics, ranks=ranks)
         assert sum(layer.rank * (layer.in_features + layer.out_features) for layer in report.layers) <= 8 * sum(
             layer.in_features + layer.out_features for layer in report.layers
         )

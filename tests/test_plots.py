@@ -17,7 +17,7 @@ import pytest
 from eora_lab import EoraLabError
 from eora_lab.cli import main
 from eora_lab.compensate import SOLVERS
-from eora_lab.experiment.compare import Row, table
+from eora_lab.experiment.compare import ComparisonRow, table
 from eora_lab.experiment.paper_runs import both_sides, rivalry, table_rows
 from eora_lab.experiment.store import ResultStore
 from eora_lab.experiment.sweep import expand, named_grids, read_grid, rows, sweep
@@ -53,13 +53,13 @@ def put(store: ResultStore, cells) -> None:
     """Made-up results that differ from cell to cell."""
     for i, cell in enumerate(cells):
         result = {"bits_per_weight": 4 + i / 10, "nbytes": 1000 + i}
-        if cell.perplexity:
-            losses = [[text, [3.0 + i / 50, 3.2 + i / 40, 3.9]] for text in cell.perplexity]
+        if cell.evaluation.perplexity:
+            losses = [[text, [3.0 + i / 50, 3.2 + i / 40, 3.9]] for text in cell.evaluation.perplexity]
             result |= {"window_losses": losses, "perplexity": {t: math.exp(sum(x) / 3) for t, x in losses}}
         outcomes = [float(j % (i + 2) == 0) for j in range(20)]
         score = {"metric": "acc", "value": sum(outcomes) / 20, "stderr": 0.05, "outcomes": outcomes}
         result["tasks"] = dict.fromkeys(cell.tasks, score)
-        store.put(cell.config(), result=result)
+        store.put(cell.config(), {}, result=result)
 
 
 def paper_store(folder: Path, name: str) -> tuple[list, ResultStore]:
@@ -70,10 +70,11 @@ def paper_store(folder: Path, name: str) -> tuple[list, ResultStore]:
 
 def compared():
     rivals = [
-        Row("rtn 3-bit", m, 8 * (m != "none"), "uniform", 16, 30.0 - i, 0.1, 9, 4.0, 1.0) for i, m in enumerate(LOOKS)
+        ComparisonRow("rtn 3-bit", m, 8 * (m != "none"), "uniform", 16, {"text.txt": 30.0 - i}, 0.1, 9, 4.0, 1.0)
+        for i, m in enumerate(LOOKS)
     ]
-    dense = Row("dense", "none", 0, "uniform", 16, 14.0, None, 99, 32.0, 0.0)
-    return table([dense, *rivals], "model", "text.txt")
+    dense = ComparisonRow("dense", "none", 0, "uniform", 16, {"text.txt": 14.0}, None, 99, 32.0, 0.0)
+    return table([dense, *rivals], "model")
 
 
 def figures(frame, folder: Path) -> dict:
@@ -257,7 +258,7 @@ def test_the_commands_draw(swept, tmp_path, capsys):
     assert main(["sweep", "grid.yaml", "--store", "store", "--figure", str(tmp_path / "sweep")]) == 0
     assert "6 done" in capsys.readouterr().out and (tmp_path / "sweep.svg").exists()
     paper_store(tmp_path / "paper", "T2")
-    arguments = ["paper", "T2", "--scale", "small", "--store", str(tmp_path / "paper")]
+    arguments = ["paper", "T2", "--scale", "small", "--dry-run", "--store", str(tmp_path / "paper")]
     assert main([*arguments, "--figure", str(tmp_path / "T2")]) == 0
     assert "against Act-S" in capsys.readouterr().out
     assert {path.name for path in tmp_path.glob("T2*")} == {"T2.png", "T2.svg", "T2-intervals.png", "T2-intervals.svg"}

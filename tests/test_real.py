@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eora_lab import collect_statistics, compress_model, load_model, load_run, perplexity, token_windows
+from eora_lab import collect_statistics, load_model, load_run, perplexity, token_windows
+from tests.tiny import compress
 
 pytestmark = pytest.mark.real
 
@@ -40,7 +41,7 @@ def statistics(smollm2, wikitext2):
 
 def compressed_perplexity(smollm2, calibration, windows, **settings) -> float:
     model = copy.deepcopy(smollm2[0])
-    compress_model(model, calibration, **settings)
+    compress(model, calibration, **settings)
     return perplexity(model, windows)
 
 
@@ -68,7 +69,7 @@ def test_sparsegpt_2_4_alone(smollm2, wikitext2, statistics):
 def test_gptq_3_bit_is_as_small_on_disk_as_reported(smollm2, wikitext2, statistics, tmp_path):
     model = copy.deepcopy(smollm2[0])
     settings = {"compressor": "gptq", "bits": 3, "zero_point": "integer", "scale_dtype": "float16", "mse": True}
-    report = compress_model(
+    report = compress(
         model,
         wikitext2[0],
         **settings,

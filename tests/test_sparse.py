@@ -6,10 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eora_lab import EoraLabError, InputStatistics
-from eora_lab.compress import PRUNERS, CompressedWeight, SparseWeight, gptq, magnitude, rtn, sparsegpt, wanda
+from eora_lab.compress import PRUNERS, GridWeight, SparseWeight, gptq, magnitude, rtn, sparsegpt, wanda
 from eora_lab.compress.grid import Grid
+from eora_lab.compress.grid_weight import zero_points
 from eora_lab.compress.sparsity import Sparsity
-from eora_lab.compress.weight import zero_points
 from tests.layers import output_error, statistics_of, weight_of
 
 PATTERNS = ["2:4", "4:8", "1:4", "0.5", "0.3"]
@@ -157,7 +157,7 @@ def test_joint_compression_beats_pruning_and_then_rounding():
     pruned = sparsegpt(weight, statistics, sparsity="2:4", bits=16)
     rounded = Grid(**grid).round(pruned.dense(), *Grid(**grid).fit(pruned.dense(), None, pruned.mask), pruned.mask)
     joint = sparsegpt(weight, statistics, sparsity="2:4", **grid)
-    assert isinstance(joint, CompressedWeight) and isinstance(pruned, SparseWeight)
+    assert isinstance(joint, GridWeight) and isinstance(pruned, SparseWeight)
     assert output_error(weight, joint, statistics) < output_error(weight, rounded, statistics)
     assert output_error(weight, pruned, statistics) < output_error(weight, joint, statistics)
     assert output_error(weight, gptq(weight, statistics, **grid), statistics) < output_error(weight, joint, statistics)

@@ -206,7 +206,7 @@ def test_the_command_prints_tasks_and_intervals(mirror, monkeypatch, capsys):
         tiny_model("llama", seed).save_pretrained(name)
         tiny_tokenizer().save_pretrained(name)
     (mirror / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20)
-    text = ["--source", "text.txt", "--windows", "4", "--seqlen", "32"]
+    text = ["--perplexity", "text.txt", "--windows", "4", "--window-length", "32"]
     assert main(["evaluate", "one", *text, "--tasks", "arc_easy", "--limit", "8", "--against", "two"]) == 0
     captured = capsys.readouterr()
     assert captured.out.count("arc_easy acc") == 3 and "two minus one" in captured.out

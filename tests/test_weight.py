@@ -6,8 +6,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eora_lab.compress import CompressedWeight, SparseWeight, weight_from_state_dict
+from eora_lab.compress import GridWeight, SparseWeight, tagged_state_dict, weight_from_state_dict
 from eora_lab.compress.packing import pack, pack_kept, pack_mask, unpack, unpack_kept, unpack_mask
+from eora_lab.errors import EoraLabError
 
 
 def random_mask(pattern: str, rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
@@ -62,14 +63,16 @@ def test_round_trip_through_the_state_dict(pattern, bits, offsets, columns, grou
             offset = torch.randint(2**bits, scales.shape, generator=generator, dtype=torch.uint8)
         else:
             offset = torch.randn(scales.shape, generator=generator).half()
-        weight = CompressedWeight(codes if mask is None else codes * mask, scales, offset, bits, mask, group_size)
-    state = weight.state_dict()
-    assert weight.nbytes == sum(tensor.nbytes for name, tensor in state.items() if name != "layout")
+        weight = GridWeight(codes if mask is None else codes * mask, scales, offset, bits, mask, group_size)
+    state = tagged_state_dict(weight)
+    assert weight.nbytes == sum(tensor.nbytes for name, tensor in state.items() if name not in ("layout", "kind"))
     loaded = weight_from_state_dict(state)
     assert torch.equal(loaded.dense(), weight.dense()) and loaded.shape == weight.shape == (12, columns)
-    assert all(torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in state.items())
-    part = {name: tensor if name == "layout" else tensor[3:7] for name, tensor in state.items()}
+    assert all(torch.equal(tensor, tagged_state_dict(loaded)[name]) for name, tensor in state.items())
+    part = {name: tensor if name in ("kind", *weight.whole) else tensor[3:7] for name, tensor in state.items()}
     assert torch.equal(weight_from_state_dict(part).dense(), weight.dense()[3:7])
+    with pytest.raises(EoraLabError, match="stored as 'grit', which is not known"):
+        weight_from_state_dict(state | {"kind": torch.tensor(list(b"grit"), dtype=torch.uint8)})
     if mask is not None:
         assert (weight.dense()[~mask] == 0).all()
 
@@ -78,11 +81,11 @@ def test_dense_is_the_formula():
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(8, (2, 5), generator=generator, dtype=torch.uint8)
     scales, zeros = torch.rand(2, 2, generator=generator), torch.tensor([[1, 7], [0, 3]], dtype=torch.uint8)
-    dense = CompressedWeight(codes, scales, zeros, 3, group_size=4).dense()
+    dense = GridWeight(codes, scales, zeros, 3, group_size=4).dense()
     for o in range(2):
         for i in range(5):
             assert dense[o, i] == scales[o, i // 4] * (int(codes[o, i]) - int(zeros[o, i // 4]))
-    low = CompressedWeight(codes, scales, -zeros.float() * scales, 3, group_size=4).dense()
+    low = GridWeight(codes, scales, -zeros.float() * scales, 3, group_size=4).dense()
     torch.testing.assert_close(low, dense, rtol=1e-5, atol=1e-6)
 
 
@@ -102,5 +105,5 @@ def test_bits_a_weight(bits, pattern, expected):
         weight = SparseWeight(torch.ones(32, 512).half(), mask)
     else:
         zeros = torch.zeros(32, 8, dtype=torch.uint8)
-        weight = CompressedWeight(torch.zeros(32, 512, dtype=torch.uint8), zeros.half() + 1, zeros, bits, mask)
+        weight = GridWeight(torch.zeros(32, 512, dtype=torch.uint8), zeros.half() + 1, zeros, bits, mask)
     assert 8 * weight.nbytes / (32 * 512) == pytest.approx(expected)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eora_lab import Adapters, EoraLabError, calibration_batches, collect_statistics, compress_model, solve_adapter
+from eora_lab import Adapters, EoraLabError, calibration_batches, collect_statistics, solve_adapter
 from eora_lab.calibrate.statistics import output_energy
 from eora_lab.compensate import solve
 from eora_lab.compensate.budget import Budget, allocate_ranks, factor_bytes, predicted_error
@@ -19,13 +19,13 @@ from eora_lab.measure.explore import Exploration
 from eora_lab.model.generate import generate
 from eora_lab.run.ranks import layer_spectra
 from eora_lab.run.recipe import Recipe
-from tests.tiny import TEXT, tiny_model, tiny_tokenizer
+from tests.tiny import TEXT, compress, tiny_model, tiny_tokenizer
 
 pytest.importorskip("ipywidgets", reason="ipywidgets is the extra `lab`")
 
 from eora_lab import widgets
 
-RECIPE = Recipe(bits=2, group_size=32)
+RECIPE = Recipe("rtn", bits=2, group_size=32)
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +135,10 @@ def test_a_layer_with_a_lower_highest_rank_lowers_the_slider(exploration):
 def test_side_by_side_writes_what_each_model_would(batches):
     dense, tokenizer = tiny_model("llama"), tiny_tokenizer()
     compressed = copy.deepcopy(dense)
-    compress_model(compressed, batches, bits=2, group_size=32, rank=16, progress=False)
+    compress(compressed, batches, bits=2, group_size=32, rank=16, progress=False)
     alone = copy.deepcopy(compressed)
     adapters = Adapters(compressed)
-    adapters.add("svd", solve_adapter(alone, dense, batches, "svd", 16, progress=False))
+    adapters.add("svd", solve_adapter(alone, dense, batches, Recipe(method="svd", rank=16), progress=False))
     with pytest.raises(EoraLabError, match="cannot be called 'svd'"):
         adapters.add("svd", {})
     expected_svd = generate(alone, tokenizer, "Fox <b>", 12)
@@ -174,7 +174,7 @@ def test_the_budget_explorer_shows_what_the_ranks_cost_and_leave(exploration, ba
             given.add(tuple(ranks.values()))
     assert len(seen) == len(given) >= 4  # a picture for each choice of ranks
     settings = {"bits": 2, "group_size": 32, "inputs": "original", "statistics": exploration.statistics}
-    report = compress_model(model, batches, **settings, ranks=explorer.ranks, progress=False)
+    report = compress(model, batches, **settings, ranks=explorer.ranks, progress=False)
     measured = sum(layer.error_after for layer in report.layers) / len(report.layers)
     assert predicted_error(layers, explorer.ranks) == pytest.approx(measured, rel=1e-2)  # factors are in float16
     assert sum(layer.rank for layer in report.layers) == sum(explorer.ranks.values())
@@ -206,7 +206,7 @@ def test_the_form_builds_the_grid_of_its_controls(workplace):
     assert {(c.recipe.method, c.recipe.rank) for c in expand(form.grid) if c.recipe} == {
         ("none", 0), ("eora", 4), ("eora", 8), ("eora", 16),
     }  # fmt: skip
-    assert {(c.seed, c.recipe.inputs) for c in expand(form.grid) if c.recipe} == {(7, "original")}
+    assert {(c.calibration.seed, c.recipe.inputs) for c in expand(form.grid) if c.recipe} == {(7, "original")}
     assert "5 cells: 0 done" in form._plan.value
     form.controls["compressor"].value = ("rtn", "wanda")
     form.dense.value = False

@@ -1,11 +1,15 @@
 """Small random models of three architectures, for tests that need structure and not language."""
 
 import string
+from dataclasses import fields
 from pathlib import Path
 
 import tokenizers
 import torch
 import transformers
+
+from eora_lab import Report, compress_model
+from eora_lab.run.recipe import Recipe
 
 CONFIGS = {
     # grouped-query attention: narrow k and v
@@ -46,6 +50,12 @@ def tiny_model(kind: str, seed: int = 0) -> transformers.PreTrainedModel:
 def tiny_tokens(n: int = 6, seqlen: int = 32, seed: int = 0) -> torch.Tensor:
     """Random token ids (n, seqlen) without the special ones."""
     return torch.randint(3, 97, (n, seqlen), generator=torch.Generator().manual_seed(seed))
+
+
+def compress(model: torch.nn.Module, tokens: torch.Tensor, compressor: str = "rtn", **settings) -> Report:
+    """`compress_model` with the fields of a recipe (round to nearest in 3 bits unless they say more) as keywords."""
+    own = {name: settings.pop(name) for name in [field.name for field in fields(Recipe)] if name in settings}
+    return compress_model(model, tokens, Recipe(compressor, **{"bits": 3} | own), **settings)
 
 
 def logits(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:

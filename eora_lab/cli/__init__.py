@@ -42,14 +42,14 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Exit codes: 0 done, 1 the input cannot be used (one line says why), 2 wrong usage, 130 stopped."""
     os.environ.setdefault("MPLBACKEND", "agg")  # figures go to files, no window opens
-    command = tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="eora-lab",
-        description="Compress large language models without training, and compensate the error. "
-        "Start with `eora-lab demo`; `eora-lab COMMAND --help` tells the rest.",
-        args=arguments,
-    )
     try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="eora-lab",
+            description="Compress large language models without training, and compensate the error. "
+            "Start with `eora-lab demo`; `eora-lab COMMAND --help` tells the rest.",
+            args=arguments,
+        )
         command.run()
     except EoraLabError as error:
         print(f"eora-lab: {error}", file=sys.stderr)

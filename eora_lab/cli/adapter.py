@@ -1,11 +1,12 @@
 """`eora-lab adapter`: export, check and solve PEFT adapters."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
+from eora_lab.run.recipe import PassSettings, PathSettings, Recipe
 from eora_lab.text.settings import Calibration
 
 
@@ -80,12 +81,8 @@ class Solve:
     """a finished run folder"""
     output: Annotated[Path, tyro.conf.Positional]
     """adapter folder to write"""
-    method: str = "eora"
-    """how the error is compensated: svd, act_s, qera_approx or eora"""
-    rank: int = 64
-    """rank of the compensation in every layer"""
-    inputs: Literal["compensated", "original"] = "compensated"
-    """where a block's calibration inputs come from: the blocks before it with the new adapter, or the original model"""
+    path: Annotated[PathSettings, tyro.conf.arg(name="")] = field(default_factory=PathSettings)
+    measured: Annotated[PassSettings, tyro.conf.arg(name="")] = field(default_factory=PassSettings)
     calibration: Calibration = field(default_factory=Calibration)
     device: str = "cpu"
     """cpu or cuda"""
@@ -95,10 +92,11 @@ class Solve:
         from eora_lab.run.folder import load_original, load_run
         from eora_lab.run.task_adapter import solve_adapter
 
+        recipe = Recipe(**asdict(self.path), **asdict(self.measured))
         original = load_original(self.run_folder, self.device)
         model, tokenizer, _ = load_run(self.run_folder, original.dtype, self.device)
         batches = self.calibration.batches(original, tokenizer)
-        factors = solve_adapter(model, original, batches, self.method, self.rank, self.inputs)
+        factors = solve_adapter(model, original, batches, recipe)
         write_adapter(self.output, factors, model.config.name_or_path)
         print(f"wrote {self.output}: try  eora-lab chat {self.run_folder} --adapter {self.output.name}={self.output}")
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from eora_lab.cli.options import Dtype
+from eora_lab.model.load import Dtype
 
 HELP = """\
 /adapter          the adapters, and which one is in use
@@ -42,7 +42,7 @@ class Chat:
         from transformers import TextStreamer
 
         from eora_lab.errors import EoraLabError
-        from eora_lab.layer.linear import CompensatedLinear
+        from eora_lab.layer.linear import compensated
         from eora_lab.model import generate
         from eora_lab.run.adapters import Adapters
         from eora_lab.run.folder import load_model_or_run
@@ -50,8 +50,7 @@ class Chat:
         folders = dict(named(text) for text in self.adapter)
         model, tokenizer = load_model_or_run(self.model, self.dtype, self.device)
         chat = generate.Chat(model, tokenizer, self.tokens, self.temperature, self.seed)
-        compressed = any(isinstance(module, CompensatedLinear) for module in model.modules())
-        adapters = Adapters(model, folders) if compressed or folders else None
+        adapters = Adapters(model, folders) if compensated(model) or folders else None
         if folders:
             adapters.use(next(iter(folders)))
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

@@ -1,15 +1,15 @@
 """`eora-lab compensate`."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
 from eora_lab.cli.compress import run_pass
-from eora_lab.cli.options import Dtype
 from eora_lab.compensate.budget import Budget
-from eora_lab.run.recipe import Recipe
+from eora_lab.model.load import Dtype
+from eora_lab.run.recipe import PassSettings, PathSettings, Recipe
 from eora_lab.text.settings import Calibration, Evaluation
 
 
@@ -27,15 +27,10 @@ class Compensate:
     """run folder to write"""
     model: str
     """the original model: embedded model, hub id, or folder"""
-    method: str = "eora"
-    """how the error is compensated: none, svd, act_s, qera_approx or eora"""
-    rank: int = 64
-    """rank of the compensation in every layer; a smaller layer gets the highest that it allows"""
-    factor_bits: int = 16
-    """bits of A and B: 16, or 2 to 8 on a grid"""
-    inputs: Literal["compensated", "original"] = "compensated"
-    """where a block's calibration inputs come from: the blocks before it as compressed and compensated, or the
-    original model"""
+    format: str = "gptq"
+    """what the checkpoint is: gptq, which reads both of its versions"""
+    path: Annotated[PathSettings, tyro.conf.arg(name="")] = field(default_factory=PathSettings)
+    measured: Annotated[PassSettings, tyro.conf.arg(name="")] = field(default_factory=PassSettings)
     budget: Budget = field(default_factory=Budget)
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -47,28 +42,25 @@ class Compensate:
     """cpu or cuda"""
 
     def run(self) -> None:
-        from eora_lab.formats.gptq_checkpoint import GptqCheckpoint
+        from eora_lab.errors import unknown
+        from eora_lab.formats import FORMATS
         from eora_lab.model.load import load_model
-        from eora_lab.run.pipeline import check_given
 
-        checkpoint = GptqCheckpoint(self.checkpoint)
+        readers = {name: one.read for name, one in FORMATS.items() if one.read}
+        if self.format not in readers:
+            raise unknown("format", self.format, readers)
+        checkpoint = readers[self.format](self.checkpoint)
+        recipe = Recipe(**checkpoint.settings(), **asdict(self.path), **asdict(self.measured))
         model, tokenizer = load_model(self.model, dtype=self.dtype, device=self.device)
         checkpoint.check_model(model)
-        check_given(model, checkpoint)  # the pass does so too, but only after the texts were prepared
         run_pass(
             model,
             tokenizer,
-            Recipe(
-                **checkpoint.config.recipe(),
-                method=self.method,
-                rank=self.rank,
-                factor_bits=self.factor_bits,
-                inputs=self.inputs,
-            ),
+            recipe,
             self.output,
             budget=self.budget,
             calibration=self.calibration,
             evaluation=self.evaluation if self.evaluate else None,
             weights=checkpoint,
-            about={"checkpoint": str(self.checkpoint.resolve())},
+            notes={"checkpoint": str(self.checkpoint.resolve())},
         )

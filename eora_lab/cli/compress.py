@@ -7,9 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from eora_lab.cli.options import Dtype
 from eora_lab.compensate.budget import Budget
-from eora_lab.compress import CompressedWeight
+from eora_lab.model.load import Dtype
 from eora_lab.run.recipe import Recipe
 from eora_lab.text.settings import Calibration, Evaluation
 
@@ -26,7 +25,7 @@ class Compress:
     """run folder to write"""
     model: str = "smollm2-135m"
     """embedded model, hub id, or folder"""
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=lambda: Recipe("gptq", bits=4))
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
     budget: Budget = field(default_factory=Budget)
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -61,29 +60,23 @@ def run_pass(
     budget: Budget,
     calibration: Calibration,
     evaluation: Evaluation | None,
-    weights: Mapping[str, CompressedWeight] | None = None,
-    about: dict | None = None,
+    weights: Mapping | None = None,
+    notes: dict | None = None,
 ) -> None:
-    """Plan the ranks, run the pass into the folder `output`, evaluate and print. `about` is noted in config.json."""
-    from eora_lab.calibrate.stream import collect_statistics
-    from eora_lab.measure.evaluate import perplexity
-    from eora_lab.run.folder import write_report
+    """Compress into the folder `output`, and print the report. `notes` are kept in config.json."""
+    from eora_lab.measure.evaluate import perplexities
     from eora_lab.run.pipeline import compress_model
-    from eora_lab.run.ranks import plan_ranks
 
-    recipe.check(model, given=weights)
-    windows = evaluation.tokens(tokenizer) if evaluation else None
-    batches = calibration.batches(model, tokenizer)
-    dense = perplexity(model, windows, progress=True) if evaluation else None
-    ranks = None
-    if budget != Budget():
-        ranks = plan_ranks(model, collect_statistics(model, batches), recipe, budget, weights=weights)
-    notes = asdict(calibration) | (about or {})
+    windows = evaluation.tokens(tokenizer) if evaluation else {}
     report = compress_model(
-        model, batches, **asdict(recipe), ranks=ranks, folder=output, calibration=notes, weights=weights
+        model,
+        calibration.batches(model, tokenizer),
+        recipe,
+        ranks=budget,
+        folder=output,
+        notes=asdict(calibration) | (notes or {}),
+        weights=weights,
+        judge=(lambda one: perplexities(one, windows, progress=True)) if evaluation else None,
     )
-    if evaluation:
-        report.perplexity = {"dense": dense, "compressed": perplexity(model, windows, progress=True)}
-        write_report(output, report)
     print(report)
     print(f"wrote {output}: try  eora-lab generate {output} 'The capital of France is'")

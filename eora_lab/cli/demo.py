@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from eora_lab.cli.compare import Compare
+from eora_lab.cli.compare import Compare, RecipeAxes
 
 
 @dataclass(frozen=True)
@@ -18,5 +18,5 @@ class Demo:
     """folder for demo.png, demo.svg and demo.csv"""
 
     def run(self) -> None:
-        rivals = Compare(method=("none", "svd", "act_s", "eora"), figure=self.figures / "demo.png")
-        rivals.run()
+        axes = RecipeAxes(("rtn",), (3,), method=("none", "svd", "act_s", "eora"), inputs=("original",))
+        Compare(recipe=axes, figure=self.figures / "demo.png").run()

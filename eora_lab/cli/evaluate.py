@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from eora_lab.cli.options import Dtype
+from eora_lab.model.load import Dtype
 from eora_lab.text.settings import Evaluation
 
 
@@ -47,12 +47,13 @@ class Evaluate:
 
         second = self.measure(self.against)
         print(f"{self.against} minus {self.model}, 95 % paired bootstrap:")
-        print(f"log perplexity {paired_bootstrap(first[0], second[0])}")
+        for text, losses in first[0].items():
+            print(f"log perplexity on {text} {paired_bootstrap(losses, second[0][text])}")
         for task, result in first[1].items():
             print(f"{task} {result.metric} {compare_results(result, second[1][task])}")
 
     def measure(self, name: str, adapter: str | None = None) -> tuple:
-        """(loss of every window, results of the tasks) of one model, printed as they come."""
+        """(text -> loss of every window, results of the tasks) of one model, printed as they come."""
         from eora_lab.measure.evaluate import window_losses
         from eora_lab.run.adapters import use_only
         from eora_lab.run.folder import load_model_or_run
@@ -63,9 +64,11 @@ class Evaluate:
         windows = self.evaluation.tokens(tokenizer)
         if self.against is not None:
             print(f"{name}:")
-        losses = window_losses(model, windows, progress=True)
-        value = losses.mean().exp().item()
-        print(f"perplexity {value:.4f} on {len(windows)} x {windows.shape[1]} tokens of {self.evaluation.source}")
+        losses = {}
+        for text, tokens in windows.items():
+            found = window_losses(model, tokens, progress=True)
+            print(f"perplexity {found.mean().exp():.4f} on {len(tokens)} x {tokens.shape[1]} tokens of {text}")
+            losses[text] = found.tolist()
         results = {}
         if self.tasks:
             from eora_lab.measure.tasks import evaluate_tasks
@@ -75,4 +78,4 @@ class Evaluate:
             print(result)
             if result.near_chance:
                 print(f"eora-lab: {result.near_chance}", file=sys.stderr)
-        return losses.tolist(), results
+        return losses, results

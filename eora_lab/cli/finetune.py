@@ -31,19 +31,20 @@ class Finetune:
     data: Annotated[Calibration, tyro.conf.arg(name="")] = field(
         default_factory=lambda: Calibration(nsamples=800, seqlen=256)
     )
-    evaluation: Evaluation = field(default_factory=lambda: Evaluation(seqlen=256))
+    evaluation: Evaluation = field(default_factory=lambda: Evaluation(window_length=256))
     device: str = "cpu"
     """cpu or cuda"""
 
     def run(self) -> None:
+        import torch
+
         from eora_lab.finetune.finetune import finetune
         from eora_lab.run.folder import claim_folder, load_original, load_run, read_config
 
-        self.training.check()
         model, tokenizer, _ = load_run(self.base, device=self.device)
         original = load_original(self.base, device=self.device)
         tokens = self.data.batches(original, tokenizer)
-        held_out = self.evaluation.tokens(tokenizer)
+        held_out = torch.cat(list(self.evaluation.tokens(tokenizer).values()))
         base = read_config(self.base)["settings"]
         settings = asdict(self.training) | asdict(self.data) | {"rank": self.rank, "weights": base["weights"]}
         settings |= {f"evaluation.{key}": value for key, value in asdict(self.evaluation).items()}
@@ -58,6 +59,7 @@ class Finetune:
             losses = train[0], sum(quarter) / len(quarter), judged[0], judged[-1]
             rows.append((init, *(f"{value:.4f}" for value in losses)))
             print(f"wrote {folder}: try  eora-lab evaluate {self.base} --adapter {folder}", flush=True)
-        print(f"loss in nats a token; held-out: {len(held_out)} x {held_out.shape[1]} of {self.evaluation.source}")
+        texts = ", ".join(self.evaluation.perplexity)
+        print(f"loss in nats a token; held-out: {len(held_out)} x {held_out.shape[1]} of {texts}")
         for row in rows:
             print(columns.format(*row))

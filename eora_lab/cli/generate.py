@@ -5,7 +5,7 @@ from typing import Annotated
 
 import tyro
 
-from eora_lab.cli.options import Dtype
+from eora_lab.model.load import Dtype
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ class Paper:
     store: Path = Path("runs/paper")
     """folder of the results"""
     dry_run: bool = False
-    """only say what is left to do"""
+    """run nothing: say what is left to do, and print what the store holds as it is"""
     figure: Path | None = None
     """draw the table as .png and .svg, and the intervals beside as ...-intervals"""
     device: str = "cpu"
@@ -43,8 +43,8 @@ class Paper:
         store, cells = ResultStore(self.store), expand([cell for row in rows for cell in row.cells.values()])
         if self.dry_run:
             print(plan(cells, store, device=self.device))
-            return
-        sweep(cells, store, device=self.device)
+        else:
+            sweep(cells, store, device=self.device)
         print(f"{self.table}: the paper's figures (its model) beside those measured here ({self.model}, {self.scale}):")
         print(measured(rows, store).to_string(index=False, na_rep=""))
         intervals = rivalry(rows, store)

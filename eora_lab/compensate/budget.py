@@ -8,7 +8,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, settings
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class LayerSpectrum:
     in_features: int
 
 
-@dataclass(frozen=True)
+@settings
 class Budget:
     """How a parameter budget is spread over layers."""
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.compensate.lowrank import LowRank
-from eora_lab.compress import CompressedWeight, gptq, rtn
+from eora_lab.compress import Compressed, gptq, rtn, tagged_state_dict, weight_from_state_dict
 from eora_lab.errors import EoraLabError
 
 
@@ -16,12 +16,12 @@ from eora_lab.errors import EoraLabError
 class StoredFactors:
     """A (rank, in) and B (out, rank), float16 or on a grid like compressed weights."""
 
-    A: Tensor | CompressedWeight
-    B: Tensor | CompressedWeight
+    A: Tensor | Compressed
+    B: Tensor | Compressed
 
     def dense(self) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
         """(A, B) float32, as a matrix product sees them."""
-        A, B = (f.dense() if isinstance(f, CompressedWeight) else f.float() for f in (self.A, self.B))
+        A, B = (f.float() if isinstance(f, Tensor) else f.dense() for f in (self.A, self.B))
         return A, B
 
     @property
@@ -33,20 +33,20 @@ class StoredFactors:
         """Tensors for safetensors."""
         state = {}
         for name, factor in (("lora_A", self.A), ("lora_B", self.B)):
-            if isinstance(factor, CompressedWeight):
-                state |= {f"{name}.{key}": tensor for key, tensor in factor.state_dict().items()}
-            else:
+            if isinstance(factor, Tensor):
                 state[name] = factor
+            else:
+                state |= {f"{name}.{key}": tensor for key, tensor in tagged_state_dict(factor).items()}
         return state
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Tensor]) -> "StoredFactors":
         """The inverse of `state_dict`. Raises KeyError when a tensor is missing."""
 
-        def read(name: str) -> Tensor | CompressedWeight:
+        def read(name: str) -> Tensor | Compressed:
             prefix = f"{name}."
             parts = {key.removeprefix(prefix): tensor for key, tensor in state.items() if key.startswith(prefix)}
-            return CompressedWeight.from_state_dict(parts) if parts else state[name]
+            return weight_from_state_dict(parts) if parts else state[name]
 
         return cls(read("lora_A"), read("lora_B"))
 

@@ -1,36 +1,42 @@
 """Compressors: a weight and its input statistics in, packed storage out. One compressor a file."""
 
-from torch import Tensor
+from collections import ChainMap
+from types import MappingProxyType
 
 from eora_lab.compress.gptq import gptq
+from eora_lab.compress.grid import Grid
+from eora_lab.compress.grid_weight import GridWeight, zero_points
 from eora_lab.compress.magnitude import magnitude
-from eora_lab.compress.prune import Compressed
+from eora_lab.compress.residual import residual
 from eora_lab.compress.rtn import rtn
 from eora_lab.compress.sparse_weight import SparseWeight
 from eora_lab.compress.sparsegpt import sparsegpt
+from eora_lab.compress.sparsity import Sparsity
+from eora_lab.compress.storage import KINDS, Compressed, tagged_state_dict, weight_from_state_dict
 from eora_lab.compress.wanda import wanda
-from eora_lab.compress.weight import CompressedWeight
 
+KINDS |= {"grid": GridWeight, "sparse": SparseWeight}
 QUANTISERS = {"rtn": rtn, "gptq": gptq}
 PRUNERS = {"magnitude": magnitude, "wanda": wanda, "sparsegpt": sparsegpt}  # these take a sparsity, and 16 bits
-COMPRESSORS = QUANTISERS | PRUNERS
+COMPRESSORS = MappingProxyType(ChainMap(PRUNERS, QUANTISERS))  # both; what a plugin adds to one of them is in here
 
 __all__ = [
     "COMPRESSORS",
+    "KINDS",
     "PRUNERS",
     "QUANTISERS",
     "Compressed",
-    "CompressedWeight",
+    "Grid",
+    "GridWeight",
     "SparseWeight",
+    "Sparsity",
     "gptq",
     "magnitude",
+    "residual",
     "rtn",
     "sparsegpt",
+    "tagged_state_dict",
     "wanda",
     "weight_from_state_dict",
+    "zero_points",
 ]
-
-
-def weight_from_state_dict(state: dict[str, Tensor]) -> Compressed:
-    """Read back what a compressor returned. Raises KeyError when a tensor is missing."""
-    return (SparseWeight if "values" in state else CompressedWeight).from_state_dict(state)

@@ -7,7 +7,7 @@ from torch import Tensor
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.compress.feedback import inverse_factor, sweep
 from eora_lab.compress.grid import Grid, check_grid
-from eora_lab.compress.weight import CompressedWeight, zero_points
+from eora_lab.compress.grid_weight import GridWeight, zero_points
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def gptq(
     desc_act: bool = True,
     damp_percent: float = 0.01,
     **grid,
-) -> CompressedWeight:
+) -> GridWeight:
     """Minimise tr((W - W^) S (W - W^)ᵀ) greedily over columns.
 
     desc_act: columns with the largest E[x²] come first (act-order). Groups keep their channels, and their grids are
@@ -50,6 +50,6 @@ def gptq(
     sweep(columns, factor, compress, *([] if desc_act else [group_size]))
     in_place = torch.empty_like(codes, dtype=torch.uint8)
     in_place[order] = codes.to(torch.uint8)
-    return CompressedWeight(
+    return GridWeight(
         in_place.T.contiguous(), scales.T.contiguous(), offsets.T.contiguous(), grid.bits, None, group_size
     )

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
-from eora_lab.compress.weight import CompressedWeight, in_groups, zero_points
+from eora_lab.compress.grid_weight import GridWeight, in_groups, zero_points
 from eora_lab.errors import EoraLabError
 
 ZeroPoint = Literal["float", "integer"]
@@ -58,7 +58,7 @@ class Grid:
         importance: Float[Tensor, " in"] | None = None,
         mask: Bool[Tensor, "out in"] | None = None,
     ) -> tuple[Float[Tensor, "out groups"], Offsets]:
-        """Scales and offsets (see `CompressedWeight`) for the weights of every group, and for zero.
+        """Scales and offsets (see `GridWeight`) for the weights of every group, and for zero.
 
         importance: what a unit of squared error costs in every channel; None: the same.
         mask: the weights that are kept; the others do not count.
@@ -108,10 +108,10 @@ class Grid:
         scales: Float[Tensor, "out groups"],
         offsets: Offsets,
         mask: Bool[Tensor, "out in"] | None = None,
-    ) -> CompressedWeight:
+    ) -> GridWeight:
         """The nearest point of the grid for every weight that is kept."""
         group_size = check_grid(weight.shape[1], self.bits, self.group_size)
         codes = in_groups(weight, group_size) / scales.float()[..., None] + zero_points(scales, offsets)[..., None]
         codes = codes.round_().clamp_(0, 2**self.bits - 1).to(torch.uint8).flatten(1)[:, : weight.shape[1]]
         codes = codes.contiguous() if mask is None else codes * mask
-        return CompressedWeight(codes, scales, offsets, self.bits, mask, group_size)
+        return GridWeight(codes, scales, offsets, self.bits, mask, group_size)

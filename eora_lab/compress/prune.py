@@ -5,10 +5,8 @@ from torch import Tensor
 
 from eora_lab.compress.grid import Grid
 from eora_lab.compress.sparse_weight import SparseWeight
-from eora_lab.compress.weight import CompressedWeight
+from eora_lab.compress.storage import Compressed
 from eora_lab.errors import EoraLabError
-
-Compressed = CompressedWeight | SparseWeight
 
 
 def store(weight: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"], grid: Grid) -> Compressed:

@@ -6,11 +6,11 @@ from torch import Tensor
 
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.compress.grid import Grid
-from eora_lab.compress.weight import CompressedWeight
+from eora_lab.compress.grid_weight import GridWeight
 
 
 @torch.no_grad()
-def rtn(weight: Float[Tensor, "out in"], statistics: InputStatistics | None, **grid) -> CompressedWeight:
+def rtn(weight: Float[Tensor, "out in"], statistics: InputStatistics | None, **grid) -> GridWeight:
     """Quantise W to the nearest point of a grid. grid: the fields of `Grid`. `statistics` is not used."""
     grid, weight = Grid(**grid), weight.float()
     return grid.round(weight, *grid.fit(weight))

@@ -1,17 +1,23 @@
 """What a pruner returns when nothing is quantised: the kept weights in float16, and which they are."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Float16
 from torch import Tensor
 
 from eora_lab.compress.packing import pack_kept, pack_mask, unpack_kept, unpack_mask
+from eora_lab.compress.storage import Compressed
 
 
 @dataclass(frozen=True)
-class SparseWeight:
-    """W^[o, i] = values[o, i] where mask[o, i], else 0. The same interface as `CompressedWeight`."""
+class SparseWeight(Compressed):
+    """W^[o, i] = values[o, i] where mask[o, i], else 0. The same interface as `GridWeight`."""
+
+    kind: ClassVar = "sparse"
+    whole: ClassVar = ("layout",)
 
     values: Float16[Tensor, "out in"]
     mask: Bool[Tensor, "out in"]
@@ -30,11 +36,6 @@ class SparseWeight:
         """The weight that a matrix product sees."""
         return (self.values * self.mask).to(dtype)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes as stored."""
-        return sum(tensor.nbytes for name, tensor in self.state_dict().items() if name != "layout")
-
     def state_dict(self) -> dict[str, Tensor]:
         """Packed tensors, ready for safetensors. A row of a tensor is a row of the weight, except in "layout"."""
         packed, positions = pack_mask(self.mask)
@@ -42,7 +43,7 @@ class SparseWeight:
         return {"values": pack_kept(self.values, self.mask), "mask": packed, "layout": layout}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor]) -> "SparseWeight":
+    def from_state_dict(cls, state: Mapping[str, Tensor]) -> "SparseWeight":
         """The inverse of `state_dict`, also of the same rows of its tensors. Raises KeyError when one is missing."""
         in_features, positions = state["layout"].tolist()
         mask = unpack_mask(state["mask"], positions, in_features)

@@ -7,9 +7,10 @@ from torch import Tensor
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.compress.feedback import inverse_factor, sweep
 from eora_lab.compress.grid import Grid, check_grid
-from eora_lab.compress.prune import Compressed, store
+from eora_lab.compress.grid_weight import GridWeight, zero_points
+from eora_lab.compress.prune import store
 from eora_lab.compress.sparsity import Sparsity
-from eora_lab.compress.weight import CompressedWeight, zero_points
+from eora_lab.compress.storage import Compressed
 
 SPAN = 128  # columns whose masks are chosen at the same time where sparsity is unstructured
 
@@ -62,4 +63,4 @@ def sparsegpt(
     sweep(columns, factor, prune_and_round, span, group_size)
     scales, offsets = (torch.cat(parts, dim=1) for parts in zip(*grids, strict=True))
     codes = codes.to(torch.uint8).T.contiguous()
-    return CompressedWeight(codes, scales, offsets, grid.bits, mask.T.contiguous(), group_size)
+    return GridWeight(codes, scales, offsets, grid.bits, mask.T.contiguous(), group_size)

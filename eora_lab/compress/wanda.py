@@ -6,8 +6,9 @@ from torch import Tensor
 
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.compress.grid import Grid
-from eora_lab.compress.prune import Compressed, store
+from eora_lab.compress.prune import store
 from eora_lab.compress.sparsity import Sparsity
+from eora_lab.compress.storage import Compressed
 
 
 @torch.no_grad()

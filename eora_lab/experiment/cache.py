@@ -5,8 +5,7 @@ SHA-256 beside it; one that does not agree is set aside and made again.
 """
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,9 +18,11 @@ from torch import Tensor, nn
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.calibrate.stream import collect_statistics
 from eora_lab.compensate import LowRank
-from eora_lab.compress import Compressed, weight_from_state_dict
+from eora_lab.compress import Compressed, tagged_state_dict, weight_from_state_dict
 from eora_lab.errors import EoraLabError
+from eora_lab.experiment.code import plugin_digest
 from eora_lab.files import digest, file_digest, read_tensors, set_aside, write_atomically, write_json, write_safetensors
+from eora_lab.run.fit import Steps
 from eora_lab.run.recipe import Recipe
 
 T = TypeVar("T")
@@ -61,7 +62,12 @@ class ContentCache:
         return filelock.FileLock(path)
 
     def statistics(
-        self, model: nn.Module, batches: Int[Tensor, "nsamples seqlen"], held_out: float, key: str
+        self,
+        model: nn.Module,
+        batches: Int[Tensor, "nsamples seqlen"],
+        held_out: float,
+        key: str,
+        progress: bool = False,
     ) -> dict[str, InputStatistics]:
         """`collect_statistics`, measured once for all cells with the same key. Shared inputs share one object."""
         if key in self._statistics:
@@ -71,7 +77,7 @@ class ContentCache:
 
         def measured() -> dict[str, InputStatistics]:
             if not found:
-                found.update(collect_statistics(model, batches, held_out))
+                found.update(collect_statistics(model, batches, held_out, progress))
             return found
 
         with self.lock(folder):
@@ -112,54 +118,54 @@ def load_statistics(path: Path, device: torch.device) -> InputStatistics:
     return statistics
 
 
-COMPENSATION = (
-    "method",
-    "rank",
-    "factor_bits",
-    "refit",
-)  # what a recipe does after a weight is compressed
+class SharedSteps(Steps):
+    """Steps whose compressed weights and low-rank answers come from the cache, where other cells may have left them.
 
-
-@dataclass(frozen=True)
-class SharedRecipe(Recipe):
-    """A recipe for one layer whose compressed weight and low-rank answer come from the cache.
-
-    layer:     its module name.
-    key:       of the statistics that the answer rests on, the same for all layers.
-    base:      what the weight is compressed with, in place of those; base_key: of these.
-    highest:   the answer is solved at this rank and cut to the rank asked for: a rank sweep is one solve.
+    key:     of the statistics that answers rest on.
+    base:    statistics that weights are compressed with, and base_key: their key. They may be of another text.
+    highest: answers are solved at this rank and cut to the rank asked for: a rank sweep is one solve.
+    data_free: after a pass, the layers that were compressed without data.
     """
 
-    cache: ContentCache | None = None
-    layer: str = ""
-    key: str = ""
-    base: InputStatistics | None = None
-    base_key: str = ""
-    highest: int = 0
+    def __init__(
+        self,
+        recipe: Recipe,
+        cache: ContentCache,
+        key: str,
+        base: Mapping[str, InputStatistics],
+        base_key: str,
+        highest: int,
+    ):
+        super().__init__(recipe)
+        self._cache, self._base, self._highest = cache, base, highest
+        compressor = [plugin_digest(registry, recipe.compressor) for registry in ("QUANTISERS", "PRUNERS")]
+        self._base_key = digest([base_key, recipe.base_settings(), compressor])[:24]
+        solver = plugin_digest("SOLVERS", recipe.method)
+        self._solve_key = f"{self._base_key}-{key}-{recipe.method}{f'-{solver[:12]}' if solver else ''}"
+        self.data_free: set[str] = set()
 
-    def compress(self, weight: Float[Tensor, "out in"], statistics: InputStatistics) -> Compressed:
-        return self.cache.entry(
-            f"weights/{self._base()}/{self.layer}",
-            lambda: super(SharedRecipe, self).compress(weight, self.base),
-            lambda compressed, path: write_safetensors(path, compressed.state_dict(), {}),
+    def compress(self, name: str, weight: Float[Tensor, "out in"], statistics: InputStatistics) -> Compressed:
+        usable = self._base[name].or_identity(self.recipe.held_out > 0)
+        if usable is not self._base[name]:
+            self.data_free.add(name)
+        return self._cache.entry(
+            f"weights/{self._base_key}/{name}",
+            lambda: super(SharedSteps, self).compress(name, weight, usable),
+            lambda compressed, path: write_safetensors(path, tagged_state_dict(compressed), {}),
             lambda path: weight_from_state_dict(read_tensors(path, weight.device)),
         )
 
     def compensate(
-        self, residual: Float[Tensor, "out in"], statistics: InputStatistics, rank: int
+        self, name: str, error: Float[Tensor, "out in"], statistics: InputStatistics, rank: int
     ) -> tuple[LowRank, float]:
-        if not rank or self.method == "none" or self.shrink:  # shrinkage depends on the rank
-            return super().compensate(residual, statistics, rank)
-        highest = max(rank, min(self.highest, *residual.shape))
-        answer = self.cache.entry(
-            f"solves/{self._base()}-{self.key}-{self.method}-{highest}/{self.layer}",
-            lambda: super(SharedRecipe, self).compensate(residual, statistics, highest)[0],
+        recipe = self.recipe
+        if not rank or recipe.method == "none" or recipe.shrink:  # shrinkage depends on the rank
+            return super().compensate(name, error, statistics, rank)
+        highest = max(rank, min(self._highest, *error.shape))
+        answer = self._cache.entry(
+            f"solves/{self._solve_key}-{highest}/{name}",
+            lambda: super(SharedSteps, self).compensate(name, error, statistics, highest)[0],
             lambda made, path: write_safetensors(path, {"A": made.A, "B": made.B, "spectrum": made.spectrum}, {}),
-            lambda path: LowRank(**read_tensors(path, residual.device)),
+            lambda path: LowRank(**read_tensors(path, error.device)),
         )
         return answer.truncate(rank), 0.0
-
-    def _base(self) -> str:
-        """A hash of all that the compressed weight depends on. Fields that are added to Recipe count, to be safe."""
-        settings = {f.name: getattr(self, f.name) for f in fields(Recipe) if f.name not in COMPENSATION}
-        return digest([self.base_key, settings])[:24]

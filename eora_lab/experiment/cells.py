@@ -4,31 +4,33 @@ import copy
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import field, fields, replace
 from functools import lru_cache
+from typing import Any, Literal
 
-import torch
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 
 from eora_lab.calibrate.statistics import InputStatistics
+from eora_lab.compensate.budget import Budget
 from eora_lab.environment import peak_memory
-from eora_lab.errors import EoraLabError
-from eora_lab.experiment.cache import ContentCache, SharedRecipe
-from eora_lab.experiment.store import ResultStore
+from eora_lab.errors import EoraLabError, settings, unknown
+from eora_lab.experiment.cache import ContentCache, SharedSteps
+from eora_lab.experiment.code import code_digest
 from eora_lab.files import digest
 from eora_lab.measure.evaluate import window_losses
-from eora_lab.model.load import load_model
-from eora_lab.run.pipeline import compress_linear, compress_model, identity
-from eora_lab.run.recipe import Recipe
-from eora_lab.run.report import LayerReport
-from eora_lab.text.tokens import calibration_batches, token_windows
+from eora_lab.model.digest import model_digest
+from eora_lab.model.load import Dtype, load_model
+from eora_lab.model.structure import block_linears
+from eora_lab.run.pipeline import compress_model, tokens_digest
+from eora_lab.run.recipe import PathSettings, Recipe
+from eora_lab.run.report import Report
+from eora_lab.text.settings import Calibration, Evaluation
 
 DENSE = "dense"  # in place of a compressor: the model as it is
 MEASURED = ("perplexity", "tasks")  # fields whose lists are measured together, and are no axis of a grid
 
 
-@dataclass(frozen=True)
+@settings
 class Cell:
     """Settings of one experiment. `config` is their flat form, `from_config` the way back.
 
@@ -37,55 +39,64 @@ class Cell:
     """
 
     model: str = "smollm2-135m"
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
     recipe: Recipe | None = field(default_factory=Recipe)  # None: the dense model
     only: str = ""  # regular expression; layers whose name it does not match get rank 0
-    source: str = "pydoc"
+    budget: Literal["uniform", "relative", "absolute"] = "uniform"  # how ranks are spread, see `Budget`
+    calibration: Calibration = field(default_factory=Calibration)
     base_source: str = ""  # what the compressor is calibrated on, where that differs
-    nsamples: int = 32
-    seqlen: int = 512
-    share: float = 0.5
-    first: bool = False  # the first windows of the text, in place of random ones
-    seed: int = 0
-    perplexity: tuple[str, ...] = ("pydoc:heldout",)  # texts
-    windows: int = 20  # 0: all
-    window_length: int = 512  # tokens
+    evaluation: Evaluation = field(default_factory=Evaluation)
     tasks: tuple[str, ...] = ()  # of lm-eval
-    limit: int = 0  # questions of a task; 0: all
-    num_fewshot: int = -1  # -1: as the task says
+    limit: int | None = None  # questions of a task; None: all
+    num_fewshot: int | None = None  # None: as the task says
+
+    def check(self) -> None:
+        """Raise EoraLabError where settings do not go together."""
+        if self.base_source and not self.shared:
+            raise EoraLabError(
+                'a base_source needs inputs="original" and one round: else compressor and solver see the same inputs'
+            )
+        if self.only and self.budget != "uniform":
+            raise EoraLabError("only chooses layers for one rank; a budget spreads ranks over all of them")
 
     def config(self) -> dict:
         """A flat dict of JSON values. What a cell does not use is left out, so that equal cells are equal."""
-        unused = {"recipe"}
+        unused = set()
         if self.recipe is None:
-            unused |= {"only", "source", "base_source", "nsamples", "seqlen", "share", "first", "seed"}
-        if not self.perplexity:
-            unused |= {"windows", "window_length"}
+            unused |= {"only", "budget", "base_source"}
         if not self.tasks:
             unused |= {"limit", "num_fewshot"}
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in unused}
-        own = {name: list(value) if isinstance(value, tuple) else value for name, value in own.items()}
-        if self.recipe is None:
-            return {"compressor": DENSE} | own
-        return {f.name: getattr(self.recipe, f.name) for f in fields(Recipe)} | own
+        found: dict[str, Any] = {}
+        for part in (self.recipe, self, self.calibration if self.recipe else None, self.evaluation):
+            names = [one.name for one in fields(part)] if part else []
+            found |= {name: getattr(part, name) for name in names if name not in PARTS and name not in unused}
+        if not self.evaluation.perplexity:
+            found = {name: value for name, value in found.items() if name not in ("windows", "window_length")}
+        head = {} if self.recipe else {"compressor": DENSE}
+        return head | {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
     @classmethod
     def from_config(cls, config: Mapping) -> "Cell":
-        """A cell from any of its fields and those of `Recipe`; the others keep their defaults.
+        """A cell from any of its settings and those of its parts; the others keep their defaults.
 
-        Raises EoraLabError for an unknown field or a value of another type.
+        Raises EoraLabError for an unknown setting or a value of another type.
         """
-        defaults = {f.name: getattr(Recipe(), f.name) for f in fields(Recipe)}
-        own = {f.name: getattr(cls(), f.name) for f in fields(cls) if f.name != "recipe"}
-        values = {name: _checked(name, value, defaults | own) for name, value in config.items()}
-        recipe = Recipe(**{name: value for name, value in values.items() if name in defaults and value != DENSE})
-        cell = cls(recipe=recipe, **{name: value for name, value in values.items() if name in own})
+        known = {kind: [one.name for one in fields(kind) if one.name not in PARTS] for kind in (cls, *PARTS.values())}
+        for name in config:
+            if not any(name in names for names in known.values()):
+                raise unknown("setting", name, sorted(name for names in known.values() for name in names))
+        own = {kind: {name: config[name] for name in names if name in config} for kind, names in known.items()}
+        parts: dict[str, Any] = {"recipe": None}
         if config.get("compressor") == DENSE:
-            return replace(cell, recipe=None)
-        if recipe.method == "none":  # has no rank, no factors
-            plain = {name: defaults[name] for name in ("factor_bits", "refit", "shrink")}
-            return replace(cell, recipe=replace(recipe, rank=0, **plain), only="")
-        return cell
+            own[cls] |= {"only": "", "budget": "uniform", "base_source": ""}
+        else:
+            recipe = Recipe(**own[Recipe])
+            if recipe.method == "none":  # has no rank, no factors
+                plain = {one.name: one.default for one in fields(PathSettings) if one.name != "method"}
+                recipe, own[cls] = replace(recipe, **plain | {"rank": 0}), own[cls] | {"only": "", "budget": "uniform"}
+            parts["recipe"] = recipe
+        parts |= {"calibration": Calibration(**own[Calibration]), "evaluation": Evaluation(**own[Evaluation])}
+        return cls(**parts, **own[cls])
 
     @property
     def shared(self) -> bool:
@@ -96,29 +107,18 @@ class Cell:
         return self.recipe is not None and self.recipe.inputs == "original" and self.recipe.rounds == 1
 
 
-def _checked(name: str, value: object, defaults: dict) -> object:
-    """A grid's value as its field wants it."""
-    if name not in defaults:
-        raise EoraLabError(f"unknown setting {name!r} in a grid; known: {', '.join(sorted(defaults))}")
-    default = defaults[name]
-    if isinstance(default, tuple):
-        value = (value,) if isinstance(value, str) else tuple(value or ())
-        if all(isinstance(item, str) for item in value):
-            return value
-    elif isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    elif type(value) is type(default):
-        return value
-    raise EoraLabError(
-        f"{name} must be {type(default).__name__}, not {value!r} (text such as 2:4 needs quotes in YAML)"
-    )
+PARTS: dict[str, type] = {"recipe": Recipe, "calibration": Calibration, "evaluation": Evaluation}  # fields of a cell
 
 
-load = lru_cache(maxsize=1)(load_model)  # cells of one model follow each other; a sweep clears it when it starts
+@lru_cache(maxsize=1)
+def load(name: str, dtype: str, device: str) -> tuple[nn.Module, Any, str]:
+    """(model, tokenizer, digest of the model): cells of one model follow each other. A sweep clears it at both ends."""
+    model, tokenizer = load_model(name, dtype, device)
+    return model, tokenizer, model_digest(model)
 
 
 def run_cell(
-    cell: Cell, cache: ContentCache, highest: int = 0, batch_size: int = 8, device: str = "cpu"
+    cell: Cell, cache: ContentCache, highest: int = 0, batch_size: int = 8, device: str = "cpu", progress: bool = False
 ) -> tuple[dict, dict]:
     """(result, cost) of one cell: what it measured, and the seconds of its steps with the peak memory in bytes.
 
@@ -126,32 +126,19 @@ def run_cell(
     Raises EoraLabError when a setting does not fit the model, or data is missing.
     """
     clock = _Clock()
-    model, tokenizer = load(cell.model, cell.dtype, device)
-    texts = {text: token_windows(tokenizer, text, cell.windows or None, cell.window_length) for text in cell.perplexity}
+    model, tokenizer, weights = load(cell.model, cell.dtype, device)
+    texts = cell.evaluation.tokens(tokenizer)
     clock.lap("load")
-    result: dict = {}
     if cell.recipe is None:
         candidate = model
+        weights = sum(linear.weight.numel() for linear in block_linears(model).values())
+        result: dict = {"nbytes": weights * model.dtype.itemsize, "bits_per_weight": 8.0 * model.dtype.itemsize}
     else:
         candidate = copy.deepcopy(model)
-        layers = _compress(candidate, tokenizer, cell, cache, highest, clock)
-        result["output_error"] = {
-            "before": sum(layer.error_before for layer in layers) / len(layers),
-            "after": sum(layer.error_after for layer in layers) / len(layers),
-        }
-        if cell.recipe.held_out:
-            result["held_out_error"] = {
-                "before": sum(layer.held_out_before for layer in layers) / len(layers),
-                "after": sum(layer.held_out_after for layer in layers) / len(layers),
-            }
-        result["nbytes"] = sum(layer.nbytes for layer in layers)
-        weights = sum(layer.out_features * layer.in_features for layer in layers)
-        result["bits_per_weight"] = 8 * result["nbytes"] / weights
-        result["layers"] = [[la.name, la.rank, la.error_before, la.error_after] for la in layers]
+        result = _compress(candidate, tokenizer, cell, cache, highest, weights, clock, progress)
     for text, tokens in texts.items():
-        losses = window_losses(candidate, tokens)
-        value = losses.mean().exp().item()
-        result.setdefault("perplexity", {})[text] = value
+        losses = window_losses(candidate, tokens, progress)
+        result.setdefault("perplexity", {})[text] = losses.mean().exp().item()
         result.setdefault("window_losses", []).append([text, losses.tolist()])
     clock.lap("perplexity")
     if cell.tasks:
@@ -160,74 +147,65 @@ def run_cell(
     return result, clock.seconds | {"peak_memory": peak_memory(next(model.parameters()).device)}
 
 
-def run_and_keep(
-    cell: Cell, highest: int, store: ResultStore, cache: ContentCache, batch_size: int = 8, device: str = "cpu"
-) -> str:
-    """Run a cell and keep its result, or its error, in the store. Returns the error, empty when there was none.
-
-    Only what says nothing about the cell stops a sweep: Ctrl-C, and a store that cannot be written.
-    """
-    try:
-        result, cost = run_cell(cell, cache, highest, batch_size, device)
-    except Exception as error:
-        message = str(error) if isinstance(error, EoraLabError) else f"{type(error).__name__}: {error}"
-        store.put(cell.config(), error=message or type(error).__name__)
-        return message
-    store.put(cell.config(), result=result, cost=cost)
-    return ""
-
-
 def _compress(
-    candidate: nn.Module, tokenizer, cell: Cell, cache: ContentCache, highest: int, clock: "_Clock"
-) -> list[LayerReport]:
-    """Compress and compensate a copy of the model, from the cache where that can be shared."""
-    cell.recipe.check(candidate)
-    ranks = {name: rank if re.search(cell.only, name) else 0 for name, rank in cell.recipe.ranks(candidate).items()}
-    if not any(ranks.values()) and cell.recipe.rank:
-        raise EoraLabError(f"no layer matches {cell.only!r}; names are like {next(iter(ranks))}")
-    settings = {f.name: getattr(cell.recipe, f.name) for f in fields(Recipe)}
-    if not cell.shared:
+    candidate: nn.Module,
+    tokenizer,
+    cell: Cell,
+    cache: ContentCache,
+    highest: int,
+    weights: str,
+    clock: "_Clock",
+    progress: bool,
+) -> dict:
+    """Compress and compensate a copy of the model, with what other cells left in the cache. Returns what it came to."""
+    recipe = cell.recipe
+    assert recipe is not None
+    ranks: dict[str, int] | Budget | None = Budget(cell.budget) if cell.budget != "uniform" else None
+    if cell.only:
+        ranks = {name: rank if re.search(cell.only, name) else 0 for name, rank in recipe.ranks(candidate).items()}
+        if not any(ranks.values()):
+            raise EoraLabError(f"no layer matches {cell.only!r}; names are like {next(iter(ranks))}")
+    batches = cell.calibration.batches(candidate, tokenizer)
+    statistics, steps = None, None
+    if cell.shared:
+        recipe.check_fit(candidate, None if isinstance(ranks, Budget) else ranks)  # before the long calibration pass
+
+        def measure(tokens) -> tuple[str, dict[str, InputStatistics]]:
+            key = digest([code_digest(), weights, cell.dtype, tokens_digest(tokens), recipe.held_out])[:24]
+            return key, cache.statistics(candidate, tokens, recipe.held_out, key, progress)
+
+        key, statistics = measure(batches)
+        base_key, base = key, statistics
         if cell.base_source:
-            raise EoraLabError(
-                'a base_source needs inputs="original" and one round: else compressor and solver see the same inputs'
-            )
-        batches = _batches(candidate, tokenizer, cell, cell.source)
-        layers = compress_model(candidate, batches, **settings, ranks=ranks, progress=False).layers
-        clock.lap("compress")
-        return layers
-
-    def measure(source: str) -> tuple[str, dict[str, InputStatistics]]:
-        batches = _batches(candidate, tokenizer, cell, source)
-        key = digest([identity(candidate, batches), cell.recipe.held_out])[:24]
-        return key, cache.statistics(candidate, batches, cell.recipe.held_out, key)
-
-    key, statistics = measure(cell.source)
-    base_key, base = measure(cell.base_source) if cell.base_source else (key, statistics)
-    clock.lap("statistics")
-    layers = []
-    with torch.no_grad():
-        for name, rank in ranks.items():
-            if name not in statistics:
-                raise EoraLabError(f"{name}: no calibration token reached this layer")
-            recipe = SharedRecipe(
-                **settings, cache=cache, layer=name, key=key, base=base[name], base_key=base_key, highest=highest
-            )
-            layers.append(compress_linear(candidate, name, statistics[name], recipe, rank)[1])
+            base_key, base = measure(replace(cell.calibration, source=cell.base_source).batches(candidate, tokenizer))
+        clock.lap("statistics")
+        steps = SharedSteps(recipe, cache, key, base, base_key, highest)
+    report = compress_model(
+        candidate, batches, recipe, ranks=ranks, statistics=statistics, steps=steps, progress=progress
+    )
     clock.lap("compress")
-    return layers
+    return _outcome(report, steps.data_free if steps else set())
 
 
-def _batches(model: nn.Module, tokenizer, cell: Cell, source: str) -> Int[Tensor, "nsamples seqlen"]:
-    if cell.first:
-        return token_windows(tokenizer, source, cell.nsamples, cell.seqlen)
-    return calibration_batches(tokenizer, source, cell.nsamples, cell.seqlen, cell.seed, cell.share, model=model)
+def _outcome(report: Report, data_free: set[str]) -> dict:
+    """What a cell keeps of a report."""
+
+    def mean(name: str) -> float:
+        return sum(getattr(layer, name) for layer in report.layers) / len(report.layers)
+
+    result: dict = {"output_error": {"before": mean("error_before"), "after": mean("error_after")}}
+    if report.layers[0].held_out_after is not None:
+        result["held_out_error"] = {"before": mean("held_out_before"), "after": mean("held_out_after")}
+    result |= {"nbytes": report.nbytes, "bits_per_weight": report.bits_per_weight}
+    result["layers"] = [[la.name, la.rank, la.error_before, la.error_after] for la in report.layers]
+    result["data_free"] = [la.name for la in report.layers if la.data_free or la.name in data_free]
+    return result
 
 
 def _tasks(model: nn.Module, tokenizer, cell: Cell, batch_size: int) -> dict:
     from eora_lab.measure.tasks import evaluate_tasks
 
-    limit, shots = cell.limit or None, None if cell.num_fewshot < 0 else cell.num_fewshot
-    found = evaluate_tasks(model, tokenizer, cell.tasks, limit, shots, batch_size)
+    found = evaluate_tasks(model, tokenizer, cell.tasks, cell.limit, cell.num_fewshot, batch_size)
     return {
         name: {
             "metric": result.metric,

@@ -1,27 +1,24 @@
-"""Rivals side by side: one compressed base, several compensators, the same tokens for all."""
+"""Methods side by side: cells that share a calibration pass and a compressed base, a row each, as they are ready."""
 
-import copy
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from jaxtyping import Int
-from torch import Tensor, nn
-
-from eora_lab.calibrate.stream import collect_statistics
-from eora_lab.compensate.budget import Budget
-from eora_lab.measure.evaluate import perplexity
-from eora_lab.model.structure import decoder_blocks, linears
-from eora_lab.run.pipeline import compress_model
-from eora_lab.run.ranks import plan_ranks
-from eora_lab.run.recipe import Recipe
+from eora_lab.errors import EoraLabError
+from eora_lab.experiment.cache import ContentCache
+from eora_lab.experiment.cells import DENSE, Cell
+from eora_lab.experiment.identity import Identities, differences
+from eora_lab.experiment.job import run_and_keep
+from eora_lab.experiment.store import ResultStore
+from eora_lab.experiment.sweep import highest_ranks
+from eora_lab.files import digest
 
 if TYPE_CHECKING:
     import pandas
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One line of a comparison."""
 
     base: str
@@ -29,83 +26,75 @@ class Row:
     rank: int  # the average, where a budget spreads it
     budget: str
     factor_bits: int
-    perplexity: float
+    perplexity: dict[str, float]  # text -> value
     error: float | None  # relative output error, mean over layers; None for the dense model
     nbytes: int  # of the compressed linears
     bits_per_weight: float
-    seconds: float
+    seconds: float  # of compressing and compensating
 
 
-def compare(
-    model: nn.Module,
-    batches: Int[Tensor, "nsamples seqlen"],
-    windows: Int[Tensor, "n seqlen"],
-    recipes: list[Recipe],
-    budgets: tuple[Budget, ...] = (Budget(),),
-) -> Iterator[Row]:
-    """Evaluate the dense model, then a copy of it for every recipe and budget; rows come as they are ready.
+def compare(cells: list[Cell], store: ResultStore, device: str = "cpu") -> Iterator[ComparisonRow]:
+    """Run cells one after another; those that the store has already are taken from there.
 
-    Recipes with inputs="original", and all budgets but the uniform one, share one measurement of the statistics.
+    Raises EoraLabError when one fails, with its reason; it is tried again the next time.
     """
-    for recipe in recipes:
-        recipe.check(model)
-    dense_bits = 8.0 * model.dtype.itemsize
-    weights = sum(
-        linear.weight.numel() for block in decoder_blocks(model).values() for linear in linears(block).values()
+    cache, identities, highest = ContentCache(store.folder / "cache"), Identities(hub=True), highest_ranks(cells)
+    for cell in cells:
+        found = store.get(cell.config())
+        if found is None or found["status"] == "failed" or differences(found["identity"], identities.of(cell)):
+            rank = highest[digest(cell.config())]
+            if error := run_and_keep(cell, rank, store, cache, identities, device=device, progress=True):
+                raise EoraLabError(error)
+            found = store.get(cell.config())
+        yield comparison_row(cell, found)
+
+
+def comparison_row(cell: Cell, found: dict) -> ComparisonRow:
+    """A cell's line, from what the store holds of it."""
+    recipe, result = cell.recipe, found["result"]
+    return ComparisonRow(
+        base=recipe.base if recipe else DENSE,
+        method=recipe.method if recipe else "none",
+        rank=recipe.rank if recipe else 0,
+        budget=cell.budget,
+        factor_bits=recipe.factor_bits if recipe else 16,
+        perplexity=result.get("perplexity", {}),
+        error=result["output_error"]["after"] if recipe else None,
+        nbytes=result["nbytes"],
+        bits_per_weight=result["bits_per_weight"],
+        seconds=found["cost"].get("compress", 0.0),
     )
-    dense = perplexity(model, windows, progress=True)
-    yield Row("dense", "none", 0, "uniform", 16, dense, None, weights * model.dtype.itemsize, dense_bits, 0.0)
-    planned = any(budget != Budget() for budget in budgets)
-    original = planned or any(recipe.inputs == "original" for recipe in recipes)
-    statistics = collect_statistics(model, batches, max(r.held_out for r in recipes)) if original else None
-    for recipe in recipes:
-        for budget in budgets if recipe.method != "none" else (Budget(),):
-            ranks = plan_ranks(model, statistics, recipe, budget) if budget != Budget() else None
-            candidate = copy.deepcopy(model)
-            shared = statistics if recipe.inputs == "original" else None
-            report = compress_model(candidate, batches, **asdict(recipe), ranks=ranks, statistics=shared)
-            yield Row(
-                base=recipe.base,
-                method=recipe.method,
-                rank=recipe.rank if recipe.method != "none" else 0,
-                budget=budget.objective,
-                factor_bits=recipe.factor_bits,
-                perplexity=perplexity(candidate, windows, progress=True),
-                error=sum(layer.error_after for layer in report.layers) / len(report.layers),
-                nbytes=report.nbytes,
-                bits_per_weight=report.bits_per_weight,
-                seconds=report.seconds,
-            )
 
 
-COLUMNS = "{:24} {:12} {:>4} {:9} {:>7}  {:>10}  {:>12}  {:>8}  {:>11}  {:>6}"
+def header(texts: list[str]) -> str:
+    """Column titles for `format_row`. texts: that perplexity is measured on."""
+    names = texts if len(texts) > 1 else ["perplexity"]
+    settings, numbers = "base method rank budget factors", "output-error MB bits/weight s"
+    return _line(settings.split(), names, numbers.split(), names)
 
 
-def header() -> str:
-    """Column titles for `format_row`."""
-    titles = "base method rank budget factors perplexity output-error MB bits/weight s"
-    return COLUMNS.format(*titles.split())
-
-
-def format_row(row: Row) -> str:
+def format_row(row: ComparisonRow, texts: list[str]) -> str:
     """One line of the printed table."""
-    compensated = row.rank > 0
-    return COLUMNS.format(
-        row.base,
-        row.method,
-        row.rank,
-        row.budget if compensated else "",
-        f"{row.factor_bits}-bit" if compensated else "",
-        f"{row.perplexity:.2f}",
-        "" if row.error is None else f"{row.error:.5f}",
-        f"{row.nbytes / 1e6:.1f}",
-        f"{row.bits_per_weight:.2f}",
-        f"{row.seconds:.1f}",
-    )
+    settings = [row.base, row.method, str(row.rank)]
+    settings += [row.budget, f"{row.factor_bits}-bit"] if row.rank > 0 else ["", ""]
+    numbers = ["" if row.error is None else f"{row.error:.5f}", f"{row.nbytes / 1e6:.1f}"]
+    numbers += [f"{row.bits_per_weight:.2f}", f"{row.seconds:.1f}"]
+    names = texts if len(texts) > 1 else ["perplexity"]
+    return _line(settings, [f"{row.perplexity[text]:.2f}" for text in texts], numbers, names)
 
 
-def table(rows: list[Row], model: str, text: str) -> "pandas.DataFrame":
-    """Rows as a frame, with the names of the model and of the text; without seconds, which differ from run to run."""
+def _line(settings: list[str], perplexities: list[str], numbers: list[str], names: list[str]) -> str:
+    shown = "  ".join(f"{value:>{max(len(name), 10)}}" for value, name in zip(perplexities, names, strict=True))
+    return "{:24} {:12} {:>4} {:9} {:>7}  {}  {:>12}  {:>8}  {:>11}  {:>6}".format(*settings, shown, *numbers)
+
+
+def table(rows: list[ComparisonRow], model: str) -> "pandas.DataFrame":
+    """Rows as a frame, a line a text, with the name of the model; without seconds, which differ from run to run."""
     import pandas
 
-    return pandas.DataFrame([{"model": model, "text": text} | asdict(row) for row in rows]).drop(columns="seconds")
+    lines = [
+        {"model": model, "text": text} | asdict(row) | {"perplexity": value}
+        for row in rows
+        for text, value in row.perplexity.items()
+    ]
+    return pandas.DataFrame(lines).drop(columns="seconds")

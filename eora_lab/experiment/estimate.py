@@ -12,6 +12,7 @@ from eora_lab.experiment.cells import Cell
 from eora_lab.model.embedded import cache_folder
 from eora_lab.model.load import EMBEDDED
 from eora_lab.model.structure import decoder_blocks, linears
+from eora_lab.text.settings import Evaluation
 
 SHARED_INPUTS = 4 / 7  # q, k and v read one input, gate and up another
 TASK_TOKENS = 140  # read for a question: its prompt with each of the choices (ARC; few-shot prompts are longer)
@@ -64,14 +65,15 @@ def memory(cell: Cell) -> int | None:
 
 def measuring(cell: Cell, shape: Shape) -> float:
     """Floating-point operations of what a cell measures, roughly."""
-    read = len(cell.perplexity) * (cell.windows * cell.window_length or WHOLE_TEXT)
+    judged = cell.evaluation
+    read = len(judged.perplexity) * (judged.windows * judged.window_length if judged.windows else WHOLE_TEXT)
     read += len(cell.tasks) * (cell.limit or WHOLE_TASK) * TASK_TOKENS
     return 2.0 * shape.parameters * read
 
 
 def calibrating(cell: Cell, shape: Shape) -> float:
     """Floating-point operations of the pass over calibration text and of compression, roughly."""
-    tokens = cell.nsamples * cell.seqlen
+    tokens = cell.calibration.nsamples * cell.calibration.seqlen
     total = 4.0 * shape.parameters * tokens
     for out_features, in_features in shape.layers:
         total += 2.0 * SHARED_INPUTS * tokens * in_features**2  # S
@@ -97,7 +99,8 @@ def work(cells: list[Cell]) -> float | None:
         total += measuring(cell, shape)
         if cell.recipe is None:
             continue
-        solve = replace(cell, perplexity=(), tasks=(), recipe=replace(cell.recipe, rank=0))
+        judged = {"evaluation": Evaluation(()), "tasks": ()}
+        solve = replace(cell, **judged, recipe=replace(cell.recipe, rank=0))
         base = replace(solve, recipe=replace(solve.recipe, method="none"))
         for key, part in ((base, calibrating), (solve, solving)):
             if key not in seen or not cell.shared:

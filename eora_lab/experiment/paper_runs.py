@@ -36,7 +36,7 @@ BASES = {
 RUNNABLE = ("T1", "T2", "T4", "T5", "T6", "T7", "T8", "T10", "T13", "T14", "T15", "T16", "T18")
 
 FULL = {
-    "common": {"group_size": -1, "seqlen": 2048, "nsamples": 64, "window_length": 2048, "windows": 0},
+    "common": {"group_size": -1, "seqlen": 2048, "nsamples": 64, "window_length": 2048, "windows": None},
     "wikitext2": {"source": "wikitext2", "perplexity": "wikitext2:test"},
     "arc_challenge": {"source": "arc+c4", "base_source": "wikitext2", "tasks": "arc_challenge"},
     "mathqa": {"source": "mathqa+c4", "base_source": "wikitext2", "tasks": "mathqa"},

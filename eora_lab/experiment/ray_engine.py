@@ -5,8 +5,11 @@ from pathlib import Path
 
 from eora_lab.errors import EoraLabError
 from eora_lab.experiment.cache import ContentCache
-from eora_lab.experiment.cells import Cell, run_and_keep
+from eora_lab.experiment.cells import Cell
+from eora_lab.experiment.identity import Identities, differences
+from eora_lab.experiment.job import run_and_keep
 from eora_lab.experiment.store import ResultStore
+from eora_lab.run.plugins import load_plugin, plugin_files
 
 RETRIES = 3  # of a cell whose worker died
 
@@ -37,7 +40,8 @@ def run_on_ray(
 
     remote = ray.remote(num_cpus=1, num_gpus=int(device.startswith("cuda")), max_retries=RETRIES)(run_one)
     try:
-        waiting = {remote.remote(c.config(), highest, folder, batch_size, device): c for c, highest in jobs}
+        plugins = [str(path) for path in plugin_files()]
+        waiting = {remote.remote(c.config(), highest, folder, batch_size, device, plugins): c for c, highest in jobs}
         while waiting:
             (ready, *_), _ = ray.wait(list(waiting), num_returns=1)
             cell = waiting.pop(ready)
@@ -45,17 +49,19 @@ def run_on_ray(
                 yield ray.get(ready)
             except ray.exceptions.RayError as error:  # the worker died every time, most likely for lack of memory
                 message = f"the worker died {RETRIES + 1} times: {type(error).__name__}"
-                store.put(cell.config(), error=message)
+                store.put(cell.config(), Identities().of(cell), error=message)
                 yield message
     finally:
         if ours:
             ray.shutdown()
 
 
-def run_one(config: dict, highest: int, folder: Path, batch_size: int, device: str) -> str:
+def run_one(config: dict, highest: int, folder: Path, batch_size: int, device: str, plugins: list[str]) -> str:
     """What a worker does: `run_and_keep`, unless one that died before it had kept the result already."""
-    store, cell = ResultStore(folder), Cell.from_config(config)
+    for path in plugins:
+        load_plugin(path)
+    store, cell, identities = ResultStore(folder), Cell.from_config(config), Identities(hub=True)
     found = store.get(config)
-    if found and found["status"] == "done":
+    if found and found["status"] == "done" and not differences(found["identity"], identities.of(cell)):
         return ""
-    return run_and_keep(cell, highest, store, ContentCache(folder / "cache"), batch_size, device)
+    return run_and_keep(cell, highest, store, ContentCache(folder / "cache"), identities, batch_size, device)

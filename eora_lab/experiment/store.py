@@ -1,6 +1,6 @@
 """The result store: a folder with one JSON file a cell, named by a hash of the cell's configuration.
 
-<hash>.json     configuration, result or error, environment (versions, commit, machine) and cost of one cell
+<hash>.json     configuration, identity, result or error, environment (versions, commit, machine) and cost of one cell
 aside/          files that could not be trusted, moved there with a warning
 cache/          what cells share (`eora_lab.experiment.cache`); may be deleted at any time
 
@@ -9,6 +9,7 @@ A cell is written once, in one step, so a killed sweep leaves whole cells and no
 
 import json
 import statistics
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,15 +21,16 @@ from eora_lab.files import digest, set_aside, write_atomically, write_json
 if TYPE_CHECKING:
     import pandas
 
-FORMAT = "eora-lab cell 1"
+OLDER, FORMAT = "eora-lab cell 1", "eora-lab cell 2"
 SUFFIXES = (".parquet", ".csv", ".md", ".tex")
 
 
 class ResultStore:
     """Finished cells, by configuration.
 
-    A configuration is a flat dict of JSON values that says all a result depends on. Raises EoraLabError when the folder
-    cannot be made.
+    A configuration is a flat dict of JSON values, the settings that a result depends on by name; an identity says what
+    models, texts and code these names stood for (`eora_lab.experiment.identity`).
+    Raises EoraLabError when the folder cannot be made.
     """
 
     def __init__(self, folder: Path | str):
@@ -37,6 +39,7 @@ class ResultStore:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise EoraLabError(f"cannot use {folder} as a result store: {error.strerror}") from error
+        self._older = 0  # cells that were met
 
     def path(self, config: dict) -> Path:
         """The file of a cell, there or not."""
@@ -47,17 +50,30 @@ class ResultStore:
         path = self.path(config)
         return self._read(path) if path.exists() else None
 
-    def put(self, config: dict, *, result: dict | None = None, error: str = "", cost: dict | None = None) -> None:
-        """Keep what a cell gave: a result, or the error that stopped it."""
-        content = {"config": config, "status": "failed" if error else "done", "result": result, "error": error}
+    def put(
+        self, config: dict, identity: dict, *, result: dict | None = None, error: str = "", cost: dict | None = None
+    ) -> None:
+        """Keep what a cell gave: a result, or the error that stopped it. A result in its place is set aside."""
+        content = {"config": config, "identity": identity, "status": "failed" if error else "done"}
+        content |= {"result": result, "error": error}
         cell = {"format": FORMAT, **content, "environment": environment(), "cost": cost or {}}
-        write_json(self.path(config), cell | {"sha256": digest(content)})
+        path, before = self.path(config), self.get(config)
+        if path.exists() and (before is None or before["status"] == "done"):
+            set_aside(path, self.folder / "aside")
+        write_json(path, cell | {"sha256": digest(content)})
 
     def cells(self) -> Iterator[dict]:
         """Every cell that can be trusted, by file name."""
+        self._older = 0
         for path in sorted(self.folder.glob("*.json")):
             if cell := self._read(path):
                 yield cell
+        if self._older:
+            warnings.warn(
+                f"{self.folder} holds {self._older} cells of an older version, which are left as they are and not "
+                "read: measure them again, or use the version that wrote them",
+                stacklevel=2,
+            )
 
     def frame(self) -> "pandas.DataFrame":
         """One row a cell: configuration, status, measures (nested names joined by a dot), error, cost."""
@@ -82,7 +98,10 @@ class ResultStore:
         """A cell whose format, name and checksum agree; anything else is set aside."""
         try:
             cell = json.loads(path.read_text(encoding="utf-8"))
-            content = {key: cell[key] for key in ("config", "status", "result", "error")}
+            if str(cell["format"]).startswith(OLDER):
+                self._older += 1
+                return None
+            content = {key: cell[key] for key in ("config", "identity", "status", "result", "error")}
             trusted = cell["format"] == FORMAT and cell["sha256"] == digest(content)
             reason = "" if trusted else "its content was changed, or it is no cell"
             if trusted and path != self.path(cell["config"]):

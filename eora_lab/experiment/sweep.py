@@ -2,17 +2,18 @@
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from eora_lab.errors import EoraLabError
 from eora_lab.experiment.cache import ContentCache
-from eora_lab.experiment.cells import DENSE, MEASURED, Cell, load, run_and_keep
+from eora_lab.experiment.cells import DENSE, MEASURED, Cell, load
 from eora_lab.experiment.estimate import check_memory, model_shape, seconds
+from eora_lab.experiment.identity import Identities, differences
+from eora_lab.experiment.job import run_and_keep
 from eora_lab.experiment.store import ResultStore
 from eora_lab.files import digest
-from eora_lab.run.recipe import Recipe
 
 if TYPE_CHECKING:
     import pandas
@@ -92,6 +93,8 @@ class Plan:
     todo: list[Cell]
     done: int
     failed: int  # in the store with an error; not run again unless asked for
+    stale: int  # of those to run: in the store, but measured with another model, text or code
+    changed: tuple[str, ...]  # what is another one there
     seconds: float | None
     basis: str  # what the seconds rest on
     memory: int | None  # bytes
@@ -99,6 +102,8 @@ class Plan:
     def __str__(self) -> str:
         total = len(self.todo) + self.done + self.failed
         line = f"{total} cells: {self.done} done, {self.failed} failed before, {len(self.todo)} to run"
+        if self.stale:
+            line += f" ({self.stale} of them were measured with other {', '.join(self.changed)})"
         if self.todo and self.seconds is not None:
             line += f", about {self.seconds / 60:.1f} min of one worker ({self.basis})"
         return line + (f", about {self.memory / 1e9:.1f} GB of memory" if self.todo and self.memory else "")
@@ -112,24 +117,31 @@ def plan(
     Raises EoraLabError when the memory of the machine cannot hold a cell.
     """
     model_shape.cache_clear()  # a folder may hold another model by now
-    found = [store.get(cell.config()) for cell in cells]
-    again = [cell is None or (retry_failed and cell["status"] == "failed") for cell in found]
-    todo = [cell for cell, wanted in zip(cells, again, strict=True) if wanted]
-    kept = [cell["status"] for cell, wanted in zip(found, again, strict=True) if not wanted]
+    identities = Identities()
+    todo: list[Cell] = []
+    kept: list[str] = []
+    changed: list[list[str]] = []
+    for cell in cells:
+        found = store.get(cell.config())
+        other = differences(found["identity"], identities.of(cell)) if found else []
+        if found is None or other or (retry_failed and found["status"] == "failed"):
+            todo.append(cell)
+            changed += [other] if other else []
+        else:
+            kept.append(found["status"])
     todo.sort(key=_kinship)
     time, basis = seconds(todo, list(store.cells()), device)
-    return Plan(todo, kept.count("done"), kept.count("failed"), time, basis, check_memory(todo, device, workers))
+    what = tuple(sorted({name for names in changed for name in names}))
+    memory = check_memory(todo, device, workers)
+    return Plan(todo, kept.count("done"), kept.count("failed"), len(changed), what, time, basis, memory)
 
 
 def _kinship(cell: Cell) -> tuple:
     """Sorts cells with the same statistics together, and among those the ones with the same base and solve."""
     if cell.recipe is None:
         return (cell.model, DENSE)
-    texts = (cell.base_source, cell.source, cell.nsamples, cell.seqlen, cell.share, cell.first, cell.seed)
-    texts = (*map(str, texts), str(cell.recipe.held_out))
-    last = ("method", "rank", "factor_bits", "refit")
-    base = tuple(str(getattr(cell.recipe, f.name)) for f in fields(Recipe) if f.name not in last)
-    return (cell.model, "sharing", texts, base, cell.recipe.method, -cell.recipe.rank)
+    texts = digest([cell.base_source, asdict(cell.calibration), cell.recipe.held_out])
+    return (cell.model, "sharing", texts, digest(cell.recipe.base_settings()), cell.recipe.method, -cell.recipe.rank)
 
 
 def sweep(
@@ -163,7 +175,7 @@ def sweep(
     announce(left)
     with tqdm(total=len(left.todo), desc="sweep", unit="cell", disable=not left.todo) as bar:
         failed = 0
-        for error in run_plan(left, cells, store, engine, workers, address, batch_size, device):
+        for error in run_plan(left, cells, store, engine, workers, address, batch_size, device, progress=True):
             failed += bool(error)
             bar.update()
             if error:
@@ -181,12 +193,14 @@ def run_plan(
     address: str | None = None,
     batch_size: int = 8,
     device: str = "cpu",
+    progress: bool = False,
 ) -> Iterator[str]:
     """Run what a plan has left, a cell a step: its error, empty when there was none. `sweep` with a hand on the brake.
 
     Who stops asking for the next cell stops the sweep; the cells that were handed out are in the store.
 
-    cells: the whole grid that `left` is the rest of. The others as for `sweep`.
+    cells:    the whole grid that `left` is the rest of. The others as for `sweep`.
+    progress: show bars within a cell.
     """
     load.cache_clear()  # a folder may hold another model by now
     highest = highest_ranks(cells)
@@ -196,9 +210,12 @@ def run_plan(
 
         yield from run_on_ray(jobs, store.folder, batch_size, device, workers, address)
     else:
-        cache = ContentCache(store.folder / "cache")
-        for cell, rank in jobs:
-            yield run_and_keep(cell, rank, store, cache, batch_size, device)
+        cache, identities = ContentCache(store.folder / "cache"), Identities(hub=True)
+        try:
+            for cell, rank in jobs:
+                yield run_and_keep(cell, rank, store, cache, identities, batch_size, device, progress)
+        finally:
+            load.cache_clear()
 
 
 def rows(cells: list[Cell], store: ResultStore) -> "pandas.DataFrame":

@@ -16,6 +16,7 @@ from eora_lab.finetune.settings import Init, Training
 from eora_lab.finetune.trainer import train
 from eora_lab.formats.peft import Factors, write_adapter
 from eora_lab.run.adapters import use_only
+from eora_lab.run.recipe import Recipe
 from eora_lab.run.task_adapter import solve_adapter
 
 CALIBRATION_TOKENS = 16384  # of the training text, to solve the start from
@@ -46,7 +47,6 @@ def finetune(
     Raises EoraLabError when a setting does not fit, or when the loss is no longer finite.
     """
     folder = Path(folder)
-    training.check()
     if rank < 1:
         raise EoraLabError(f"the rank must be at least 1, not {rank}")
     if finished(folder) is None:
@@ -54,7 +54,7 @@ def finetune(
         start: Factors | None = None
         if init != "lora" and checkpoint is None:
             sequences = -(-CALIBRATION_TOKENS // tokens.shape[1])
-            start = solve_adapter(model, original, tokens[:sequences], init, rank)
+            start = solve_adapter(model, original, tokens[:sequences], Recipe(method=init, rank=rank))
         factors, log = train(model, start, rank, tokens, held_out, folder, training, seed, checkpoint)
         write_adapter(folder, factors, model.config.name_or_path)
         write_json(folder / "log.json", log)

@@ -1,14 +1,13 @@
 """Settings of a fine-tuning."""
 
-from dataclasses import dataclass
 from typing import Literal
 
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, settings
 
 Init = Literal["eora", "svd", "lora"]
 
 
-@dataclass(frozen=True)
+@settings
 class Training:
     """How to train."""
 

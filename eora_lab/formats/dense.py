@@ -9,32 +9,32 @@ from torch import Tensor, nn
 
 from eora_lab.errors import EoraLabError, one_line
 from eora_lab.files import write_folder, write_json
-from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.layer.linear import compensated
 from eora_lab.model.gguf import quiet_transformers
 
 
 def write_dense(
     folder: Path | str, model: nn.Module, tokenizer, dtype: torch.dtype = torch.float16, merge: bool = False
-) -> None:
+) -> str:
     """Write a compressed model with W^ in full, or W^ + B A if merged, in the place of every compressed linear.
 
     Pruned weights are zeros in the file, unless the low-rank path is merged, which fills them again.
-    Raises EoraLabError when weights do not fit the dtype, or the folder is taken.
+    Returns what was written. Raises EoraLabError when weights do not fit the dtype, or the folder is taken.
     """
     tensors = dense_tensors(model, dtype)
-    for name, module in model.named_modules():
-        if isinstance(module, CompensatedLinear):
-            weight = module.compressed.dense()
-            if merge:
-                A, B = module.factors.dense()
-                weight = weight + B @ A
-            tensors[f"{name}.weight"] = to_dtype(weight, dtype, f"{name}.weight")
+    for name, module in compensated(model).items():
+        weight = module.compressed.dense()
+        if merge:
+            A, B = module.factors.dense()
+            weight = weight + B @ A
+        tensors[f"{name}.weight"] = to_dtype(weight, dtype, f"{name}.weight")
     write_model_folder(folder, model, tokenizer, tensors, dtype)
+    return f"dense weights, {'with' if merge else 'without'} the low-rank path"
 
 
 def dense_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     """All parameters but the weights of compressed linears. Tied tensors stay one tensor under two names."""
-    compressed = {name for name, module in model.named_modules() if isinstance(module, CompensatedLinear)}
+    compressed = compensated(model)
     converted: dict[int, Tensor] = {}
     tensors = {}
     for key, tensor in model.state_dict().items():

@@ -1,4 +1,4 @@
-"""GPTQ checkpoints, one linear: its tensors, bit for bit, to and from a `CompressedWeight`.
+"""GPTQ checkpoints, one linear: its tensors, bit for bit, to and from a `GridWeight`.
 
 qweight  int32 (in * bits / 32, out)      a column is a row of codes
 qzeros   int32 (groups, out * bits / 32)  a row is a group's zero points
@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor
 
-from eora_lab.compress import CompressedWeight
+from eora_lab.compress import GridWeight
+from eora_lab.compress.grid_weight import zero_points
 from eora_lab.compress.packing import pack, unpack
-from eora_lab.compress.weight import zero_points
 from eora_lab.errors import EoraLabError
 
 BITS = (2, 3, 4, 8)
@@ -79,10 +79,9 @@ class GptqConfig:
             "meta": {"quantizer": [f"eora_lab:{metadata.version('eora-lab')}"]},
         }
 
-    def recipe(self) -> dict:
-        """The fields of `Recipe` that say the same."""
-        grid = {"bits": self.bits, "group_size": self.group_size, "sym": self.sym}
-        return {"compressor": "gptq", "zero_point": "integer", "scale_dtype": "float16"} | grid
+    def __str__(self) -> str:
+        kind = f"{self.checkpoint_format}, {self.bits} bits, groups of {self.group_size}"
+        return f"{kind}, sym={self.sym}, desc_act={self.desc_act}"
 
 
 def to_words(codes: UInt8[Tensor, "rows columns"], bits: int) -> Int32[Tensor, "rows words"]:
@@ -96,7 +95,7 @@ def from_words(words: Int32[Tensor, "rows words"], bits: int) -> UInt8[Tensor, "
     return unpack(words.contiguous().view(torch.uint8), bits, columns)
 
 
-def read_linear(tensors: dict[str, Tensor], config: GptqConfig, name: str) -> CompressedWeight:
+def read_linear(tensors: dict[str, Tensor], config: GptqConfig, name: str) -> GridWeight:
     """Read one linear from its tensors (the keys are TENSORS).
 
     Raises EoraLabError, with the tensor's name, when one is missing, of another type or shape, or out of range.
@@ -128,7 +127,7 @@ def read_linear(tensors: dict[str, Tensor], config: GptqConfig, name: str) -> Co
         raise EoraLabError(f"{name}.scales has NaN or Inf: {damaged}")
     if g_idx.min() < 0 or g_idx.max() >= groups:
         raise EoraLabError(f"{name}.g_idx names groups beyond the {groups} there are: {damaged}")
-    return CompressedWeight(
+    return GridWeight(
         codes=from_words(qweight.T, bits),
         scales=(scales if scales.dtype == torch.float16 else scales.float()).T.contiguous(),
         offsets=read_zeros(qzeros, config).T.contiguous(),
@@ -152,7 +151,7 @@ def read_zeros(qzeros: Int32[Tensor, "groups words"], config: GptqConfig) -> UIn
     return from_words(qzeros + ones, config.bits)
 
 
-def write_linear(weight: CompressedWeight, checkpoint_format: str, name: str) -> dict[str, Tensor]:
+def write_linear(weight: GridWeight, checkpoint_format: str, name: str) -> dict[str, Tensor]:
     """The tensors of one linear. Raises EoraLabError on a grid that the format cannot say, with what to do."""
     bits, (out_features, in_features) = weight.bits, weight.shape
     again = "compress again with --zero-point integer --scale-dtype float16"

@@ -1,7 +1,7 @@
 """GPTQ checkpoints, whole folders: codes beside the tensors that stay dense, in safetensors, with two JSON files."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -9,18 +9,19 @@ from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from eora_lab.compress import CompressedWeight
+from eora_lab.compress import GridWeight
 from eora_lab.errors import EoraLabError
+from eora_lab.formats.checkpoint import Checkpoint
 from eora_lab.formats.dense import dense_tensors, write_model_folder
 from eora_lab.formats.gptq import TENSORS, GptqConfig, read_linear, write_linear
-from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.layer.linear import compensated
 from eora_lab.model.structure import block_linears
 
 SAME = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 ROUNDING = 0.05  # relative distance of a dense tensor that 16 bits explain many times over
 
 
-class GptqCheckpoint(Mapping[str, CompressedWeight]):
+class GptqCheckpoint(Checkpoint):
     """The quantised linears of a GPTQ checkpoint folder: module name -> W^, read from the files when asked for.
 
     One safetensors file or several; configuration in quantize_config.json or config.json.
@@ -46,7 +47,7 @@ class GptqCheckpoint(Mapping[str, CompressedWeight]):
     def __contains__(self, name: object) -> bool:
         return f"{name}.qweight" in self._files
 
-    def __getitem__(self, name: str) -> CompressedWeight:
+    def __getitem__(self, name: str) -> GridWeight:
         if name not in self:
             raise KeyError(name)
         found = {key: self.tensor(f"{name}.{key}") for key in TENSORS if f"{name}.{key}" in self._files}
@@ -57,6 +58,11 @@ class GptqCheckpoint(Mapping[str, CompressedWeight]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def settings(self) -> dict:
+        """The settings of a `Recipe` that say how the weights were compressed."""
+        grid = {"bits": self.config.bits, "group_size": self.config.group_size, "sym": self.config.sym}
+        return {"compressor": "gptq", "zero_point": "integer", "scale_dtype": "float16"} | grid
 
     def tensor(self, key: str) -> Shaped[Tensor, "..."]:
         """Any tensor of the files."""
@@ -143,27 +149,33 @@ class GptqCheckpoint(Mapping[str, CompressedWeight]):
 
 
 def write_checkpoint(
-    folder: Path | str, model: nn.Module, tokenizer, checkpoint_format: str = "gptq", dtype: torch.dtype = torch.float16
+    folder: Path | str, model: nn.Module, tokenizer, dtype: torch.dtype = torch.float16, checkpoint_format: str = "gptq"
 ) -> GptqConfig:
     """Write a compressed model as a GPTQ checkpoint, without its low-rank path. Returns the configuration.
 
-    checkpoint_format: "gptq", which every loader knows but cannot hold a zero point of 0, or "gptq_v2".
     dtype: of the tensors that are not quantised.
+    checkpoint_format: "gptq", which every loader knows but cannot hold a zero point of 0, or "gptq_v2".
     Raises EoraLabError when the model is not compressed, or on grids that the format cannot say, with what to do.
     """
-    modules = {name: m for name, m in model.named_modules() if isinstance(m, CompensatedLinear)}
+    modules = compensated(model)
     if not modules:
         raise EoraLabError("this model is not compressed: give a run folder")
-    tensors = dense_tensors(model, dtype)
+    tensors, weights = dense_tensors(model, dtype), {}
     for name, module in modules.items():
-        linear = write_linear(module.compressed, checkpoint_format, name)
+        weight = module.compressed
+        if not isinstance(weight, GridWeight):
+            raise EoraLabError(
+                f"{name} is stored as {weight.kind}, and a GPTQ checkpoint holds grids: use format dense"
+            )
+        weights[name] = weight
+        linear = write_linear(weight, checkpoint_format, name)
         tensors |= {f"{name}.{key}": tensor for key, tensor in linear.items()}
-    config = config_of({name: module.compressed for name, module in modules.items()}, checkpoint_format)
+    config = config_of(weights, checkpoint_format)
     write_model_folder(folder, model, tokenizer, tensors, dtype, config.to_dict())
     return config
 
 
-def config_of(weights: dict[str, CompressedWeight], checkpoint_format: str) -> GptqConfig:
+def config_of(weights: dict[str, GridWeight], checkpoint_format: str) -> GptqConfig:
     """The configuration that says how these are stored. Raises EoraLabError when one cannot say it of all."""
     one_group = all(weight.scales.shape[1] == 1 for weight in weights.values())
     kinds = {}

@@ -1,5 +1,7 @@
 """Measure a model on token windows: the loss of each, and the perplexity of all."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -16,6 +18,13 @@ def perplexity(model: nn.Module, token_windows: Int[Tensor, "n seqlen"], progres
     when the model's logits are not finite.
     """
     return window_losses(model, token_windows, progress).mean().exp().item()
+
+
+def perplexities(
+    model: nn.Module, windows: Mapping[str, Int[Tensor, "n seqlen"]], progress: bool = False
+) -> dict[str, float]:
+    """`perplexity` on the windows of every text."""
+    return {text: perplexity(model, tokens, progress) for text, tokens in windows.items()}
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.compensate import LowRank, solve
+from eora_lab.compress import residual
 from eora_lab.errors import EoraLabError
 from eora_lab.model.structure import block_linears
 from eora_lab.run.recipe import Recipe
@@ -58,8 +59,8 @@ class Exploration:
     def residual(self, layer: str) -> Float[Tensor, "out in"]:
         """R = W - W^."""
         if layer not in self._residuals:
-            weight = self.weight(layer)
-            self._residuals[layer] = weight - self.recipe.compress(weight, self.statistics[layer]).dense()
+            compressed = self.recipe.compress(self.weight(layer), self.statistics[layer])
+            self._residuals[layer] = residual(self._linears[layer].weight, compressed)
         return self._residuals[layer]
 
     def answer(self, layer: str, method: str) -> LowRank:

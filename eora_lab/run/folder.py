@@ -1,14 +1,17 @@
 """The run folder: what a compression pass leaves behind, and what it resumes from.
 
 config.json                  settings, versions, seed: what the run is
+ranks.json                   rank of every layer, where a budget was spread over them
 blocks/000.safetensors ...   packed compressed weights of one decoder block, with its part of the report
 adapter/                     the low-rank path as a PEFT adapter, each layer at its own rank
 report.json                  written last: a folder with a report is complete
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,13 +21,13 @@ from eora_lab.environment import versions
 from eora_lab.errors import EoraLabError
 from eora_lab.files import write_json, write_safetensors
 from eora_lab.formats import peft
-from eora_lab.layer.linear import CompensatedLinear
-from eora_lab.model.load import load_model
-from eora_lab.model.structure import fingerprint
+from eora_lab.layer.backends import AUTO
+from eora_lab.layer.linear import CompensatedLinear, compensated, use_backend
+from eora_lab.model.digest import TENSORS, files_digest, tensors_digest
+from eora_lab.model.load import as_dtype, load_model, local_path
 from eora_lab.run.report import LayerReport, Report, layer_report
 
 CONFIG = "config.json"
-PACKAGES = ("eora-lab", "torch", "transformers", "safetensors", "numpy")
 
 
 class RunFolder:
@@ -36,6 +39,13 @@ class RunFolder:
     def __init__(self, path: Path | str, settings: dict):
         self.path = Path(path)
         self.settings = claim_folder(self.path, settings)
+
+    def planned(self, plan: Callable[[], dict[str, int]]) -> dict[str, int]:
+        """Module name -> rank: as planned before it was interrupted, or by `plan` now."""
+        path = self.path / "ranks.json"
+        if not path.exists():
+            write_json(path, plan())
+        return json.loads(path.read_text())
 
     def _block(self, index: int) -> Path:
         return self.path / "blocks" / f"{index:03d}.safetensors"
@@ -55,7 +65,7 @@ class RunFolder:
 
     def finish(self, report: Report, model: nn.Module) -> None:
         """Write the adapter, ragged where ranks differ, and the report. No adapter where every rank is 0."""
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, CompensatedLinear)}
+        layers = compensated(model)
         if any(module.rank for module in layers.values()):
             factors = {name: module.factors.dense() for name, module in layers.items()}
             peft.write_adapter(self.path / "adapter", factors, str(self.settings["model"]))
@@ -99,7 +109,7 @@ def is_run(path: Path, file: str = CONFIG) -> bool:
         return False
 
 
-def install_block(model: nn.Module, path: Path, backend: str = "auto") -> list[LayerReport]:
+def install_block(model: nn.Module, path: Path) -> list[LayerReport]:
     """Replace the linears of one block by what a file holds. Returns the block's part of the report."""
     try:
         with safe_open(path, framework="pt") as file:
@@ -109,31 +119,66 @@ def install_block(model: nn.Module, path: Path, backend: str = "auto") -> list[L
             prefix = layer.name + "."
             stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
             old = model.get_submodule(layer.name)
-            model.set_submodule(layer.name, CompensatedLinear.from_stored(stored, old, backend))
+            model.set_submodule(layer.name, CompensatedLinear.from_stored(stored, old))
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
         raise EoraLabError(f"{path}: incomplete, corrupt, or of another model ({error})") from error
     return layers
 
 
 def load_run(
-    path: Path | str, dtype: torch.dtype | str = torch.float32, device: str = "cpu", backend: str = "auto"
-) -> tuple:
+    path: Path | str,
+    dtype: torch.dtype | str = torch.float32,
+    device: str = "cpu",
+    backend: str = AUTO,
+    model: Path | str | None = None,
+) -> tuple[nn.Module, Any, Report]:
     """(model, tokenizer, report) of a finished run: its base model with the compressed layers and factors in place.
 
-    backend: "auto", "torch" or "triton", see `CompensatedLinear`.
-    Raises EoraLabError when the folder is no run, is not finished, or is damaged.
+    backend: who multiplies, see `CompensatedLinear`.
+    model:   the base model, where it is no longer in its place.
+    Raises EoraLabError when the folder is no run, is not finished, or is damaged, and when the base model is no longer
+    the one that it was made from.
     """
     path = Path(path)
     report = read_report(path)
-    settings = read_config(path)["settings"]
-    model, tokenizer = load_model(settings["model"], dtype=dtype, device=device)
+    base, tokenizer = _load_base(path, dtype, device, model)
     installed = set()
     for block in sorted((path / "blocks").glob("*.safetensors")):
-        installed |= {layer.name for layer in install_block(model, block, backend)}
+        installed |= {layer.name for layer in install_block(base, block)}
     for layer in report.layers:
         if layer.name not in installed:
             raise EoraLabError(f"{path}: the file in blocks/ that holds {layer.name} is missing")
-    return model, tokenizer, report
+    use_backend(base, backend)
+    return base, tokenizer, report
+
+
+def load_original(path: Path | str, device: str = "cpu", model: Path | str | None = None) -> nn.Module:
+    """The uncompressed model that a run was made from, in the run's dtype.
+
+    Raises EoraLabError when the folder is no run, or when the model cannot be loaded or is not the same any more.
+    """
+    return _load_base(Path(path), read_config(Path(path))["settings"]["dtype"], device, model)[0]
+
+
+def _load_base(path: Path, dtype: torch.dtype | str, device: str, model: Path | str | None) -> tuple[nn.Module, Any]:
+    """The base model of a run, and its tokenizer. Raises EoraLabError unless the run was made from it."""
+    settings = read_config(path)["settings"]
+    name, wanted = str(model or settings["model"]), settings["weights"]
+    hint = "bring that one back, or say where it is (--base, in Python model=)"
+    try:
+        place = local_path(name)
+    except EoraLabError as error:
+        raise EoraLabError(f"the base model of {path} cannot be loaded: {error}; {hint}") from error
+    by_tensors = wanted.startswith(TENSORS)  # made from a model that was changed after it was loaded
+    if not by_tensors and files_digest(place) != wanted:
+        raise EoraLabError(f"{name} is no longer the model that {path} was made from: {hint}")
+    base, tokenizer = load_model(name, settings["dtype"] if by_tensors else dtype, device)
+    if by_tensors and TENSORS + tensors_digest(base) != wanted:
+        raise EoraLabError(
+            f"{path} was made from a model in memory, which {name} is not: save that model, and load it from there "
+            f"({hint})"
+        )
+    return base.to(as_dtype(dtype)), tokenizer
 
 
 def run_factors(path: Path) -> peft.Factors:
@@ -159,23 +204,24 @@ def read_report(path: Path) -> Report:
     return Report.from_json((path / "report.json").read_text())
 
 
-def load_original(path: Path | str, device: str = "cpu") -> nn.Module:
-    """The uncompressed model that a run was made from, in the run's dtype.
+def load_model_or_run(
+    name: str,
+    dtype: torch.dtype | str = torch.float32,
+    device: str = "cpu",
+    backend: str = AUTO,
+    base: Path | str | None = None,
+) -> tuple[nn.Module, Any]:
+    """(model, tokenizer) of whatever a user names: a run folder, or anything `load_model` takes.
 
-    Raises EoraLabError when the folder is no run, or when the model cannot be loaded or is not the same any more.
+    backend, base: of a run folder, see `load_run`. Raises EoraLabError where they are given for anything else.
     """
-    settings = read_config(Path(path))["settings"]
-    model, _ = load_model(settings["model"], settings["dtype"], device)
-    if fingerprint(model) != settings["weights"]:
-        raise EoraLabError(f"{settings['model']} is no longer the model that {path} was made from: bring that one back")
-    return model
-
-
-def load_model_or_run(name: str, dtype: torch.dtype | str = torch.float32, device: str = "cpu") -> tuple:
-    """(model, tokenizer) of whatever a user names: a run folder, or anything `load_model` takes."""
     if is_run(Path(name)):
-        return load_run(name, dtype, device)[:2]
-    return load_model(name, dtype, device)
+        return load_run(name, dtype, device, backend, base)[:2]
+    if base is not None:
+        raise EoraLabError(f"{name} is no run folder: it has no base model to look for elsewhere")
+    model, tokenizer = load_model(name, dtype, device)
+    use_backend(model, backend)
+    return model, tokenizer
 
 
 def write_report(path: Path, report: Report) -> None:

@@ -8,49 +8,58 @@ from torch import nn
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.compensate import solve
 from eora_lab.compensate.budget import Budget, LayerSpectrum, allocate_ranks
-from eora_lab.compress import CompressedWeight
+from eora_lab.compress import residual
 from eora_lab.errors import EoraLabError, naming
 from eora_lab.model.structure import block_linears
+from eora_lab.run.fit import Steps
 from eora_lab.run.recipe import Recipe
 
 
 def plan_ranks(
     model: nn.Module,
-    statistics: dict[str, InputStatistics],
+    statistics: Mapping[str, InputStatistics],
     recipe: Recipe,
     budget: Budget,
     progress: bool = True,
-    weights: Mapping[str, CompressedWeight] | None = None,
+    weights: Mapping | None = None,
 ) -> dict[str, int]:
-    """Module name -> rank, for `compress_model(..., ranks=...)`, with recipe.rank as the average.
+    """Module name -> rank, with recipe.rank as the average: what `compress_model(..., ranks=budget)` gives the layers.
 
     statistics: of the original model, from `collect_statistics`. The model is not changed.
     weights:    as for `compress_model`.
     Raises EoraLabError when the recipe or the budget does not fit the model.
     """
-    recipe.check(model, given=weights)
-    layers = layer_spectra(model, statistics, recipe, budget.maximum, progress, weights)
-    return allocate_ranks(layers, recipe.rank, budget)
+    recipe.check_fit(model, given=weights)
+    return spread(model, statistics, Steps(recipe, weights), budget, progress)
+
+
+def spread(
+    model: nn.Module, statistics: Mapping[str, InputStatistics], steps: Steps, budget: Budget, progress: bool = True
+) -> dict[str, int]:
+    """`plan_ranks` of settings that were checked, with the steps of a pass."""
+    layers = layer_spectra(model, statistics, steps.recipe, budget.maximum, progress, steps=steps)
+    return allocate_ranks(layers, steps.recipe.rank, budget)
 
 
 @torch.no_grad()
 def layer_spectra(
     model: nn.Module,
-    statistics: dict[str, InputStatistics],
+    statistics: Mapping[str, InputStatistics],
     recipe: Recipe,
     maximum: int | None = None,
     progress: bool = True,
-    weights: Mapping[str, CompressedWeight] | None = None,
+    steps: Steps | None = None,
 ) -> dict[str, LayerSpectrum]:
     """Module name -> what `allocate_ranks` needs to know of the layer, for budgets of any size.
 
     maximum: the highest rank that a budget may give, which spares time in large layers; None: that of the layer.
-    The others, and what is raised, as for `plan_ranks`; the rank of the recipe does not matter.
+    steps:   as for `compress_model`. The rank of the recipe does not matter.
+    Raises EoraLabError when a layer has no statistics.
     """
     from tqdm.auto import tqdm
 
-    recipe.check(model, {}, weights)
-    names = [name for name in block_linears(model) if weights is None or name in weights]
+    steps = steps or Steps(recipe)
+    names = [name for name in block_linears(model) if steps.weights is None or name in steps.weights]
     layers = {}
     for name in tqdm(names, desc="spectra", unit="layer", disable=not progress, leave=False):
         if name not in statistics:
@@ -58,9 +67,8 @@ def layer_spectra(
         weight, usable = model.get_submodule(name).weight, statistics[name].or_identity(recipe.held_out > 0)
         highest = min(weight.shape) if maximum is None else min(*weight.shape, maximum)
         with naming(name):
-            compressed = weights[name] if weights else recipe.compress(weight.float(), usable)
-            residual = weight.float() - compressed.dense(weight.dtype).to(weight).float()
-            spectrum = solve("eora", residual, usable, highest).spectrum
+            error = residual(weight, steps.compress(name, weight.float(), usable))
+            spectrum = solve("eora", error, usable, highest).spectrum
         signal = output_energy(weight.float(), usable.second_moment)
         layers[name] = LayerSpectrum(spectrum, signal, *weight.shape)
     return layers

@@ -1,7 +1,9 @@
-"""What to do to a model: the settings of a compression pass, checked before anything is changed."""
+"""What to do to a model: the settings of a compression pass, checked when they are made."""
 
-from collections.abc import Container
-from dataclasses import dataclass
+import inspect
+from collections.abc import Callable, Container, Mapping
+from dataclasses import fields
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -11,20 +13,20 @@ from eora_lab.compensate import SOLVERS, LowRank, solve
 from eora_lab.compensate.factors import check_factor_bits
 from eora_lab.compensate.shrinkage import solve_shrunk
 from eora_lab.compress import COMPRESSORS, PRUNERS, Compressed
-from eora_lab.compress.grid import ScaleDtype, ZeroPoint, check_grid
+from eora_lab.compress.grid import Grid, ScaleDtype, ZeroPoint, check_grid
 from eora_lab.compress.sparsity import Sparsity
-from eora_lab.errors import EoraLabError
-from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.errors import EoraLabError, settings, unknown
+from eora_lab.layer.linear import compensated
 from eora_lab.model.structure import block_linears, check_experts
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """Settings of a compression pass."""
+@settings
+class BaseSettings:
+    """How weights are compressed: all that W^ depends on beside the weight and its statistics."""
 
-    compressor: str = "rtn"
+    compressor: str = "gptq"
     """how weights are compressed: rtn (round to nearest), gptq, or a pruner: magnitude, wanda, sparsegpt"""
-    bits: int = 3
+    bits: int = 4
     """bits of a weight, 2 to 8; with a pruner also 16, which quantises nothing"""
     group_size: int = 64
     """input channels that share a grid; -1: one grid per output row"""
@@ -40,11 +42,12 @@ class Recipe:
     """what a pruner leaves: n of every m inputs such as 2:4, or the share that goes, such as 0.5"""
     desc_act: bool = True
     """gptq: inputs with the largest activations first, on grids of the original weights"""
-    true_sequential: bool = False
-    """measure the inputs of o after q, k and v are compressed and compensated, and so on through each block"""
-    rounds: int = 1
-    """how often at most: compress what the low-rank path leaves of the weight, compensate again (LoftQ's alternation,
-    arXiv 2310.08659, in the metric of the method); above 1, the compressed weight is of use with its path only"""
+
+
+@settings
+class PathSettings:
+    """How the error is compensated: all that the low-rank path depends on beside the residual and its statistics."""
+
     method: str = "eora"
     """how the error is compensated: none, svd, act_s, qera_approx or eora"""
     rank: int = 64
@@ -53,13 +56,76 @@ class Recipe:
     """bits of A and B: 16, or 2 to 8 on a grid"""
     refit: bool = True
     """round A and B to few bits as GPTQ does, so that the output error grows least, and not to nearest"""
-    held_out: float = 0.0
-    """share of the calibration samples that is kept apart, for the report to judge by"""
     shrink: bool = False
     """mix S with the identity, as much as the held-out samples ask for"""
-    inputs: str = "compensated"
+
+
+@settings
+class PassSettings:
+    """Where the statistics come from that a block is compressed and compensated with."""
+
+    inputs: Literal["compensated", "original"] = "compensated"
     """where a block's calibration inputs come from: the blocks before it as compressed and compensated, or the
     original model"""
+    true_sequential: bool = False
+    """measure the inputs of o after q, k and v are compressed and compensated, and so on through each block"""
+    held_out: float = 0.0
+    """share of the calibration samples that is kept apart, for the report to judge by"""
+
+
+@settings
+class Recipe(PassSettings, PathSettings, BaseSettings):
+    """Settings of a compression pass. Raises EoraLabError when one is unknown, of another type, or out of range."""
+
+    rounds: int = 1
+    """how often at most: compress what the low-rank path leaves of the weight, compensate again (LoftQ's alternation,
+    arXiv 2310.08659, in the metric of the method); above 1, the compressed weight is of use with its path only"""
+
+    def check(self) -> None:
+        """Raise EoraLabError when a value is unknown or does not go with the others."""
+        self._check_base()
+        self._check_path()
+        if self.rounds < 1:
+            raise EoraLabError(f"rounds must be 1 or more, not {self.rounds}")
+        if not 0 <= self.held_out < 1:
+            raise EoraLabError(f"the held-out share must be at least 0 and below 1, not {self.held_out}")
+        if self.true_sequential and self.inputs != "compensated":
+            raise EoraLabError(
+                'inputs measured within a block are those of the compressed one: use inputs="compensated"'
+            )
+
+    def _check_base(self) -> None:
+        if self.compressor not in COMPRESSORS:
+            raise unknown("compressor", self.compressor, COMPRESSORS)
+        if self.prunes != bool(self.sparsity):
+            raise EoraLabError(
+                f"{self.compressor} needs a sparsity, such as 2:4"
+                if self.prunes
+                else f"{self.compressor} does not prune: leave sparsity out, or use one of {', '.join(PRUNERS)}"
+            )
+        if self.prunes:
+            Sparsity.parse(self.sparsity)
+        if self.quantises:
+            check_grid(1, self.bits, self.group_size)
+
+    def _check_path(self) -> None:
+        if self.method not in SOLVERS:
+            raise unknown("method", self.method, SOLVERS)
+        if self.rank < 0:
+            raise EoraLabError(f"rank must be 0 or more, not {self.rank}")
+        if self.shrink and not self.held_out:
+            raise EoraLabError("shrinkage is chosen on held-out samples: hold out a share, such as 0.25")
+        check_factor_bits(self.factor_bits)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the compressor drops weights."""
+        return self.compressor in PRUNERS
+
+    @property
+    def quantises(self) -> bool:
+        """Whether the weights that are kept go onto a grid."""
+        return not (self.prunes and self.bits == 16)
 
     @property
     def base(self) -> str:
@@ -68,51 +134,30 @@ class Recipe:
         rounds = f"x{self.rounds}" if self.rounds > 1 else ""
         return " ".join(part for part in (self.compressor, self.sparsity, quantised, rounds) if part)
 
-    def check(self, model: nn.Module, ranks: dict[str, int] | None = None, given: Container[str] | None = None) -> None:
-        """Raise EoraLabError when a setting is unknown or does not fit a layer of the model.
+    def base_settings(self) -> dict:
+        """The fields of `BaseSettings`."""
+        return {field.name: getattr(self, field.name) for field in fields(BaseSettings)}
 
+    def check_fit(
+        self, model: nn.Module, ranks: Mapping[str, int] | None = None, given: Container[str] | None = None
+    ) -> None:
+        """Raise EoraLabError when a setting does not fit a layer of the model.
+
+        ranks: module name -> rank, where they are not the recipe's own.
         given: the layers that come compressed, so that the compressor and its grid do not matter.
         """
-        if any(isinstance(module, CompensatedLinear) for module in model.modules()):
+        if compensated(model):
             raise EoraLabError("this model is compressed already: load the original one")
-        for kind, name, known in (
-            ("compressor", self.compressor, COMPRESSORS),
-            ("method", self.method, SOLVERS),
-            ("inputs", self.inputs, ("compensated", "original")),
-        ):
-            if name not in known:
-                raise EoraLabError(f"unknown {kind} {name!r}; known: {', '.join(known)}")
-        if self.rank < 0:
-            raise EoraLabError(f"rank must be 0 or more, not {self.rank}")
-        if self.rounds < 1:
-            raise EoraLabError(f"rounds must be 1 or more, not {self.rounds}")
-        if not 0 <= self.held_out < 1:
-            raise EoraLabError(f"the held-out share must be at least 0 and below 1, not {self.held_out}")
-        if self.shrink and not self.held_out:
-            raise EoraLabError("shrinkage is chosen on held-out samples: hold out a share, such as 0.25")
-        check_factor_bits(self.factor_bits)
         check_experts(model)
-        if self.true_sequential and self.inputs != "compensated":
-            raise EoraLabError(
-                'inputs measured within a block are those of the compressed one: use inputs="compensated"'
-            )
-        prunes = self.compressor in PRUNERS
-        if prunes != bool(self.sparsity):
-            raise EoraLabError(
-                f"{self.compressor} needs a sparsity, such as 2:4"
-                if prunes
-                else f"{self.compressor} does not prune: leave sparsity out, or use one of {', '.join(PRUNERS)}"
-            )
-        for name, linear in block_linears(model).items():
-            if given is not None and name not in given:
-                continue
-            if given is None and prunes:
+        linears = block_linears(model)
+        if strangers := [name for name in ranks or {} if name not in linears]:
+            raise EoraLabError(f"a rank is given for {strangers[0]}, which is no linear in the decoder blocks")
+        for name, linear in linears.items():
+            if given is None and self.prunes:
                 Sparsity.parse(self.sparsity).check(linear.in_features)
-            if given is None and not (prunes and self.bits == 16):
-                check_grid(linear.in_features, self.bits, self.group_size)
-            if self.method != "none" and ranks and ranks.get(name, 0) > highest_rank(linear):
+            if self.method != "none" and ranks and not 0 <= ranks.get(name, 0) <= highest_rank(linear):
                 raise EoraLabError(f"rank {ranks[name]} is larger than {name} allows: at most {highest_rank(linear)}")
-        highest = max(map(highest_rank, block_linears(model).values()))
+        highest = max(map(highest_rank, linears.values()))
         if self.method != "none" and ranks is None and self.rank > highest:
             raise EoraLabError(f"rank {self.rank} is larger than any layer allows: at most {highest}")
 
@@ -121,12 +166,9 @@ class Recipe:
         return {name: min(self.rank, highest_rank(linear)) for name, linear in block_linears(model).items()}
 
     def compress(self, weight: Float[Tensor, "out in"], statistics: InputStatistics) -> Compressed:
-        """Compress one weight with these settings."""
-        grid = {name: getattr(self, name) for name in ("bits", "group_size", "sym", "zero_point", "scale_dtype", "mse")}
-        own = {"sparsity": self.sparsity} if self.compressor in PRUNERS else {}
-        if self.compressor == "gptq":
-            own = {"desc_act": self.desc_act}
-        return COMPRESSORS[self.compressor](weight, statistics, **grid, **own)
+        """Compress one weight (float32) with these settings."""
+        compressor = COMPRESSORS[self.compressor]
+        return compressor(weight, statistics, **taken(compressor, self.base_settings()))
 
     def compensate(
         self, residual: Float[Tensor, "out in"], statistics: InputStatistics, rank: int
@@ -135,6 +177,15 @@ class Recipe:
         if self.shrink:
             return solve_shrunk(self.method, residual, statistics, rank)
         return solve(self.method, residual, statistics, rank), 0.0
+
+
+def taken(compressor: Callable, given: dict) -> dict:
+    """The settings that a compressor's signature names; **grid stands for the fields of `Grid`."""
+    names = set()
+    for parameter in inspect.signature(compressor).parameters.values():
+        rest = parameter.kind is inspect.Parameter.VAR_KEYWORD
+        names |= {field.name for field in fields(Grid)} if rest else {parameter.name}
+    return {name: value for name, value in given.items() if name in names}
 
 
 def highest_rank(linear: nn.Linear) -> int:

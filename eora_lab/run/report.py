@@ -32,7 +32,7 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     seconds: float = 0.0
     peak_memory: int = 0  # bytes: of the process, or of the GPU when the model is there
-    perplexity: dict[str, float] = field(default_factory=dict)  # model state -> value; filled by who evaluates
+    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)  # text -> state of the model -> value
 
     @property
     def weights(self) -> int:
@@ -93,7 +93,9 @@ class Report:
         few = [layer.name for layer in self.layers if layer.data_free]
         if few:
             lines.append(f"{len(few)} layers saw too few tokens and were compressed without data: {', '.join(few)}")
-        lines += [f"perplexity {state}: {value:.2f}" for state, value in self.perplexity.items()]
+        for text, values in self.perplexity.items():
+            states = ", ".join(f"{state} {value:.2f}" for state, value in values.items())
+            lines.append(f"perplexity on {text}: {states}")
         return "\n".join(lines)
 
 

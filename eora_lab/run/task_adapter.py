@@ -1,16 +1,20 @@
 """A new adapter for a compressed model that stays as it is: the same W^, compensated for other texts (for a task)."""
 
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from eora_lab.calibrate.stream import BlockStream
-from eora_lab.compensate import solve
-from eora_lab.compensate.factors import store_factors
-from eora_lab.errors import EoraLabError, naming
+from eora_lab.compress import Compressed
+from eora_lab.errors import EoraLabError
 from eora_lab.formats.peft import Factors
-from eora_lab.model.structure import block_linears, decoder_blocks
+from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.model.structure import block_linears
 from eora_lab.run.adapters import compensated_layers
+from eora_lab.run.pipeline import compress_model
+from eora_lab.run.recipe import Recipe
 
 
 @torch.no_grad()
@@ -18,9 +22,7 @@ def solve_adapter(
     model: nn.Module,
     original: nn.Module,
     batches: Int[Tensor, "nsamples seqlen"],
-    method: str = "eora",
-    rank: int = 64,
-    inputs: str = "compensated",
+    recipe: Recipe | None = None,
     progress: bool = True,
 ) -> Factors:
     """Compensate W - W^ in every layer for the given texts: module name -> (A, B). `model` is left with it in use.
@@ -28,35 +30,36 @@ def solve_adapter(
     model:    compressed, from `load_run`.
     original: the model that it was made from. It runs block by block, and is as before afterwards.
     batches:  calibration token ids.
-    method, rank, inputs: as in `Recipe`.
-    Raises EoraLabError when the models do not match, a setting is unknown, or a rank does not fit a layer.
+    recipe:   its settings of the low-rank path and of the pass; those of the compressor do not matter.
+    Raises EoraLabError when the models do not match, or a rank does not fit a layer.
     """
-    from tqdm.auto import tqdm
-
-    if inputs not in ("compensated", "original"):
-        raise EoraLabError(f"unknown inputs {inputs!r}; known: compensated, original")
-    layers = compensated_layers(model)
-    blocks, dense = decoder_blocks(original), block_linears(original)
+    recipe = replace(recipe or Recipe(), rounds=1)
+    layers, dense = compensated_layers(model), block_linears(original)
     for name, layer in layers.items():
         if name not in dense or tuple(dense[name].weight.shape) != (layer.out_features, layer.in_features):
             raise EoraLabError(f"{name} of the compressed model is not in the original one, or of another size there")
-    stream = BlockStream(original, batches)
-    factors: Factors = {}
     try:
-        for index, prefix in enumerate(tqdm(blocks, desc=method, unit="block", disable=not progress, leave=False)):
-            found = stream.statistics(index, keep_outputs=inputs == "original")
-            for name in (name for name in layers if name.startswith(f"{prefix}.")):
-                weight = dense[name].weight
-                residual = weight.float() - layers[name].dense(weight.dtype).float()
-                with naming(name):
-                    stored = store_factors(solve(method, residual, found[name].or_identity(False), rank))
-                layers[name].set_factors(stored)
-                factors[name] = stored.dense()
-                if inputs == "compensated":
-                    original.set_submodule(name, layers[name])
-            if inputs == "compensated" and index + 1 < len(blocks):
-                stream.advance(index)
+        compress_model(original, batches, recipe, weights=_Weights(layers), progress=progress)
+        stored = {name: original.get_submodule(name).factors for name in layers}
     finally:
         for name, linear in dense.items():
             original.set_submodule(name, linear)
-    return factors
+    for name, layer in layers.items():
+        layer.set_factors(stored[name])
+    return {name: factors.dense() for name, factors in stored.items()}
+
+
+class _Weights(Mapping[str, Compressed]):
+    """Module name -> W^ of a compressed model, unpacked when it is asked for."""
+
+    def __init__(self, layers: Mapping[str, CompensatedLinear]):
+        self._layers = layers
+
+    def __getitem__(self, name: str) -> Compressed:
+        return self._layers[name].compressed
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)

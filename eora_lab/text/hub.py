@@ -6,11 +6,13 @@ The mirror is the folder in the environment variable EORA_LAB_DATA: <owner>/<dat
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from pathlib import Path
 
 from eora_lab.errors import EoraLabError
 
 PROBE_SECONDS = 5.0
+_mirror_only: ContextVar[bool] = ContextVar("mirror_only", default=False)
 
 
 def rows(
@@ -38,6 +40,8 @@ def rows(
     """
     files, missing = _mirror_files(dataset, (config, *mirror_configs), split)
     found = _read_parquet(files, limit) if files else None
+    if found is None and _mirror_only.get():
+        raise EoraLabError(f"no data for {dataset} in the mirror: {missing}")
     if found is None:
         found, reason = _from_hub(hub_id or dataset, config, split, data_file, limit)
     if found is None:
@@ -50,6 +54,16 @@ def rows(
     if absent:
         raise EoraLabError(f"{dataset} (config {config}, split {split}) lacks the column {', '.join(absent)}")
     return found
+
+
+@contextmanager
+def mirror_only() -> Iterator[None]:
+    """Ask no hub inside: what the mirror lacks raises EoraLabError at once."""
+    token = _mirror_only.set(True)
+    try:
+        yield
+    finally:
+        _mirror_only.reset(token)
 
 
 def mirrored(dataset: str, config: str) -> dict[str, list[dict]]:

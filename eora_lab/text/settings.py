@@ -1,9 +1,13 @@
 """Which texts, how many tokens: the settings that commands, cells and notebooks share."""
 
-from dataclasses import dataclass
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from eora_lab.errors import EoraLabError, settings
+from eora_lab.text.tokens import calibration_batches, token_windows
 
 
-@dataclass(frozen=True)
+@settings
 class Calibration:
     """Which texts the input statistics are measured on."""
 
@@ -21,10 +25,15 @@ class Calibration:
     seed: int = 0
     """seed of the random windows"""
 
-    def batches(self, model, tokenizer):
-        """(nsamples, seqlen) token ids."""
-        from eora_lab.text.tokens import calibration_batches, token_windows
+    def check(self) -> None:
+        """Raise EoraLabError when a number is out of range."""
+        if min(self.nsamples, self.seqlen) < 1:
+            raise EoraLabError(f"nsamples and seqlen must be 1 or more, not {self.nsamples} and {self.seqlen}")
+        if not 0 < self.share < 1:
+            raise EoraLabError(f"share must lie between 0 and 1, not {self.share}")
 
+    def batches(self, model: nn.Module, tokenizer) -> Int[Tensor, "nsamples seqlen"]:
+        """Token ids. model: the uncompressed one, which the source "self" samples from."""
         if self.first:
             return token_windows(tokenizer, self.source, self.nsamples, self.seqlen)
         return calibration_batches(
@@ -32,19 +41,24 @@ class Calibration:
         )
 
 
-@dataclass(frozen=True)
+@settings
 class Evaluation:
-    """Which text perplexity is measured on."""
+    """Which texts perplexity is measured on."""
 
-    source: str = "pydoc:heldout"
-    """a text source and split, such as wikitext2:test, or a text file"""
-    windows: int = 20
-    """how many windows, from the start of the text"""
-    seqlen: int = 512
+    perplexity: tuple[str, ...] = ("pydoc:heldout",)
+    """texts: sources with a split, such as wikitext2:test, or text files"""
+    windows: int | None = 20
+    """how many windows, from the start of each text; None: all"""
+    window_length: int = 512
     """tokens a window"""
 
-    def tokens(self, tokenizer):
-        """(windows, seqlen) token ids."""
-        from eora_lab.text.tokens import token_windows
+    def check(self) -> None:
+        """Raise EoraLabError when a number is out of range."""
+        if (self.windows is not None and self.windows < 1) or self.window_length < 2:
+            raise EoraLabError(
+                f"windows must be 1 or more and window_length 2 or more, not {self.windows} and {self.window_length}"
+            )
 
-        return token_windows(tokenizer, self.source, self.windows, self.seqlen)
+    def tokens(self, tokenizer) -> dict[str, Int[Tensor, "windows window_length"]]:
+        """Text -> token ids."""
+        return {text: token_windows(tokenizer, text, self.windows, self.window_length) for text in self.perplexity}

@@ -5,6 +5,7 @@ of each follows the EoRA paper's calibration (arXiv:2410.21271): random windows 
 until a sequence is full, random windows of long C4 documents, and half-half mixes of task and C4.
 """
 
+import hashlib
 import operator
 import os
 import random
@@ -48,7 +49,7 @@ def calibration_batches(
     nsamples, seqlen = _positive("nsamples", nsamples), _positive("seqlen", seqlen)
     if not 0 < share < 1:
         raise EoraLabError(f"share must lie between 0 and 1, not {share}")
-    parts = _parts(source)
+    parts = parts_of(source)
     drawn = []
     for part, count in zip(parts, _shares(nsamples, len(parts), share), strict=True):
         if count and part == "self":
@@ -75,7 +76,7 @@ def token_windows(
         EoraLabError: unknown source or split, data not found, too little text, or an argument out of range.
     """
     n, seqlen = None if n is None else _positive("n", n), _positive("seqlen", seqlen)
-    parts = _parts(source)
+    parts = parts_of(source)
     if len(parts) > 1 or parts == ["self"]:
         raise EoraLabError(f"windows of running text need one source of text, not {source!r}")
     texts, join, _ = _read(parts[0])
@@ -91,10 +92,27 @@ def token_windows(
     return tokens[: n * seqlen].view(n, seqlen)
 
 
+def text_digest(source: str | os.PathLike) -> str:
+    """A hash of all texts that a source is made of, whatever is drawn from them. "self" is its own name.
+
+    Raises EoraLabError as `token_windows` does.
+    """
+    found = hashlib.sha256()
+    for part in parts_of(source):
+        if part == "self":
+            found.update(b"self")
+        else:
+            texts, join, packing = _read(part)
+            found.update(f"{join!r} {packing} {len(texts)}".encode())
+            for text in texts:
+                found.update(hashlib.sha256(text.encode(errors="surrogatepass")).digest())
+    return found.hexdigest()
+
+
 # --- sources -------------------------------------------------------------------------------------------------------
 
 
-def _parts(source: str | os.PathLike) -> list[str]:
+def parts_of(source: str | os.PathLike) -> list[str]:
     """The sources of a mix, all known ones. A file whose name holds a plus sign is one source."""
     source = os.fspath(source)
     parts = [source] if os.path.isfile(source) else [part.strip() for part in source.split("+")]

@@ -8,14 +8,15 @@ configs, launch   block sizes and launches
 op, backend, linear   one torch operator, where it runs, and a module around it
 """
 
-from eora_lab.layer.triton_kernels.backend import choose_backend
+from eora_lab.layer.triton_kernels.backend import why_not_triton
 from eora_lab.layer.triton_kernels.linear import FusedLinear
-from eora_lab.layer.triton_kernels.repack import FusedWeight, fused_weight, repack
+from eora_lab.layer.triton_kernels.repack import FusedWeight, fused_weight, repack, why_not_fused
 
 __all__ = [
     "FusedLinear",
     "FusedWeight",
-    "choose_backend",
     "fused_weight",
     "repack",
+    "why_not_fused",
+    "why_not_triton",
 ]

@@ -1,24 +1,18 @@
 """The fused product as a module."""
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from eora_lab.errors import EoraLabError
-from eora_lab.layer.triton_kernels.backend import choose_backend
-from eora_lab.layer.triton_kernels.op import fused_linear, product, rows
+from eora_lab.layer.triton_kernels.op import fused_linear
 from eora_lab.layer.triton_kernels.repack import TENSORS, FusedWeight
 
 
 class FusedLinear(nn.Module):
-    """y = W^ x + B (A x) + bias from a `FusedWeight`, by Triton on a GPU and by torch elsewhere.
+    """y = W^ x + B (A x) + bias from a `FusedWeight`, by Triton on a GPU and by torch elsewhere."""
 
-    backend "torch" forces torch on a GPU too; "triton" raises EoraLabError on a device where it cannot run.
-    """
-
-    def __init__(self, weight: FusedWeight, backend: str = "auto"):
+    def __init__(self, weight: FusedWeight):
         super().__init__()
-        self.backend = backend
         self.numbers = weight.numbers()
         for name in TENSORS:
             self.register_buffer(name, getattr(weight, name), persistent=False)
@@ -39,10 +33,6 @@ class FusedLinear(nn.Module):
         """Raises EoraLabError when x is not of the dtype that the layer was packed for."""
         if x.dtype != self.A.dtype:
             raise EoraLabError(f"the layer is packed for {self.A.dtype}, and x is {x.dtype}; pack it for that dtype")
-        if self.backend == "torch":
-            return product(rows(x, self.order), self.weight).view(*x.shape[:-1], sum(self.weight.out_features))
-        if self.backend == "triton" and not torch.compiler.is_compiling():
-            choose_backend(x.device, x.dtype, "triton")
         return fused_linear(x, *(getattr(self, name) for name in TENSORS), **self.numbers)
 
     def split(self, y: Float[Tensor, "... out"]) -> tuple[Float[Tensor, "... _"], ...]:

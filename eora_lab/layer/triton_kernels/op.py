@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from eora_lab.layer.triton_kernels.backend import choose_backend
+from eora_lab.layer.triton_kernels.backend import why_not_triton
 from eora_lab.layer.triton_kernels.repack import FusedWeight, unpack_planes
 
 
@@ -41,7 +41,7 @@ def on_cuda(x, planes, scales, offsets, A, Bt, tiles, bias, order, bits, group, 
         planes, scales, offsets, A, Bt, tiles, bias, order, bits, group, tuple(out_features), tuple(ranks)
     )
     flat = rows(x, order)
-    if choose_backend(x.device, x.dtype) == "torch":
+    if why_not_triton(x.device, x.dtype):
         return product(flat, weight).view(*x.shape[:-1], sum(out_features))
     from eora_lab.layer.triton_kernels.configs import choose
     from eora_lab.layer.triton_kernels.launch import launch

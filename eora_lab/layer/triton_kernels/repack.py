@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int, Shaped, UInt8
 from torch import Tensor
 
-from eora_lab.compress import CompressedWeight, SparseWeight
+from eora_lab.compress import Compressed, GridWeight
 from eora_lab.errors import EoraLabError
 from eora_lab.layer.triton_kernels.ptx import LANES, PLANES
 
@@ -101,6 +101,34 @@ def unpack_planes(
     return codes[:in_features, :out_features].T.to(torch.uint8)
 
 
+def why_not_grid(
+    bits: int, groups: int, group_size: int, group_index: Int[Tensor, " in"] | None, dtype: torch.dtype
+) -> str | None:
+    """What the kernel cannot read of a grid, or None."""
+    if bits not in PLANES:
+        return f"it reads 3 or 4 bits, not {bits}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"it computes in float16 or bfloat16, not {str(dtype).removeprefix('torch.')}"
+    if groups == 1:
+        return None
+    if group_size % 16:
+        return f"it needs a group size divisible by 16, not {group_size}"
+    if group_index is not None:
+        counts = torch.bincount(group_index.long(), minlength=groups)
+        if (counts[:-1] != group_size).any() or counts[-1] > group_size:
+            return "it needs groups of equal size"
+    return None
+
+
+def why_not_fused(weight: Compressed, dtype: torch.dtype) -> str | None:
+    """What the kernel cannot read of a weight, of which one row is enough, for x of a dtype; or None."""
+    if not isinstance(weight, GridWeight):
+        return f"it reads grids, not a weight that is stored as {weight.kind}"
+    if weight.mask is not None and weight.offsets.dtype != torch.uint8:
+        return "it reads a mask with integer zero points only"
+    return why_not_grid(weight.bits, weight.scales.shape[1], weight.group_size, weight.g_idx, dtype)
+
+
 def repack(
     codes: UInt8[Tensor, "out in"],
     scales: Float[Tensor, "out groups"],
@@ -122,25 +150,16 @@ def repack(
     """
     out_features, in_features = codes.shape
     group_size = group_size or in_features // scales.shape[1]
-    if bits not in PLANES:
-        raise EoraLabError(f"the fused kernel reads 3 or 4 bits, not {bits}; use the torch backend")
-    if dtype not in (torch.float16, torch.bfloat16):
-        raise EoraLabError(f"the fused kernel computes in float16 or bfloat16, not {dtype}; use the torch backend")
+    if reason := why_not_grid(bits, scales.shape[1], group_size, group_index, dtype):
+        raise EoraLabError(f"the fused kernel cannot take this layer: {reason}")
     order = None
     if group_index is not None and scales.shape[1] > 1:
         order = group_index.argsort(stable=True)
-        counts = torch.bincount(group_index.long(), minlength=scales.shape[1])
-        if (counts[:-1] != group_size).any() or counts[-1] > group_size:
-            raise EoraLabError("the fused kernel needs groups of equal size; use the torch backend")
         if (order == torch.arange(in_features, device=order.device)).all():
             order = None
         else:
             codes, A = codes[:, order], A[:, order]
     group = 0 if scales.shape[1] == 1 else math.gcd(group_size, 128)
-    if group and group < 16:
-        raise EoraLabError(
-            f"the fused kernel needs a group size divisible by 16, not {group_size}; use the torch backend"
-        )
     planes = pack_planes(codes, bits)
     if group:
         scales, offsets = (t.repeat_interleave(group_size // group, 1) for t in (scales, offsets))
@@ -176,23 +195,22 @@ def tile_table(B: Float[Tensor, "out rank"]) -> Shaped[Tensor, "tiles 4"]:
 
 
 def fused_weight(
-    compressed: CompressedWeight | SparseWeight,
+    compressed: Compressed,
     A: Float[Tensor, "rank in"],
     B: Float[Tensor, "out rank"],
     bias: Float[Tensor, " out"] | None = None,
     dtype: torch.dtype = torch.float16,
 ) -> FusedWeight:
-    """`repack` of a `CompressedWeight`. A weight that its 2:4 mask drops is packed as the zero point, a code.
+    """`repack` of a compressed weight. A weight that its 2:4 mask drops is packed as the zero point, a code.
 
-    Raises EoraLabError as `repack` does, and on weights that were pruned only.
+    Raises EoraLabError on what the kernel cannot read (`why_not_fused`).
     """
-    if isinstance(compressed, SparseWeight):
-        raise EoraLabError("the fused kernel reads 3 or 4 bits, not 16; use the torch backend")
+    if reason := why_not_fused(compressed, dtype):
+        raise EoraLabError(f"the fused kernel cannot take this layer: {reason}")
+    assert isinstance(compressed, GridWeight)
     codes, scales, offsets = compressed.codes, compressed.scales, compressed.offsets
     mask, index, group_size = compressed.mask, compressed.g_idx, compressed.group_size
     if mask is not None:
-        if offsets.dtype != torch.uint8:
-            raise EoraLabError("the fused kernel reads a 2:4 mask with integer zero points only; use the torch backend")
         group = torch.arange(codes.shape[1], device=codes.device) // group_size if index is None else index.long()
         codes = torch.where(mask, codes, offsets[:, group])
     return repack(codes, scales, offsets, compressed.bits, A, B, bias, index, group_size, dtype)

@@ -1,0 +1,31 @@
+"""Run one cell and keep what it gave."""
+
+from eora_lab.errors import EoraLabError
+from eora_lab.experiment.cache import ContentCache
+from eora_lab.experiment.cells import Cell, run_cell
+from eora_lab.experiment.identity import Identities
+from eora_lab.experiment.store import ResultStore
+
+
+def run_and_keep(
+    cell: Cell,
+    highest: int,
+    store: ResultStore,
+    cache: ContentCache,
+    identities: Identities,
+    batch_size: int = 8,
+    device: str = "cpu",
+    progress: bool = False,
+) -> str:
+    """Run a cell and keep its result, or its error, in the store. Returns the error, empty when there was none.
+
+    Only what says nothing about the cell stops a sweep: Ctrl-C, and a store that cannot be written.
+    """
+    try:
+        result, cost = run_cell(cell, cache, highest, batch_size, device, progress)
+    except Exception as error:
+        message = str(error) if isinstance(error, EoraLabError) else f"{type(error).__name__}: {error}"
+        store.put(cell.config(), identities.of(cell), error=message or type(error).__name__)
+        return message
+    store.put(cell.config(), identities.of(cell), result=result, cost=cost)
+    return ""

@@ -1,0 +1,74 @@
+"""One layer: compress its weight, compensate the error. The pass, the rank plan and sweeps all go through here."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from eora_lab.calibrate.statistics import InputStatistics, output_energy
+from eora_lab.compensate import LowRank
+from eora_lab.compress import Compressed, residual
+from eora_lab.run.recipe import Recipe
+
+
+class Steps:
+    """How a layer is compressed and compensated: by a recipe, or with W^ made elsewhere.
+
+    A sweep hands in steps that keep what they made for other cells (`eora_lab.experiment.cache`).
+
+    weights: module name -> W^, in place of the compressor.
+    """
+
+    def __init__(self, recipe: Recipe, weights: Mapping | None = None):
+        self.recipe, self.weights = recipe, weights
+
+    def compress(self, name: str, weight: Float[Tensor, "out in"], statistics: InputStatistics) -> Compressed:
+        """W^ of the layer of that name. weight: float32."""
+        return self.recipe.compress(weight, statistics) if self.weights is None else self.weights[name]
+
+    def compensate(
+        self, name: str, error: Float[Tensor, "out in"], statistics: InputStatistics, rank: int
+    ) -> tuple[LowRank, float]:
+        """The answer to R = W - W^, and the shrinkage that was chosen."""
+        return self.recipe.compensate(error, statistics, rank)
+
+
+@dataclass
+class Fit:
+    """A weight compressed and compensated: R = W - W^ and the answer to it."""
+
+    compressed: Compressed
+    residual: Float[Tensor, "out in"]
+    low_rank: LowRank
+    shrinkage: float
+    loss: float  # output energy of what is left
+    seconds_compress: float = 0.0
+    seconds_solve: float = 0.0
+
+
+def fit_layer(name: str, weight: Float[Tensor, "out in"], statistics: InputStatistics, steps: Steps, rank: int) -> Fit:
+    """Compress W, compensate; then compress W - B A, compensate again, for as many rounds as the recipe says.
+
+    weight: in the dtype of the model.
+    A round that does not lower the loss, which greedy compressors can cause, ends it.
+    """
+    best: Fit | None = None
+    target, seconds = weight.float(), [0.0, 0.0]
+    for _ in range(steps.recipe.rounds if rank else 1):
+        start = time.perf_counter()
+        compressed = steps.compress(name, target, statistics)
+        compressed_at = time.perf_counter()
+        error = residual(weight, compressed)
+        low_rank, shrinkage = steps.compensate(name, error, statistics, rank)
+        seconds[0] += compressed_at - start
+        seconds[1] += time.perf_counter() - compressed_at
+        path = low_rank.dense()
+        loss = output_energy(error - path, statistics.second_moment)
+        if best and loss >= best.loss:
+            break
+        best, target = Fit(compressed, error, low_rank, shrinkage, loss), weight.float() - path
+    assert best is not None
+    best.seconds_compress, best.seconds_solve = seconds
+    return best
