@@ -2,35 +2,55 @@
 
 model, tokenizer = load_model("smollm2-135m")
 batches = calibration_batches(tokenizer, "pydoc", nsamples=32, seqlen=512)
-report = compress_model(model, batches, compressor="rtn", bits=3, method="eora", rank=64)
+report = compress_model(model, batches, Recipe("rtn", bits=3, method="eora", rank=64))
+
+What is public is here, and in `compress`, `compensate`, `formats`, `experiment`, `plots` and `widgets`. Names are
+imported when they are asked for; `__init__.pyi` says the same to tools that do not run code.
 """
 
-from eora_lab.calibrate.statistics import InputStatistics
-from eora_lab.calibrate.stream import collect_statistics
-from eora_lab.compensate import LowRank, solve
-from eora_lab.errors import EoraLabError
-from eora_lab.measure.evaluate import perplexity
-from eora_lab.model.load import load_model
-from eora_lab.run.adapters import Adapters
-from eora_lab.run.folder import load_run
-from eora_lab.run.pipeline import compress_model
-from eora_lab.run.report import Report
-from eora_lab.run.task_adapter import solve_adapter
-from eora_lab.text.tokens import calibration_batches, token_windows
+import importlib
+from typing import Any
 
-__all__ = [
-    "Adapters",
-    "EoraLabError",
-    "InputStatistics",
-    "LowRank",
-    "Report",
-    "calibration_batches",
-    "collect_statistics",
-    "compress_model",
-    "load_model",
-    "load_run",
-    "perplexity",
-    "solve",
-    "solve_adapter",
-    "token_windows",
-]
+PLACES = {
+    "Adapters": "run.adapters",
+    "Budget": "compensate.budget",
+    "Calibration": "text.settings",
+    "CompensatedLinear": "layer.linear",
+    "EoraLabError": "errors",
+    "Evaluation": "text.settings",
+    "Exploration": "measure.explore",
+    "InputStatistics": "calibrate.statistics",
+    "LowRank": "compensate",
+    "Recipe": "run.recipe",
+    "Report": "run.report",
+    "SOURCES": "text.sources",
+    "block_linears": "model.structure",
+    "calibration_batches": "text.tokens",
+    "collect_statistics": "calibrate.stream",
+    "compress_model": "run.pipeline",
+    "generate": "model.generate",
+    "load_model": "model.load",
+    "load_plugin": "run.plugins",
+    "load_run": "run.folder",
+    "output_energy": "calibrate.statistics",
+    "perplexity": "measure.evaluate",
+    "plan_ranks": "run.ranks",
+    "solve": "compensate",
+    "solve_adapter": "run.task_adapter",
+    "token_windows": "text.tokens",
+    "versions": "environment",
+}
+__all__ = ["__version__", *PLACES]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from the room where it lives."""
+    if name in PLACES:
+        return getattr(importlib.import_module(f"eora_lab.{PLACES[name]}"), name)
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("eora-lab")
+    raise AttributeError(f"module 'eora_lab' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

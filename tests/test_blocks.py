@@ -3,11 +3,10 @@
 import pytest
 import torch
 import transformers
-from torch import nn
 
 from eora_lab import EoraLabError, InputStatistics, Report, collect_statistics
 from eora_lab.calibrate.stream import BlockStream
-from tests.tiny import compress, tiny_model, tiny_tokens
+from tests.tiny import compress, moe_model, tiny_model, tiny_tokens
 
 SMALL = {"bits": 3, "group_size": 32, "rank": 8, "progress": False}
 
@@ -39,31 +38,6 @@ def test_true_sequential_calibrates_every_layer_on_what_the_finished_model_feeds
         assert layer.error_after == pytest.approx(error, rel=1e-4)
         if layer.name.split(".")[-1] in ("o_proj", "down_proj"):
             assert without.error_after != pytest.approx(error, rel=1e-4)
-
-
-class Experts(nn.Module):
-    """A mixture of three experts in place of an MLP: the second sees one token of every mini-batch, the third none."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.experts = nn.ModuleList(type(tiny_model("llama").model.layers[0].mlp)(config) for _ in range(3))
-
-    def forward(self, x):
-        flat = x.flatten(0, -2)
-        few = torch.zeros(len(flat), dtype=torch.bool)
-        few[0] = True
-        y = torch.empty_like(flat)
-        y[~few] = self.experts[0](flat[~few])
-        y[few] = self.experts[1](flat[few])
-        return y.view(x.shape)
-
-
-def moe_model() -> nn.Module:
-    model = tiny_model("llama")
-    torch.manual_seed(0)
-    for block in model.model.layers:
-        block.mlp = Experts(model.config)
-    return model
 
 
 @pytest.mark.parametrize("settings", [

@@ -58,6 +58,16 @@ def test_equal_layers_reach_the_exact_optimum(average, seed):
     assert loss(layers, ranks, "absolute") == pytest.approx(gains[4 * average :].sum().item())
 
 
+@given(st.integers(1, 23), st.lists(st.floats(0.01, 100), min_size=2, max_size=4), st.integers(0, 2**16))
+def test_a_relative_budget_weighs_every_layer_by_its_signal(average, signals, seed):
+    """Layers of one size, so that greedy is exact: the best steps of all layers together, by gain over signal."""
+    layers = {str(i): layer(seed + i, 24, 24, signal) for i, signal in enumerate(signals)}
+    ranks = allocate_ranks(layers, average, Budget("relative", multiple=1))
+    gains = torch.cat([one.spectrum / one.signal for one in layers.values()]).sort(descending=True).values
+    left = gains[len(layers) * average :].sum().item()
+    assert loss(layers, ranks, "relative") == pytest.approx(left, rel=1e-9, abs=1e-12)
+
+
 def test_bounds_multiples_and_patterns():
     layers = {f"{kind}.{i}": layer(i, 64, 96) for i in range(4) for kind in ("mlp", "attention")}
     ranks = allocate_ranks(layers, 20, Budget("absolute", minimum=8, maximum=32, multiple=8))

@@ -130,12 +130,13 @@ def test_float32_input_reaches_the_float64_optimum(kind, shape):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_float32_svd_rivals_against_their_textbook_form(kind):
-    R, S = normal(20, 30), second_moment(kind, 30)
+@pytest.mark.parametrize("shape", [(20, 30), (30, 20)])
+def test_float32_svd_rivals_against_their_textbook_form(kind, shape):
+    R, S = normal(*shape), second_moment(kind, shape[1])
     statistics = InputStatistics.from_second_moment(S)
     m, d = statistics.mean_abs, S.diagonal()
     scales = {
-        "svd": torch.ones(30),
+        "svd": torch.ones(shape[1]),
         "act_s": m.sqrt(),
         "act_s_released": m,
         "lqer": m / (m.min() * m.max()).sqrt(),

@@ -105,6 +105,15 @@ def test_zero_points_that_borrowed_from_their_neighbours(bits):
     assert torch.equal(read_linear(tensors, GptqConfig(bits, 16, False, False), "layer").offsets, weight.offsets)
 
 
+def test_a_zero_point_of_0_in_3_bits_wraps_within_its_code():
+    """GPTQModel works on codes there, not on words: 0 is stored as 7 in format "gptq"."""
+    weight = weight_of(3, 4, sym=False, shuffled=False)
+    weight.offsets[::3] = 0
+    tensors = write_linear(weight, "gptq_v2", "layer")
+    tensors["qzeros"] = to_words((from_words(tensors["qzeros"], 3) - 1) & 7, 3)
+    assert torch.equal(read_linear(tensors, GptqConfig(3, 16, False, False), "layer").offsets, weight.offsets)
+
+
 def test_groups_that_do_not_divide_the_channels():
     weight = weight_of(4, 4, sym=True, shuffled=False)
     tensors = write_linear(weight, "gptq", "layer")

@@ -1,13 +1,20 @@
-"""The house: its rooms, imports that go one way through them, and no files that import each other in a ring."""
+"""The house: its rooms, imports that go one way through them, no ring of files, and the public places."""
 
 import ast
 import graphlib
+import importlib
+import json
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "eora_lab"
+import eora_lab
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "eora_lab"
 ORDER = ["errors", "files", "environment", "model", "text", "calibrate", "compress", "compensate", "layer", "formats"]
 ORDER += ["run", "measure", "finetune", "experiment", "plots", "widgets", "cli"]
 
@@ -72,6 +79,61 @@ def test_an_import_against_the_order_is_found(tmp_path, line):
     file.write_text(file.read_text() + f"\n\ndef late():\n    {line}\n")
     (found,) = against_the_order(copy)
     assert found.startswith("eora_lab.compress.rtn imports eora_lab.")
+
+
+NAMESPACES = ("eora_lab", *(f"eora_lab.{name}" for name in ("compress", "compensate", "formats", "experiment")))
+NAMESPACES += ("eora_lab.plots", "eora_lab.widgets")
+
+
+def code_of(path: Path) -> Iterator[str]:
+    """The Python that a notebook or a text shows."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        yield from ("".join(c["source"]) for c in json.loads(text)["cells"] if c["cell_type"] == "code")
+    else:
+        yield from re.findall(r"```python\n(.*?)```", text, re.S)
+
+
+def private_imports(code: str) -> list[str]:
+    """What code imports of this package from elsewhere than the public places, or what these do not offer."""
+    found = []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.partition(".")[0] == "eora_lab" and a.name != "eora_lab"]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "eora_lab":
+            offered = importlib.import_module(node.module).__all__ if node.module in NAMESPACES else []
+            found += [f"{node.module}.{alias.name}" for alias in node.names if alias.name not in offered]
+    return found
+
+
+PAGES = [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_notebooks_and_texts_import_from_the_public_places_only(path):
+    pytest.importorskip("ipywidgets", reason="ipywidgets is the extra `lab`")
+    assert [name for code in code_of(path) for name in private_imports(code)] == []
+
+
+def test_the_check_of_imports_sees_what_is_private():
+    assert private_imports("from eora_lab.run.recipe import Recipe\nimport eora_lab.files") == [
+        "eora_lab.run.recipe.Recipe", "eora_lab.files",
+    ]  # fmt: skip
+    code = "from eora_lab import Recipe, hidden\nfrom eora_lab.compress import rtn"
+    assert private_imports(code) == ["eora_lab.hidden"]
+
+
+def test_every_public_name_is_there_and_typed():
+    stub = set(re.findall(r"import (\w+) as \1$", (PACKAGE / "__init__.pyi").read_text(), re.M)) | {"__version__"}
+    assert stub == set(eora_lab.__all__) == set(dir(eora_lab))
+    for place in NAMESPACES:
+        module = importlib.import_module(place)
+        assert all(hasattr(module, name) for name in module.__all__), place
+    for line in (PACKAGE / "__init__.pyi").read_text().splitlines():
+        if line.startswith("from"):
+            place, name = re.match(r"from (\S+) import (\w+)", line).groups()
+            assert getattr(importlib.import_module(place), name) is getattr(eora_lab, name)
+    assert (PACKAGE / "py.typed").exists()
 
 
 def test_no_files_import_each_other_in_a_ring():

@@ -108,6 +108,14 @@ def test_stored_tensors_give_the_same_layer(kind):
         CompensatedLinear.from_stored(module.stored(), nn.Linear(module.in_features, module.out_features + 1))
 
 
+def test_a_layer_that_is_cast_forgets_what_it_had_made():
+    module, x = layer(), torch.randn(3, 128)
+    with unpacked(nn.Sequential(module)):
+        before = module(x)
+        half = module.bfloat16()(x.bfloat16())
+    assert (half.float() - before).norm() < 2e-2 * before.norm()
+
+
 @pytest.mark.parametrize("kind", [{"bits": 4}, {"bits": 16, "sparse": True}], ids=str)
 def test_a_change_of_dtype_keeps_the_weight(kind):
     module = layer(**kind)

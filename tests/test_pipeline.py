@@ -124,6 +124,73 @@ def test_rounds_in_turn_lower_the_error(compressor):
         compress(tiny_model("llama"), tiny_tokens(), **SMALL, rounds=0)
 
 
+def test_factors_in_few_bits_are_fitted_to_the_error_unless_they_are_not():
+    left = {}
+    for refit in (True, False):
+        settings = SMALL | {"factor_bits": 3, "refit": refit, "inputs": "original"}
+        report = compress(tiny_model("llama"), tiny_tokens(), **settings)
+        left[refit] = [layer.error_after for layer in report.layers]
+    assert sum(left[True]) < 0.99 * sum(left[False])
+
+
+def test_a_rank_for_a_layer_that_is_not_there_is_refused():
+    model = tiny_model("llama")
+    with pytest.raises(EoraLabError, match="a rank is given for typo, which is no linear"):
+        compress(model, tiny_tokens(), **SMALL, ranks={"typo": 3})
+    assert isinstance(model.get_submodule(K_PROJ), nn.Linear)
+
+
+def test_a_budget_is_spent_by_the_pass_and_kept_for_a_resumed_one(tmp_path, monkeypatch):
+    settings = SMALL | {"ranks": Budget("relative", multiple=1), "folder": tmp_path / "run"}
+    for inputs in ("original", "compensated"):
+        model, recipe = tiny_model("llama"), Recipe("rtn", bits=3, group_size=32, rank=8, inputs=inputs)
+        statistics = collect_statistics(model, tiny_tokens(), progress=False)
+        planned = plan_ranks(model, statistics, recipe, Budget("relative", multiple=1), progress=False)
+        report = compress(model, tiny_tokens(), **settings | {"inputs": inputs, "folder": tmp_path / inputs})
+        assert {layer.name: layer.rank for layer in report.layers} == planned and len(set(planned.values())) > 1
+    monkeypatch.setattr("eora_lab.run.pipeline.spread", lambda *_: pytest.fail("planned once more"))
+    (tmp_path / "compensated" / "report.json").unlink()
+    again = compress(tiny_model("llama"), tiny_tokens(), **settings | {"folder": tmp_path / "compensated"})
+    assert [layer.rank for layer in again.layers] == [layer.rank for layer in report.layers]
+
+
+def test_a_judge_measures_before_and_after(tmp_path):
+    windows = {"text": tiny_tokens(2, 20)}
+    model = tiny_model("llama")
+    dense = perplexity(model, windows["text"])
+    judge = lambda one: {text: perplexity(one, tokens) for text, tokens in windows.items()}  # noqa: E731
+    report = compress(model, tiny_tokens(), **SMALL, judge=judge, folder=tmp_path / "run")
+    assert report.perplexity == {"text": {"dense": dense, "compressed": perplexity(model, windows["text"])}}
+    assert Report.from_json((tmp_path / "run" / "report.json").read_text()).perplexity == report.perplexity
+    assert "perplexity on text: dense" in report.summary() and "computed by tiles (14 layers)" in report.summary()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rnk": 3}, "unknown setting 'rnk'; known: compressor, bits,"),
+        ({"bits": "3"}, "bits must be a whole number, not '3'"),
+        ({"rank": 8.5}, "rank must be a whole number, not 8.5"),
+        ({"mse": 1}, "mse must be true or false, not 1"),
+        ({"zero_point": "half"}, "unknown zero_point 'half'; known: float, integer"),
+        ({"compressor": "gtpq"}, "(did you mean gptq?)"),
+        ({"held_out": True}, "held_out must be a number, not True"),
+        ({"held_out": 1}, "must be at least 0 and below 1"),
+    ],
+)
+def test_a_recipe_checks_names_types_and_values_when_it_is_made(settings, message):
+    with pytest.raises(EoraLabError, match=re.escape(message)):
+        Recipe(**settings)
+    with pytest.raises(EoraLabError, match="Recipe has"):
+        Recipe(*range(30))
+
+
+def test_a_recipe_takes_what_means_the_same():
+    assert Recipe("gptq", torch.tensor(3).item(), held_out=0) == Recipe(bits=3, held_out=0.0)
+    assert isinstance(Recipe(held_out=0).held_out, float)
+    assert Recipe() == Recipe("gptq", bits=4, group_size=64, method="eora", rank=64, inputs="compensated")
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_embeddings_head_norms_and_biases_stay(kind):
     model, before = tiny_model(kind), tiny_model(kind).state_dict()

@@ -16,7 +16,6 @@ import pytest
 
 from eora_lab import EoraLabError
 from eora_lab.cli import main
-from eora_lab.compensate import SOLVERS
 from eora_lab.experiment.compare import ComparisonRow, table
 from eora_lab.experiment.paper_runs import both_sides, rivalry, table_rows
 from eora_lab.experiment.store import ResultStore
@@ -25,6 +24,7 @@ from eora_lab.measure.intervals import Interval
 from eora_lab.plots import plot_comparison, plot_front, plot_intervals, plot_setting, plot_sweep, plot_table, save
 from eora_lab.plots.front import pareto, spread
 from eora_lab.plots.style import LABELS, LOOKS, looks
+from eora_lab.run.plugins import OWN
 from tests.tiny import tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -111,7 +111,7 @@ def test_every_axis_says_what_it_shows_and_every_line_is_known_without_its_colou
 
 
 def test_methods_look_different():
-    assert set(LOOKS) == set(LABELS) == set(SOLVERS)
+    assert set(LOOKS) == set(LABELS) == OWN["SOLVERS"]
     assert len({look.marker for look in LOOKS.values()}) == len({str(look.line) for look in LOOKS.values()}) == 9
     assert len(set(looks([16, 32, 64, 128]).values())) == 4
     assert looks(["eora", "none"])["eora"] == LOOKS["eora"]

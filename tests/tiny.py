@@ -82,3 +82,29 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
+
+
+class Experts(torch.nn.Module):
+    """A mixture of three experts in place of an MLP: the second sees one token of every mini-batch, the third none."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.experts = torch.nn.ModuleList(type(tiny_model("llama").model.layers[0].mlp)(config) for _ in range(3))
+
+    def forward(self, x):
+        flat = x.flatten(0, -2)
+        few = torch.zeros(len(flat), dtype=torch.bool)
+        few[0] = True
+        y = torch.empty_like(flat)
+        y[~few] = self.experts[0](flat[~few])
+        y[few] = self.experts[1](flat[few])
+        return y.view(x.shape)
+
+
+def moe_model() -> torch.nn.Module:
+    """A `tiny_model` whose MLPs are such mixtures."""
+    model = tiny_model("llama")
+    torch.manual_seed(0)
+    for block in model.model.layers:
+        block.mlp = Experts(model.config)
+    return model

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from importlib import metadata
 
 import tyro
 
@@ -21,6 +22,7 @@ from eora_lab.cli.paper import Paper
 from eora_lab.cli.sweep import Sweep
 from eora_lab.errors import EoraLabError
 
+PLUGINS = "eora_lab.plugins"  # the entry points of installed ones
 COMMANDS = {
     "demo": Demo,
     "compare": Compare,
@@ -42,12 +44,15 @@ COMMANDS = {
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Exit codes: 0 done, 1 the input cannot be used (one line says why), 2 wrong usage, 130 stopped."""
     os.environ.setdefault("MPLBACKEND", "agg")  # figures go to files, no window opens
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
+        arguments = with_plugins(arguments)
         command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
             prog="eora-lab",
             description="Compress large language models without training, and compensate the error. "
-            "Start with `eora-lab demo`; `eora-lab COMMAND --help` tells the rest.",
+            "Start with `eora-lab demo`; `eora-lab COMMAND --help` tells the rest. "
+            "--plugin FILE.py, in every command and as often as you like, adds methods, texts and formats of yours.",
             args=arguments,
         )
         command.run()
@@ -58,3 +63,24 @@ def main(arguments: list[str] | None = None) -> int:
         print("eora-lab: stopped", file=sys.stderr)
         return 130
     return 0
+
+
+def with_plugins(arguments: list[str]) -> list[str]:
+    """Load the plugins of installed packages and those of --plugin, and return the other arguments.
+
+    It comes before anything is parsed: settings are checked when they are parsed, and may name what a plugin adds.
+    """
+    files, rest = [], []
+    left = iter(arguments)
+    for one in left:
+        if one == "--plugin" or one.startswith("--plugin="):
+            files.append(one.partition("=")[2] or next(left, ""))
+        else:
+            rest.append(one)
+    if files or metadata.entry_points(group=PLUGINS):
+        from eora_lab.run.plugins import load_installed, load_plugin
+
+        load_installed()
+        for file in files:
+            load_plugin(file)
+    return rest

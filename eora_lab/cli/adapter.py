@@ -86,6 +86,8 @@ class Solve:
     calibration: Calibration = field(default_factory=Calibration)
     device: str = "cpu"
     """cpu or cuda"""
+    base: str | None = None
+    """the base model of the run, where it is no longer in its place"""
 
     def run(self) -> None:
         from eora_lab.formats.peft import write_adapter
@@ -93,8 +95,8 @@ class Solve:
         from eora_lab.run.task_adapter import solve_adapter
 
         recipe = Recipe(**asdict(self.path), **asdict(self.measured))
-        original = load_original(self.run_folder, self.device)
-        model, tokenizer, _ = load_run(self.run_folder, original.dtype, self.device)
+        original = load_original(self.run_folder, self.device, self.base)
+        model, tokenizer, _ = load_run(self.run_folder, original.dtype, self.device, model=self.base)
         batches = self.calibration.batches(original, tokenizer)
         factors = solve_adapter(model, original, batches, recipe)
         write_adapter(self.output, factors, model.config.name_or_path)

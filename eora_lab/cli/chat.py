@@ -1,12 +1,12 @@
 """`eora-lab chat`."""
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
 
-from eora_lab.model.load import Dtype
+from eora_lab.cli.options import Loading
 
 HELP = """\
 /adapter          the adapters, and which one is in use
@@ -33,10 +33,7 @@ class Chat:
     """0: always the likeliest token"""
     seed: int = 0
     """seed of the sampling"""
-    dtype: Dtype = "float32"
-    """type that the model is held in"""
-    device: str = "cpu"
-    """cpu or cuda"""
+    loading: Annotated[Loading, tyro.conf.arg(name="")] = field(default_factory=Loading)
 
     def run(self) -> None:
         from transformers import TextStreamer
@@ -45,10 +42,9 @@ class Chat:
         from eora_lab.layer.linear import compensated
         from eora_lab.model import generate
         from eora_lab.run.adapters import Adapters
-        from eora_lab.run.folder import load_model_or_run
 
         folders = dict(named(text) for text in self.adapter)
-        model, tokenizer = load_model_or_run(self.model, self.dtype, self.device)
+        model, tokenizer = self.loading.load(self.model)
         chat = generate.Chat(model, tokenizer, self.tokens, self.temperature, self.seed)
         adapters = Adapters(model, folders) if compensated(model) or folders else None
         if folders:

@@ -1,12 +1,12 @@
 """`eora-lab evaluate`."""
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated
 
 import tyro
 
-from eora_lab.model.load import Dtype
+from eora_lab.cli.options import Loading
 from eora_lab.text.settings import Evaluation
 
 
@@ -33,32 +33,29 @@ class Evaluate:
     """requests that run at once"""
     against: str | None = None
     """a second model or run folder: measure it too, and print the paired 95 % interval of second minus first"""
-    dtype: Dtype = "float32"
-    """type that the model is held in"""
-    device: str = "cpu"
-    """cpu or cuda"""
+    loading: Annotated[Loading, tyro.conf.arg(name="")] = field(default_factory=Loading)
 
     def run(self) -> None:
-        first = self.measure(self.model, self.adapter)
+        first = self.measure(self.model, self.loading, self.adapter)
         if self.against is None:
             return
         from eora_lab.measure.intervals import paired_bootstrap
         from eora_lab.measure.tasks import compare_results
 
-        second = self.measure(self.against)
+        alike = replace(self.loading, backend="auto", base=None)
+        second = self.measure(self.against, alike)
         print(f"{self.against} minus {self.model}, 95 % paired bootstrap:")
         for text, losses in first[0].items():
             print(f"log perplexity on {text} {paired_bootstrap(losses, second[0][text])}")
         for task, result in first[1].items():
             print(f"{task} {result.metric} {compare_results(result, second[1][task])}")
 
-    def measure(self, name: str, adapter: str | None = None) -> tuple:
+    def measure(self, name: str, loading: Loading, adapter: str | None = None) -> tuple:
         """(text -> loss of every window, results of the tasks) of one model, printed as they come."""
         from eora_lab.measure.evaluate import window_losses
         from eora_lab.run.adapters import use_only
-        from eora_lab.run.folder import load_model_or_run
 
-        model, tokenizer = load_model_or_run(name, self.dtype, self.device)
+        model, tokenizer = loading.load(name)
         if adapter:
             use_only(model, adapter)
         windows = self.evaluation.tokens(tokenizer)

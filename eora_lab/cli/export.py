@@ -26,6 +26,8 @@ class Export:
     """gptq, gptq_v2, dense or merged"""
     dtype: Dtype = "float16"
     """type of the tensors that are not quantised"""
+    base: str | None = None
+    """the base model of the run, where it is no longer in its place"""
 
     def run(self) -> None:
         import torch
@@ -37,6 +39,6 @@ class Export:
         written = {name: one.write for name, one in FORMATS.items() if one.write}
         if self.format not in written:
             raise unknown("format", self.format, written)
-        model, tokenizer, _ = load_run(self.run_folder)
+        model, tokenizer, _ = load_run(self.run_folder, model=self.base)
         what = written[self.format](self.output, model, tokenizer, getattr(torch, self.dtype))
         print(f"wrote {self.output}: {what}; the low-rank path alone is in {self.run_folder / 'adapter'}")

@@ -18,7 +18,7 @@ class Finetune:
     loss curve (log.json). An interrupted training resumes when it is started again with the same settings.
     """
 
-    base: Annotated[Path, tyro.conf.Positional]
+    run_folder: Annotated[Path, tyro.conf.Positional]
     """run folder of the compressed model"""
     output: Annotated[Path, tyro.conf.Positional]
     """folder to write"""
@@ -34,6 +34,8 @@ class Finetune:
     evaluation: Evaluation = field(default_factory=lambda: Evaluation(window_length=256))
     device: str = "cpu"
     """cpu or cuda"""
+    base: str | None = None
+    """the base model of the run, where it is no longer in its place"""
 
     def run(self) -> None:
         import torch
@@ -41,14 +43,14 @@ class Finetune:
         from eora_lab.finetune.finetune import finetune
         from eora_lab.run.folder import claim_folder, load_original, load_run, read_config
 
-        model, tokenizer, _ = load_run(self.base, device=self.device)
-        original = load_original(self.base, device=self.device)
+        model, tokenizer, _ = load_run(self.run_folder, device=self.device, model=self.base)
+        original = load_original(self.run_folder, self.device, self.base)
         tokens = self.data.batches(original, tokenizer)
         held_out = torch.cat(list(self.evaluation.tokens(tokenizer).values()))
-        base = read_config(self.base)["settings"]
+        base = read_config(self.run_folder)["settings"]
         settings = asdict(self.training) | asdict(self.data) | {"rank": self.rank, "weights": base["weights"]}
         settings |= {f"evaluation.{key}": value for key, value in asdict(self.evaluation).items()}
-        claim_folder(self.output, settings | {"base": str(self.base.resolve())}, "finetune.json")
+        claim_folder(self.output, settings | {"base": str(self.run_folder.resolve())}, "finetune.json")
         columns = "{:6} {:>14} {:>14} {:>16} {:>14}"
         rows = [("start", "train: first", "last quarter", "held-out: first", "last")]
         for init in self.init:
@@ -58,7 +60,7 @@ class Finetune:
             quarter = train[-max(1, len(train) // 4) :]
             losses = train[0], sum(quarter) / len(quarter), judged[0], judged[-1]
             rows.append((init, *(f"{value:.4f}" for value in losses)))
-            print(f"wrote {folder}: try  eora-lab evaluate {self.base} --adapter {folder}", flush=True)
+            print(f"wrote {folder}: try  eora-lab evaluate {self.run_folder} --adapter {folder}", flush=True)
         texts = ", ".join(self.evaluation.perplexity)
         print(f"loss in nats a token; held-out: {len(held_out)} x {held_out.shape[1]} of {texts}")
         for row in rows:

@@ -1,11 +1,12 @@
 """`eora-lab generate`."""
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, field
 from typing import Annotated
 
 import tyro
 
-from eora_lab.model.load import Dtype
+from eora_lab.cli.options import Loading
 
 
 @dataclass(frozen=True)
@@ -24,17 +25,16 @@ class Generate:
     """0: always the likeliest token"""
     seed: int = 0
     """seed of the sampling"""
-    dtype: Dtype = "float32"
-    """type that the model is held in"""
-    device: str = "cpu"
-    """cpu or cuda"""
+    loading: Annotated[Loading, tyro.conf.arg(name="")] = field(default_factory=Loading)
 
     def run(self) -> None:
+        from eora_lab.layer.linear import backends_in_use
         from eora_lab.model.generate import generate
         from eora_lab.run.adapters import use_only
-        from eora_lab.run.folder import load_model_or_run
 
-        model, tokenizer = load_model_or_run(self.model, self.dtype, self.device)
+        model, tokenizer = self.loading.load(self.model)
         if self.adapter:
             use_only(model, self.adapter)
+        if used := backends_in_use(model):
+            print(f"computing {', '.join(f'{n} layers by {name}' for name, n in used.items())}", file=sys.stderr)
         print(self.prompt + generate(model, tokenizer, self.prompt, self.tokens, self.temperature, self.seed))

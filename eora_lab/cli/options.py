@@ -1,13 +1,35 @@
-"""Settings as axes: the same names and help, each with one value or several."""
+"""What several commands share: how a model is loaded, and settings as axes, each with one value or several."""
 
 import ast
 import inspect
 import itertools
 import textwrap
-from dataclasses import field, fields, make_dataclass
+from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, get_type_hints
 
 import tyro
+
+from eora_lab.model.load import Dtype
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model or a run folder is loaded."""
+
+    dtype: Dtype = "float32"
+    """type that the model is held in"""
+    device: str = "cpu"
+    """cpu or cuda"""
+    backend: str = "auto"
+    """who multiplies a run folder's compressed layers: auto (the first that can), triton, int4 or tiles"""
+    base: str | None = None
+    """the base model of a run folder, where it is no longer in its place"""
+
+    def load(self, name: str) -> tuple:
+        """(model, tokenizer) of a model or a run folder."""
+        from eora_lab.run.folder import load_model_or_run
+
+        return load_model_or_run(name, self.dtype, self.device, self.backend, self.base)
 
 
 def axes(kind: type, **defaults: tuple) -> type:

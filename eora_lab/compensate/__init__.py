@@ -8,12 +8,14 @@ from eora_lab.calibrate.statistics import InputStatistics, all_finite
 from eora_lab.compensate.act_s import act_s, act_s_released
 from eora_lab.compensate.eora import eora
 from eora_lab.compensate.eora_paper import eora_paper
+from eora_lab.compensate.factors import StoredFactors, store_factors
 from eora_lab.compensate.lowrank import LowRank
 from eora_lab.compensate.lqer import lqer
 from eora_lab.compensate.none import none
+from eora_lab.compensate.projection import principal_errors
 from eora_lab.compensate.qera_approx import qera_approx
 from eora_lab.compensate.svd import svd
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, unknown
 
 SOLVERS = {
     "none": none,
@@ -27,7 +29,22 @@ SOLVERS = {
     "eora_paper": eora_paper,
 }
 
-__all__ = ["SOLVERS", "LowRank", "solve"]
+__all__ = [
+    "SOLVERS",
+    "LowRank",
+    "StoredFactors",
+    "act_s",
+    "act_s_released",
+    "eora",
+    "eora_paper",
+    "lqer",
+    "none",
+    "principal_errors",
+    "qera_approx",
+    "solve",
+    "store_factors",
+    "svd",
+]
 
 
 @torch.no_grad()
@@ -44,7 +61,7 @@ def solve(
     Raises EoraLabError: unknown method, rank larger than the layer, sizes that do not match, NaN or Inf.
     """
     if method not in SOLVERS:
-        raise EoraLabError(f"unknown method {method!r}; known: {', '.join(SOLVERS)}")
+        raise unknown("method", method, SOLVERS)
     if isinstance(statistics, Tensor):
         statistics = InputStatistics.from_second_moment(statistics)
     if residual.shape[1] != statistics.in_features:

@@ -14,7 +14,7 @@ from eora_lab.errors import EoraLabError
 BLOCK = 32  # columns between two updates of all the rest; a matter of speed only
 
 
-def sweep(
+def column_sweep(
     columns: Float[Tensor, "in out"],
     factor: Float[Tensor, "in in"],
     compress: Callable[[int], Float[Tensor, " out"]],

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eora_lab.calibrate.statistics import InputStatistics
-from eora_lab.compress.feedback import inverse_factor, sweep
+from eora_lab.compress.feedback import column_sweep, inverse_factor
 from eora_lab.compress.grid import Grid, check_grid
 from eora_lab.compress.grid_weight import GridWeight, zero_points
 
@@ -47,7 +47,7 @@ def gptq(
         torch.addcdiv(zero[g], columns[i], scale[g], out=codes[i]).round_().clamp_(0, 2**grid.bits - 1)
         return (codes[i] - zero[g]) * scale[g]
 
-    sweep(columns, factor, compress, *([] if desc_act else [group_size]))
+    column_sweep(columns, factor, compress, *([] if desc_act else [group_size]))
     in_place = torch.empty_like(codes, dtype=torch.uint8)
     in_place[order] = codes.to(torch.uint8)
     return GridWeight(

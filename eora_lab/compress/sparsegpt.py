@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eora_lab.calibrate.statistics import InputStatistics
-from eora_lab.compress.feedback import inverse_factor, sweep
+from eora_lab.compress.feedback import column_sweep, inverse_factor
 from eora_lab.compress.grid import Grid, check_grid
 from eora_lab.compress.grid_weight import GridWeight, zero_points
 from eora_lab.compress.prune import store
@@ -45,7 +45,7 @@ def sparsegpt(
         return columns[i] * mask[i]
 
     if grid.bits == 16:
-        sweep(columns, factor, prune, span)
+        column_sweep(columns, factor, prune, span)
         return store(columns.T.contiguous(), mask.T.contiguous(), grid)
     group_size = check_grid(in_features, grid.bits, grid.group_size)
     codes, grids = torch.empty_like(columns), []
@@ -60,7 +60,7 @@ def sparsegpt(
         torch.addcdiv(zero, kept, scale, out=codes[i]).round_().clamp_(0, 2**grid.bits - 1).mul_(mask[i])
         return (codes[i] - zero) * scale * mask[i]
 
-    sweep(columns, factor, prune_and_round, span, group_size)
+    column_sweep(columns, factor, prune_and_round, span, group_size)
     scales, offsets = (torch.cat(parts, dim=1) for parts in zip(*grids, strict=True))
     codes = codes.to(torch.uint8).T.contiguous()
     return GridWeight(codes, scales, offsets, grid.bits, mask.T.contiguous(), group_size)

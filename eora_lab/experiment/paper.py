@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import pandas
 
 FOLDER = Path(__file__).parents[2] / "data" / "paper"  # they ship with the repository, not inside the package
+MEASURED = FOLDER.parent / "measured"  # recorded cells, a store in each folder
 TABLES = tuple(f"T{number}" for number in range(1, 20))
 COLUMNS = ("model", "base", "method", "rank", "task", "metric", "unit", "value", "source", "note")
 

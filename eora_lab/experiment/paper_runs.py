@@ -61,7 +61,7 @@ RELEASED = {"method": {"act_s": "act_s_released"}, "share": {"mathqa": 20 / 64, 
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """One row of a table: what it is, what the paper prints, and the cell that measures each column."""
 
     model: str  # the paper's
@@ -75,7 +75,7 @@ class Row:
 
 def table_rows(
     table: str, model: str, scale: str = "full", published_model: str = "", released: bool = False
-) -> list[Row]:
+) -> list[TableRow]:
     """The rows of a published table that this package can run, with their cells on `model`.
 
     published_model: whose rows; the table's first if empty.
@@ -108,7 +108,7 @@ def table_rows(
         cells = {task: _cell(model, base, method, int(rank), own, task, settings, released) for task in columns}
         about = " ".join(f"{name} {value}" for name, value in own.items())
         figures = group.dropna(subset="value").set_index("task")["value"].to_dict()
-        rows.append(Row(chosen, base, method, int(rank), about, figures, cells))
+        rows.append(TableRow(chosen, base, method, int(rank), about, figures, cells))
     return rows
 
 
@@ -126,7 +126,7 @@ def _cell(model: str, base: str, method: str, rank: int, own: dict, task: str, s
     return Cell.from_config(config)
 
 
-def measured(rows: list[Row], store: ResultStore) -> "pandas.DataFrame":
+def measured(rows: list[TableRow], store: ResultStore) -> "pandas.DataFrame":
     """Published and measured side by side: columns "paper ..." and "here ...", never one for both."""
     import pandas
 
@@ -162,7 +162,7 @@ def _bounds(task: str, found: dict) -> tuple[float, float, float]:
     return value, value - error, value + error
 
 
-def both_sides(rows: list[Row], store: ResultStore) -> "pandas.DataFrame":
+def both_sides(rows: list[TableRow], store: ResultStore) -> "pandas.DataFrame":
     """Every published and every measured figure, one a row, as `eora_lab.plots.plot_table` draws them.
 
     Columns: source ("published" or "measured"), model, base, method (this package's name), rank, extra, task, unit,
@@ -186,7 +186,7 @@ def both_sides(rows: list[Row], store: ResultStore) -> "pandas.DataFrame":
     return pandas.DataFrame(lines)
 
 
-def rivalry(rows: list[Row], store: ResultStore) -> dict[str, dict[str, Interval]]:
+def rivalry(rows: list[TableRow], store: ResultStore) -> dict[str, dict[str, Interval]]:
     """EoRA minus each rival on the same base and rank, with paired intervals: what and its unit -> which pair -> it."""
     found: dict[str, dict[str, Interval]] = {}
     for eora in (one for one in rows if one.method == "EoRA"):

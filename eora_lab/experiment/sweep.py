@@ -19,10 +19,10 @@ if TYPE_CHECKING:
     import pandas
 
 FORM = "a grid is a mapping from settings to values, or a list of such mappings"
-Grid = Mapping | list  # field -> value or values; or several such mappings, or cells, one after another
+Ablation = Mapping | list  # field -> value or values; or several such mappings, or cells, one after another
 
 
-def expand(grid: Grid) -> list[Cell]:
+def expand(grid: Ablation) -> list[Cell]:
     """All cells of a grid, each once. The last field varies fastest.
 
     Raises EoraLabError for an unknown field, a value of a wrong type, or a grid of another form.
@@ -49,7 +49,7 @@ def named_grids() -> dict[str, Path]:
     return {path.stem: path for path in sorted((Path(__file__).parent / "grids").glob("*.yaml"))}
 
 
-def read_grid(path: Path | str) -> Grid:
+def read_grid(path: Path | str) -> Ablation:
     """A grid from a YAML file, or one of `named_grids`. Raises EoraLabError when it cannot be read."""
     import yaml
 
@@ -65,7 +65,7 @@ def read_grid(path: Path | str) -> Grid:
     return grid
 
 
-def on_model(grid: Grid, model: str) -> Grid:
+def on_model(grid: Ablation, model: str) -> Ablation:
     """The same grid for another model."""
     return [part | {"model": model} for part in (grid if isinstance(grid, list) else [grid])]
 
@@ -145,7 +145,7 @@ def _kinship(cell: Cell) -> tuple:
 
 
 def sweep(
-    grid: Grid,
+    grid: Ablation,
     store: ResultStore | Path | str,
     engine: str = "local",
     workers: int = 1,

@@ -5,11 +5,11 @@ from eora_lab.plots.curves import plot_setting
 from eora_lab.plots.front import plot_front, plot_sweep
 from eora_lab.plots.intervals import plot_intervals
 from eora_lab.plots.spectra import plot_budget, plot_error_map, plot_ranks, plot_spectra, rank_grid
-from eora_lab.plots.style import LABELS, save
+from eora_lab.plots.style import method_name, save, use_style
 from eora_lab.plots.table import plot_table
 
 __all__ = [
-    "LABELS",
+    "method_name",
     "plot_budget",
     "plot_comparison",
     "plot_error_map",
@@ -22,4 +22,5 @@ __all__ = [
     "plot_table",
     "rank_grid",
     "save",
+    "use_style",
 ]

@@ -3,7 +3,7 @@
 import pandas
 from matplotlib.figure import Figure
 
-from eora_lab.plots.style import LABELS, looks, panels, styled
+from eora_lab.plots.style import looks, method_name, panels, styled
 
 
 def plot_comparison(frame: pandas.DataFrame) -> Figure:
@@ -33,7 +33,7 @@ def plot_comparison(frame: pandas.DataFrame) -> Figure:
 def _label(row, several: bool) -> str:
     """What a bar stands for."""
     parts = [row["base"]] if several else []
-    parts.append(LABELS.get(row["method"], row["method"]))
+    parts.append(method_name(row["method"]))
     if row["rank"]:
         parts.append(f"rank {row['rank']}")
         parts += [f"{row['factor_bits']}-bit factors"] if row["factor_bits"] != 16 else []

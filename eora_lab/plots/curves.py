@@ -18,7 +18,7 @@ from eora_lab.plots.scales import (
     spread_metric,
     value_name,
 )
-from eora_lab.plots.style import BAND, LABELS, LOOKS, Look, looks, panels, styled
+from eora_lab.plots.style import BAND, LOOKS, Look, looks, method_name, panels, styled
 
 MEASURING = ("perplexity", "windows", "window_length")
 LEGEND = 1.9  # inches
@@ -65,15 +65,15 @@ def plot_setting(frame: pandas.DataFrame, setting: str, only: list[str] | None =
                 _lines_across(axes, part[~touched(part, setting)].dropna(subset=metric), metric)
                 rows = part[touched(part, setting)].dropna(subset=metric)
                 for i, (series, one) in enumerate(look.items()):
-                    label = LABELS[series] if key == "method" else setting_name(key, series)
+                    name = method_name(series) if key == "method" else setting_name(key, series)
                     own = rows[rows[key] == series]
                     if own.empty:
                         continue
                     x = own[setting].map(places)
                     if numeric(places):
-                        _curve(axes, own, x, metric, one, label)
+                        _curve(axes, own, x, metric, one, name)
                     else:
-                        _points(axes, own, x + APART * (i - (len(look) - 1) / 2), metric, one, label)
+                        _points(axes, own, x + APART * (i - (len(look) - 1) / 2), metric, one, name)
                 _setting_axis(axes, setting, places)
                 axes.set_title(title)
                 axes.set_ylabel(metric_name(frame, metric) if axes is line[0] else "")
@@ -128,24 +128,24 @@ def numeric(places: dict[object, float]) -> bool:
 
 def _lines_across(axes: Axes, rows: pandas.DataFrame, metric: str) -> None:
     for compressor, value in zip(rows["compressor"], figures(rows, metric)[0], strict=True):
-        colour, line, label = LOOKS["none"].colour, LOOKS["none"].line, LABELS["none"]
+        colour, line, name = LOOKS["none"].colour, LOOKS["none"].line, method_name("none")
         if compressor == DENSE:
-            colour, line, label = "black", "--", "dense"
-        axes.axhline(value, color=colour, linestyle=line, label=label)
+            colour, line, name = "black", "--", "dense"
+        axes.axhline(value, color=colour, linestyle=line, label=name)
 
 
-def _curve(axes: Axes, rows: pandas.DataFrame, places: pandas.Series, metric: str, look: Look, label: str) -> None:
+def _curve(axes: Axes, rows: pandas.DataFrame, places: pandas.Series, metric: str, look: Look, name: str) -> None:
     order = np.argsort(places.to_numpy(), kind="stable")
     x, (value, low, high) = places.to_numpy()[order], (column[order] for column in figures(rows, metric))
-    axes.plot(x, value, color=look.colour, marker=look.marker, linestyle=look.line, label=label)
+    axes.plot(x, value, color=look.colour, marker=look.marker, linestyle=look.line, label=name)
     if np.isfinite(low).any():
         axes.fill_between(x, low, high, color=look.colour, alpha=BAND, linewidth=0)
 
 
-def _points(axes: Axes, rows: pandas.DataFrame, x: pandas.Series, metric: str, look: Look, label: str) -> None:
+def _points(axes: Axes, rows: pandas.DataFrame, x: pandas.Series, metric: str, look: Look, name: str) -> None:
     value, low, high = figures(rows, metric)
     errors = np.array([value - low, high - value]) if np.isfinite(low).any() else None
-    axes.errorbar(x, value, errors, fmt=look.marker, color=look.colour, linewidth=1.2, label=label)
+    axes.errorbar(x, value, errors, fmt=look.marker, color=look.colour, linewidth=1.2, label=name)
 
 
 def _setting_axis(axes: Axes, setting: str, places: dict[object, float]) -> None:

@@ -9,7 +9,7 @@ from eora_lab.errors import EoraLabError
 from eora_lab.experiment.cells import DENSE
 from eora_lab.plots.curves import plot_setting, touched, varied
 from eora_lab.plots.scales import AXES, figures, metric_name, metrics, plain_log_axis, setting_name
-from eora_lab.plots.style import LABELS, LOOKS, looks, panels, styled
+from eora_lab.plots.style import LOOKS, looks, method_name, panels, styled
 
 LINE = 0.21  # inches between labels
 
@@ -37,7 +37,7 @@ def plot_front(frame: pandas.DataFrame, metric: str = "") -> Figure:
         axes.plot(bits[best], value[best], color=LOOKS["none"].colour, linewidth=1, zorder=1)
         for method, one in look.items():
             here = (frame["method"] == method).to_numpy()
-            axes.plot(bits[here], value[here], one.marker, color=one.colour, label=LABELS[method])
+            axes.plot(bits[here], value[here], one.marker, color=one.colour, label=method_name(method))
         axes.margins(x=0.12, y=0.1)
         if lower and value.max() > 3 * value.min():
             plain_log_axis(axes, "y")
@@ -83,7 +83,7 @@ def _labels(frame: pandas.DataFrame) -> list[str]:
     """What tells each cell from the others."""
     named = [name for name in varied(frame) if name != "method"]
     parts = {name: touched(frame, name).to_numpy() for name in named}
-    methods = [LABELS.get(method, method) for method in frame["method"]]
+    methods = [method_name(method) for method in frame["method"]]
     return [
         ", ".join([methods[i], *(setting_name(name, frame[name].iloc[i]) for name in named if parts[name][i])])
         for i in range(len(frame))

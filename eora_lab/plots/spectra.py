@@ -9,7 +9,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from eora_lab.plots.style import LABELS, looks, panels, styled
+from eora_lab.plots.style import looks, method_name, panels, styled
 
 
 def plot_spectra(
@@ -29,7 +29,7 @@ def plot_spectra(
     figure, axes = _panels(1, size)
     for name, look in looks(list(spectra)).items():
         style = {"linewidth": 2.6, "zorder": 3} if name == chosen else {"linewidth": 1.4}
-        style |= {"color": look.colour, "linestyle": look.line, "label": LABELS.get(name, name)}
+        style |= {"color": look.colour, "linestyle": look.line, "label": method_name(name)}
         axes[0].plot(range(first, first + len(spectra[name])), spectra[name], **style)
     top = max(float(max(values)) for values in spectra.values())
     low = min((float(v) for values in spectra.values() for v in values if v > 0), default=top)
@@ -56,7 +56,7 @@ def plot_error_map(
         image = panel.imshow(
             values.clamp_min(1e-4).numpy(), norm=LogNorm(1e-3, 1e2), cmap="viridis", aspect="auto", extent=extent
         )
-        panel.set_title(LABELS.get(name, name))
+        panel.set_title(method_name(name))
         panel.set_xlabel("input direction, loudest first (%)")
     axes[0].set_ylabel("output channel (%)")
     for panel in axes[1:]:

@@ -11,6 +11,7 @@ from matplotlib import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from eora_lab.compensate import SOLVERS
 from eora_lab.files import write_atomically
 
 
@@ -34,6 +35,12 @@ LOOKS = {
     "qera_exact": Look("#000000", "*", (0, (8, 2))),
     "eora_paper": Look("#7F5F00", "p", (0, (8, 2, 2, 2))),
 }
+PLUGINS = (
+    Look("#882255", "<", (0, (1, 1, 5, 1))),
+    Look("#44AA99", ">", (0, (4, 1, 1, 1))),
+    Look("#999933", "h", (0, (6, 1, 2, 1))),
+    Look("#332288", "8", (0, (2, 1))),
+)
 LABELS = {
     "none": "no compensation",
     "svd": "SVD",
@@ -65,10 +72,25 @@ STYLE = {
 BAND = 0.15  # opacity
 
 
+def method_name(method: str) -> str:
+    """What a method is called in a figure: its own name where it has no other."""
+    return LABELS.get(method, method)
+
+
 def looks(series: list) -> dict[object, Look]:
-    """A look for every series: that of its name where it is a method, else the next one."""
-    free = [LOOKS[name] for name in ORDINARY if name not in series]
-    return {one: LOOKS[one] if one in LOOKS else free[i % len(free)] for i, one in enumerate(series)}
+    """A look for every series: that of its name where it is a method, else the next one that is free.
+
+    Methods of plugins have looks that no method of the package has.
+    """
+    own = [one for one in series if one in SOLVERS and one not in LOOKS]
+    free = [LOOKS[name] for name in ORDINARY if name not in series] + [*PLUGINS[len(own) :]]
+    found = {one: LOOKS[one] if one in LOOKS else free[i % len(free)] for i, one in enumerate(series) if one not in own}
+    return {one: found[one] if one in found else PLUGINS[own.index(one) % len(PLUGINS)] for one in series}
+
+
+def use_style() -> None:
+    """Let every figure that is drawn from now on look like those of the package: for notebooks."""
+    plt.style.use(STYLE)
 
 
 @contextmanager

@@ -6,10 +6,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eora_lab.plots.scales import plain_log_axis
-from eora_lab.plots.style import BAND, LABELS, looks, panels, styled
+from eora_lab.plots.style import BAND, looks, method_name, panels, styled
 
 PUBLISHED = "#F4F1EA"  # background
-NAMES = LABELS | {"svd": "SVD (ZeroQuant-V2)"}  # what the paper calls it
 
 
 def plot_table(frame: pandas.DataFrame) -> Figure:
@@ -48,11 +47,16 @@ def _against_rank(axes: Axes, part: pandas.DataFrame, look: dict) -> None:
     for method, rows in part.groupby("method", sort=False):
         one = look[method]
         if method == "none":
-            axes.axhline(rows["value"].iloc[0], color=one.colour, linestyle=one.line, label=NAMES[method])
+            axes.axhline(rows["value"].iloc[0], color=one.colour, linestyle=one.line, label=paper_name(method))
             continue
         rows = rows.sort_values("rank")
         axes.plot(
-            rows["rank"], rows["value"], color=one.colour, marker=one.marker, linestyle=one.line, label=NAMES[method]
+            rows["rank"],
+            rows["value"],
+            color=one.colour,
+            marker=one.marker,
+            linestyle=one.line,
+            label=paper_name(method),
         )
         if rows["low"].notna().any():
             axes.fill_between(rows["rank"], rows["low"], rows["high"], color=one.colour, alpha=BAND, linewidth=0)
@@ -77,7 +81,20 @@ def _against_base(axes: Axes, part: pandas.DataFrame, look: dict) -> None:
         x = names[here].map(places).to_numpy() + 0.6 / len(methods) * (i - (len(methods) - 1) / 2)
         errors = np.array([rows["value"] - rows["low"], rows["high"] - rows["value"]])  # (2, rows)
         known = errors if np.isfinite(errors).any() else None
-        axes.errorbar(x, rows["value"], known, fmt=one.marker, color=one.colour, linewidth=1, label=NAMES[method])
+        axes.errorbar(
+            x,
+            rows["value"],
+            known,
+            fmt=one.marker,
+            color=one.colour,
+            linewidth=1,
+            label=paper_name(method),
+        )
     axes.set_xticks(range(len(places)), places, fontsize=8 if len(places) > 3 else 9)
     axes.set_xlim(-0.5, len(places) - 0.5)
     axes.set_xlabel(f"base (paths of rank {ranks[0]})" if len(ranks) == 1 else "base")
+
+
+def paper_name(method: str) -> str:
+    """What the paper calls a method."""
+    return "SVD (ZeroQuant-V2)" if method == "svd" else method_name(method)

@@ -48,10 +48,24 @@ class Adapters:
         """Of the adapters that `use` takes."""
         return tuple(self._factors)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the path in use, as stored."""
+        return sum(layer.factors.nbytes for layer in self._layers.values())
+
+    def factors(self, name: str = OWN) -> Factors:
+        """Module name -> (A, B) of an adapter, of rank 0 where a layer has no path. Raises EoraLabError as `use`."""
+        self._check(name)
+        return {module: stored.dense() for module, stored in self._factors[name].items()}
+
+    def _check(self, name: str) -> None:
+        if name not in self._factors:
+            raise EoraLabError(f"no adapter {name!r}; there are {', '.join((*self._factors, OFF))}")
+
     def use(self, name: str | None) -> None:
         """Switch to an adapter, or to the bare compressed weights (None). Raises EoraLabError for an unknown name."""
-        if name is not None and name not in self._factors:
-            raise EoraLabError(f"no adapter {name!r}; there are {', '.join((*self._factors, OFF))}")
+        if name is not None:
+            self._check(name)
         chosen = self._factors[name] if name else stored_factors(self._layers, {})
         for module, layer in self._layers.items():
             layer.set_factors(chosen[module])

@@ -22,7 +22,7 @@ from eora_lab.compensate.factors import store_factors
 from eora_lab.compress import residual, tagged_state_dict
 from eora_lab.environment import peak_memory
 from eora_lab.errors import EoraLabError, naming
-from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.layer.linear import CompensatedLinear, backends_in_use
 from eora_lab.model.digest import model_digest
 from eora_lab.model.structure import block_linears, decoder_blocks, linears
 from eora_lab.run.fit import Steps, fit_layer
@@ -92,6 +92,7 @@ def compress_model(
     report = Report(_walk(model, batches, steps, asked, statistics, run, progress))
     report.seconds = time.perf_counter() - started
     report.peak_memory = peak_memory(next(model.parameters()).device)
+    report.backends = backends_in_use(model)
     if judge:
         after = judge(model)
         report.perplexity = {text: {"dense": before[text], "compressed": after[text]} for text in before}

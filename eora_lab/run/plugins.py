@@ -14,6 +14,7 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from eora_lab.compensate import SOLVERS
 from eora_lab.compress import KINDS, PRUNERS, QUANTISERS
@@ -43,7 +44,7 @@ def load_plugin(file: Path | str) -> list[str]:
     Raises EoraLabError when the file cannot be run, adds nothing, or takes a name of the package or of another plugin.
     """
     path = Path(file).expanduser().resolve()
-    if not path.is_file():
+    if not file or not path.is_file():
         raise EoraLabError(f"no plugin {file}: give a Python file")
     name = f"eora_lab_plugin_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -76,12 +77,16 @@ def load_installed() -> tuple[str, ...]:
 
 def _register(module: ModuleType, path: Path) -> list[str]:
     """Put what a module offers into the package's registries."""
-    offered = {
-        (registry, name): value
-        for registry in REGISTRIES
-        for name, value in getattr(module, registry, {}).items()
-        if registry in vars(module)
-    }
+    offered: dict[tuple[str, str], Any] = {}
+    for registry, ours in REGISTRIES.items():
+        theirs = vars(module).get(registry, {})
+        if theirs is ours:
+            for name in [name for name in ours if name not in OWN[registry] and (registry, name) not in _added]:
+                del ours[name]
+            raise EoraLabError(f"the plugin {path} changes the package's {registry}: let it define a dict of that name")
+        if not isinstance(theirs, dict) or not all(isinstance(name, str) for name in theirs):
+            raise EoraLabError(f"the plugin {path} defines {registry}, which is no dict whose keys are names")
+        offered |= {(registry, name): value for name, value in theirs.items()}
     if not offered:
         raise EoraLabError(f"the plugin {path} adds nothing: it defines none of {', '.join(REGISTRIES)}")
     for registry, name in offered:

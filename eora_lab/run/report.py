@@ -1,7 +1,7 @@
 """What a compression pass did: numbers a layer, numbers in all, as JSON and as a printed table."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class Report:
     layers: list[LayerReport] = field(default_factory=list)
     seconds: float = 0.0
     peak_memory: int = 0  # bytes: of the process, or of the GPU when the model is there
+    backends: dict[str, int] = field(default_factory=dict)  # who multiplies one row of input -> how many layers
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)  # text -> state of the model -> value
 
     @property
@@ -58,9 +59,8 @@ class Report:
     def from_json(cls, text: str) -> "Report":
         """The inverse of `to_json`."""
         data = json.loads(text)
-        return cls(
-            [layer_report(layer) for layer in data["layers"]], data["seconds"], data["peak_memory"], data["perplexity"]
-        )
+        own = {one.name: data[one.name] for one in fields(cls)}
+        return cls(**own | {"layers": [layer_report(layer) for layer in data["layers"]]})
 
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers], default=5)
@@ -90,6 +90,8 @@ class Report:
         if self.layers and self.layers[0].held_out_after is not None:
             before, after = mean("held_out_before"), mean("held_out_after")
             lines.insert(2, f"output error {before:.5f} -> {after:.5f}, mean of layers, held-out tokens")
+        if self.backends:
+            lines.append(f"computed by {', '.join(f'{name} ({n} layers)' for name, n in self.backends.items())}")
         few = [layer.name for layer in self.layers if layer.data_free]
         if few:
             lines.append(f"{len(few)} layers saw too few tokens and were compressed without data: {', '.join(few)}")

@@ -2,27 +2,24 @@
 
 import html
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import ipywidgets
 import traitlets
 
+from eora_lab.compensate import SOLVERS
 from eora_lab.compress import PRUNERS, QUANTISERS
 from eora_lab.errors import EoraLabError
 from eora_lab.experiment.cells import DENSE
 from eora_lab.experiment.store import ResultStore
 from eora_lab.experiment.sweep import expand, plan, rows, run_plan
-from eora_lab.plots import LABELS
+from eora_lab.plots import method_name
+from eora_lab.run.plugins import plugin_of
 from eora_lab.widgets.table import html_table, interesting
 
-METHODS = ("none", "svd", "act_s", "qera_approx", "eora")
-CHOICES = {  # settings with several values, each an axis of the grid
-    "compressor": (*QUANTISERS, *PRUNERS),
-    "bits": (2, 3, 4),
-    "method": METHODS,
-    "rank": (4, 8, 16, 32, 64, 128),
-}
+METHODS = ("none", "svd", "act_s", "qera_approx", "eora")  # and those of plugins
+SEVERAL = ("compressor", "bits", "method", "rank")  # settings with several values, each an axis of the grid
 NUMBERS = {"group_size": 64, "nsamples": 16, "seqlen": 512, "windows": 10, "window_length": 512}
 TEXTS = {"model": "smollm2-135m", "source": "pydoc", "perplexity": "pydoc:heldout"}
 WIDTH = {"width": "19em"}
@@ -61,7 +58,7 @@ class AblationForm(ipywidgets.VBox):
         self.stop.add_class("eora-stop")
         self._plan, self._status, self._table = ipywidgets.HTML(), ipywidgets.HTML(), ipywidgets.HTML()
         self._bar = ipywidgets.IntProgress(0, 0, 1, description="Cells", layout={"width": "min(100%, 30em)"})
-        boxes = [self._row(CHOICES), self._row(NUMBERS), self._row(TEXTS)]
+        boxes = [self._row(SEVERAL), self._row(NUMBERS), self._row(TEXTS)]
         buttons = ipywidgets.HBox([self.run, self.stop, self.dense, self.retry], layout={"flex_flow": "row wrap"})
         super().__init__([*boxes, buttons, self._plan, self._bar, self._status, self._table])
         self.run.on_click(self._start)
@@ -71,7 +68,7 @@ class AblationForm(ipywidgets.VBox):
         self._show_plan()
         self._show_rows()
 
-    def _row(self, names: Mapping) -> ipywidgets.HBox:
+    def _row(self, names: Iterable[str]) -> ipywidgets.HBox:
         return ipywidgets.HBox([self.controls[name] for name in names], layout={"flex_flow": "row wrap"})
 
     @property
@@ -169,8 +166,11 @@ def make_controls() -> dict[str, ipywidgets.ValueWidget]:
     """One control a setting, with its name as the grid has it."""
     style = {"description_width": "8em"}
     controls: dict[str, ipywidgets.ValueWidget] = {}
-    for name, options in CHOICES.items():
-        shown = [(LABELS.get(value, value), value) for value in options] if name == "method" else options
+    added = [name for name in SOLVERS if plugin_of("SOLVERS", name)]
+    choices: dict[str, tuple] = {"compressor": (*QUANTISERS, *PRUNERS), "bits": (2, 3, 4)}
+    choices |= {"method": (*METHODS, *added), "rank": (4, 8, 16, 32, 64, 128)}
+    for name, options in choices.items():
+        shown = [(method_name(value), value) for value in options] if name == "method" else options
         controls[name] = ipywidgets.SelectMultiple(
             options=shown, value=options[:1], rows=6, description=name, style=style, layout=WIDTH
         )
@@ -186,5 +186,5 @@ def describe(cell) -> str:
     """A cell in a few words."""
     if cell.recipe is None:
         return DENSE
-    method = LABELS.get(cell.recipe.method, cell.recipe.method)
+    method = method_name(cell.recipe.method)
     return f"{cell.recipe.base}, {method}{f' rank {cell.recipe.rank}' if cell.recipe.rank else ''}"

@@ -6,7 +6,7 @@ import ipywidgets
 
 from eora_lab.errors import EoraLabError
 from eora_lab.model.generate import generate
-from eora_lab.plots import LABELS
+from eora_lab.plots import method_name
 from eora_lab.run.adapters import OFF, Adapters
 
 
@@ -40,7 +40,7 @@ class SideBySide(ipywidgets.VBox):
             for name in (None, *self._adapters.names):
                 self._adapters.use(name)
                 title = self._own if name == "own" else name or OFF
-                self._answer("compressed" if name is None else f"+ {LABELS.get(title, title)}", self._adapters.model)
+                self._answer("compressed" if name is None else f"+ {method_name(title)}", self._adapters.model)
             self.status.value = ""
         except EoraLabError as error:
             self.status.value = html.escape(str(error))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import ipywidgets
 
 from eora_lab.measure.explore import Exploration
-from eora_lab.plots import LABELS, plot_error_map, plot_spectra
+from eora_lab.plots import method_name, plot_error_map, plot_spectra
 from eora_lab.widgets.figure import LiveFigure
 
 METHODS = ("svd", "act_s", "qera_approx", "eora")
@@ -24,7 +24,7 @@ class SpectrumExplorer(ipywidgets.VBox):
         self._exploration, self._methods, self._shown = exploration, list(methods), ""
         self.layer = ipywidgets.Dropdown(options=exploration.layers, description="Layer", layout=WIDE)
         self.method = ipywidgets.ToggleButtons(
-            options=[(LABELS.get(name, name), name) for name in methods], value=self._methods[-1], description="Method"
+            options=[(method_name(name), name) for name in methods], value=self._methods[-1], description="Method"
         )
         self.rank = ipywidgets.IntSlider(32, description="Rank", min=0, max=32, layout=WIDE)
         self.rank.add_class("eora-rank")
@@ -71,7 +71,7 @@ class SpectrumExplorer(ipywidgets.VBox):
         before, left = self._losses[method][0], self._losses[method][rank]
         best = self._losses.get("eora", self._losses[method])
         same = next((k for k, loss in enumerate(best) if loss <= left), rank)
-        text = f"{LABELS.get(method, method)} at rank {rank}: output error {before:.4f} → {left:.4f}"
+        text = f"{method_name(method)} at rank {rank}: output error {before:.4f} → {left:.4f}"
         text += f" ({1 - left / before:.1%} removed)" if before else ""
         if method != "eora" and "eora" in self._losses:
             text += f"; EoRA needs rank {same} for this"

@@ -1,0 +1,29 @@
+from eora_lab.calibrate.statistics import InputStatistics as InputStatistics
+from eora_lab.calibrate.statistics import output_energy as output_energy
+from eora_lab.calibrate.stream import collect_statistics as collect_statistics
+from eora_lab.compensate import LowRank as LowRank
+from eora_lab.compensate import solve as solve
+from eora_lab.compensate.budget import Budget as Budget
+from eora_lab.environment import versions as versions
+from eora_lab.errors import EoraLabError as EoraLabError
+from eora_lab.layer.linear import CompensatedLinear as CompensatedLinear
+from eora_lab.measure.evaluate import perplexity as perplexity
+from eora_lab.measure.explore import Exploration as Exploration
+from eora_lab.model.generate import generate as generate
+from eora_lab.model.load import load_model as load_model
+from eora_lab.model.structure import block_linears as block_linears
+from eora_lab.run.adapters import Adapters as Adapters
+from eora_lab.run.folder import load_run as load_run
+from eora_lab.run.pipeline import compress_model as compress_model
+from eora_lab.run.plugins import load_plugin as load_plugin
+from eora_lab.run.ranks import plan_ranks as plan_ranks
+from eora_lab.run.recipe import Recipe as Recipe
+from eora_lab.run.report import Report as Report
+from eora_lab.run.task_adapter import solve_adapter as solve_adapter
+from eora_lab.text.settings import Calibration as Calibration
+from eora_lab.text.settings import Evaluation as Evaluation
+from eora_lab.text.sources import SOURCES as SOURCES
+from eora_lab.text.tokens import calibration_batches as calibration_batches
+from eora_lab.text.tokens import token_windows as token_windows
+
+__version__: str
