@@ -28,9 +28,10 @@ lab: $(BIN)/eora-lab ## open JupyterLab (ARGS="..." is passed on)
 docs: $(BIN)/eora-lab ## write the package reference to build/docs
 	$(BIN)/python -m docs.build
 
-lint: $(BIN)/eora-lab ## check style
+lint: $(BIN)/eora-lab ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
 environment.yml: constraints.txt ## rewrite the conda environment from constraints.txt
 	@{ echo 'name: eora-lab'; echo 'channels: [conda-forge]'; echo 'dependencies:'; \

@@ -52,7 +52,7 @@ def settings(cls: type[T]) -> type[T]:
 
     A whole number does for a float, a list for a tuple, and a single text for a tuple of texts. Raises EoraLabError.
     """
-    made = dataclass(frozen=True)(cls)  # type: ignore[call-overload]
+    made: typing.Any = dataclass(frozen=True)(cls)  # type: ignore[call-overload]
     make, names = made.__init__, [field.name for field in fields(made)]
 
     @functools.wraps(make)

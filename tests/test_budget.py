@@ -83,12 +83,15 @@ def test_bounds_multiples_and_patterns():
 @pytest.mark.parametrize(
     ("average", "budget", "message"),
     [
-        (16, Budget("absolute", only="vision"), "no layer matches 'vision'; names are like a"),
-        (16, Budget("absolute", minimum=4), "multiples of 8"),
-        (16, Budget("absolute", minimum=72), "72 is more than a can have: 64"),
-        (16, Budget("absolute", minimum=24), "rank 24 in every layer is more than an average rank of 16"),
+        (16, {"only": "vision"}, "no layer matches 'vision'; names are like a"),
+        (16, {"only": "("}, "'\\(' is no regular expression: missing"),
+        (16, {"minimum": 4}, "multiples of 8"),
+        (16, {"minimum": -8}, "from 0 or more, not -8 to None"),
+        (16, {"minimum": 16, "maximum": 8}, "from 0 or more, not 16 to 8"),
+        (16, {"minimum": 72}, "72 is more than a can have: 64"),
+        (16, {"minimum": 24}, "rank 24 in every layer is more than an average rank of 16"),
     ],
 )
 def test_contradictions(average, budget, message):
     with pytest.raises(EoraLabError, match=message):
-        allocate_ranks({"a": layer(0, 64, 96), "b": layer(1, 64, 96)}, average, budget)
+        allocate_ranks({"a": layer(0, 64, 96), "b": layer(1, 64, 96)}, average, Budget("absolute", **budget))

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import json
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import get_args, get_origin
@@ -81,7 +82,9 @@ def test_links_to_files_lead_somewhere(path, text):
 
 
 def test_the_reference_is_built_and_its_links_hold(tmp_path):
-    build(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # pdoc's, for a name that it cannot find
+        build(tmp_path)
     script = re.compile("<script.*?</script>", re.S)  # of the search; it makes links of its own
     html = {path: script.sub("", path.read_text(encoding="utf-8")) for path in tmp_path.rglob("*.html")}
     assert {path.relative_to(tmp_path).with_suffix("").as_posix().replace("/", ".") for path in html} >= set(MODULES)

@@ -87,7 +87,7 @@ class BlockStream:
         seen: list[tuple[Tensor, list[str]]] = []
 
         def watch(name: str):
-            def hook(module, args):
+            def hook(_module, args):
                 for x, names in seen:
                     if x is args[0]:
                         names.append(name)
@@ -123,16 +123,17 @@ class BlockStream:
         apart = next(held_out)
 
         def watch(name: str):
-            def hook(module, args):
+            def hook(_module, args):
                 x = args[0]
                 shared = next((statistics for tensor, statistics in seen if tensor is x), None)
                 if name not in found:
                     found[name] = shared or InputStatistics(x.shape[-1], x.device, name)
                 if found[name] is not shared:
                     seen.append((x, found[name]))
-                    if apart and found[name].held_out is None:
-                        found[name].held_out = InputStatistics(x.shape[-1], x.device, name)
-                    (found[name].held_out if apart else found[name]).update(x)
+                    one = found[name]
+                    if apart and one.held_out is None:
+                        one.held_out = InputStatistics(x.shape[-1], x.device, name)
+                    (one.held_out if apart and one.held_out else one).update(x)
 
             return hook
 

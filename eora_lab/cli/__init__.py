@@ -2,7 +2,9 @@
 
 import os
 import sys
+from collections.abc import Callable
 from importlib import metadata
+from typing import Any
 
 import tyro
 
@@ -23,7 +25,7 @@ from eora_lab.cli.sweep import Sweep
 from eora_lab.errors import EoraLabError
 
 PLUGINS = "eora_lab.plugins"  # the entry points of installed ones
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": Demo,
     "compare": Compare,
     "compress": Compress,

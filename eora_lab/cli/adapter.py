@@ -57,7 +57,7 @@ class Check:
             linears = block_linears(load_skeleton(name))
         except EoraLabError as error:
             raise EoraLabError(f"the base model of {self.path} is needed (--model names another): {error}") from error
-        shapes = {module: tuple(linear.weight.shape) for module, linear in linears.items()}
+        shapes = {module: (linear.out_features, linear.in_features) for module, linear in linears.items()}
         findings = check_adapter(tensors, config, shapes)
         for finding in findings:
             print(finding)
@@ -91,15 +91,16 @@ class Solve:
 
     def run(self) -> None:
         from eora_lab.formats.peft import write_adapter
+        from eora_lab.model.structure import model_name
         from eora_lab.run.folder import load_original, load_run
         from eora_lab.run.task_adapter import solve_adapter
 
         recipe = Recipe(**asdict(self.path), **asdict(self.measured))
         original = load_original(self.run_folder, self.device, self.base)
-        model, tokenizer, _ = load_run(self.run_folder, original.dtype, self.device, model=self.base)
+        model, tokenizer, _ = load_run(self.run_folder, next(original.parameters()).dtype, self.device, model=self.base)
         batches = self.calibration.batches(original, tokenizer)
         factors = solve_adapter(model, original, batches, recipe)
-        write_adapter(self.output, factors, model.config.name_or_path)
+        write_adapter(self.output, factors, model_name(model))
         print(f"wrote {self.output}: try  eora-lab chat {self.run_folder} --adapter {self.output.name}={self.output}")
 
 

@@ -47,7 +47,7 @@ class Chat:
         model, tokenizer = self.loading.load(self.model)
         chat = generate.Chat(model, tokenizer, self.tokens, self.temperature, self.seed)
         adapters = Adapters(model, folders) if compensated(model) or folders else None
-        if folders:
+        if adapters and folders:
             adapters.use(next(iter(folders)))
         streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
         print("/help lists the commands, /quit leaves")

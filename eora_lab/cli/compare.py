@@ -47,7 +47,7 @@ class Compare:
         cells = expand([judged | {"compressor": "dense"}, judged | asdict(self.calibration) | several])
         texts, calibration = list(self.evaluation.perplexity), self.calibration
         print(
-            f"{self.model}, {' and '.join(self.recipe.inputs)} inputs: {calibration.nsamples} x {calibration.seqlen} "
+            f"{self.model}, {' and '.join(several['inputs'])} inputs: {calibration.nsamples} x {calibration.seqlen} "
             f"tokens of {calibration.source}; perplexity on {self.evaluation.windows or 'all'} x "
             f"{self.evaluation.window_length} of {', '.join(texts)}"
         )

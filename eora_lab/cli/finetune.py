@@ -52,7 +52,7 @@ class Finetune:
         settings |= {f"evaluation.{key}": value for key, value in asdict(self.evaluation).items()}
         claim_folder(self.output, settings | {"base": str(self.run_folder.resolve())}, "finetune.json")
         columns = "{:6} {:>14} {:>14} {:>16} {:>14}"
-        rows = [("start", "train: first", "last quarter", "held-out: first", "last")]
+        rows: list[tuple[str, ...]] = [("start", "train: first", "last quarter", "held-out: first", "last")]
         for init in self.init:
             folder = self.output / init
             log = finetune(model, original, tokens, held_out, folder, self.training, init, self.rank, self.data.seed)

@@ -4,6 +4,7 @@ import ast
 import inspect
 import itertools
 import textwrap
+import types
 from dataclasses import dataclass, field, fields, make_dataclass
 from typing import Annotated, Any, get_type_hints
 
@@ -44,7 +45,7 @@ def axes(kind: type, **defaults: tuple) -> type:
         if hints[one.name] is bool:
             made.append((one.name, Annotated[bool, help_], field(default=one.default)))
         else:
-            several = tuple[hints[one.name], ...]  # type: ignore[name-defined]
+            several = types.GenericAlias(tuple, (hints[one.name], ...))
             made.append((one.name, Annotated[several, help_], field(default=defaults.get(one.name, (one.default,)))))
     return make_dataclass(f"{kind.__name__}Axes", made, frozen=True)
 

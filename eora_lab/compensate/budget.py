@@ -37,6 +37,17 @@ class Budget:
     only: str = ""
     """regular expression; layers whose name it does not match get rank 0 and leave their share to the others"""
 
+    def check(self) -> None:
+        """Raise EoraLabError for bounds that are no multiples, or an expression that cannot be read."""
+        if self.multiple < 1 or self.minimum % self.multiple or (self.maximum or 0) % self.multiple:
+            raise EoraLabError(f"the lowest and the highest rank must be multiples of {self.multiple} (at least 1)")
+        if self.minimum < 0 or (self.maximum is not None and self.maximum < self.minimum):
+            raise EoraLabError(f"ranks of a budget go up, from 0 or more, not {self.minimum} to {self.maximum}")
+        try:
+            re.compile(self.only)
+        except re.error as error:
+            raise EoraLabError(f"{self.only!r} is no regular expression: {error}") from error
+
 
 def allocate_ranks(layers: dict[str, LayerSpectrum], average_rank: int | float, budget: Budget) -> dict[str, int]:
     """Rank of every layer that minimises the summed output error under a parameter budget.
@@ -53,8 +64,6 @@ def allocate_ranks(layers: dict[str, LayerSpectrum], average_rank: int | float, 
     chosen = {name: layer for name, layer in layers.items() if re.search(budget.only, name)}
     if not chosen:
         raise EoraLabError(f"no layer matches {budget.only!r}; names are like {next(iter(layers))}")
-    if multiple < 1 or budget.minimum % multiple or (budget.maximum or 0) % multiple:
-        raise EoraLabError(f"the lowest and the highest rank must be multiples of {multiple} (at least 1)")
 
     def cost(name: str, rank: int) -> int:
         return rank * (layers[name].in_features + layers[name].out_features)

@@ -1,6 +1,7 @@
 """How the low-rank factors are stored: in 16 bits, or in few (the paper's table T13)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -73,7 +74,7 @@ def store_factors(
     if bits == 16 or not answer.rank:
         balanced = answer.balanced()
         return StoredFactors(balanced.A.half().contiguous(), balanced.B.half().contiguous())
-    grid = {"bits": bits, "group_size": -1, "zero_point": "integer", "scale_dtype": "float16"}
+    grid: dict[str, Any] = {"bits": bits, "group_size": -1, "zero_point": "integer", "scale_dtype": "float16"}
     A, B = answer.A.double(), answer.B.double()
     norm = B.norm(dim=0)
     A, B = A * norm[:, None], B / torch.where(norm > 0, norm, 1)
@@ -83,9 +84,9 @@ def store_factors(
     Q = rotation(answer.rank).to(B)
     A, B = Q.T @ A, B @ Q
     moment = A @ statistics.second_moment.double() @ A.T  # where A avoids loud directions, large terms cancel
-    B = gptq(B.float(), InputStatistics.from_second_moment((moment + moment.T).float() / 2), **grid)
-    A = torch.linalg.pinv(B.dense().double()) @ residual.double()
-    return StoredFactors(gptq(A.float(), statistics, **grid), B)
+    left = gptq(B.float(), InputStatistics.from_second_moment((moment + moment.T).float() / 2), **grid)
+    A = torch.linalg.pinv(left.dense().double()) @ residual.double()
+    return StoredFactors(gptq(A.float(), statistics, **grid), left)
 
 
 def rotation(size: int) -> Float[Tensor, "size size"]:

@@ -31,13 +31,12 @@ def principal_errors(
             return LowRank(A=U.T @ R, B=U.contiguous(), spectrum=values.clamp_min(0))
     R = residual.double()
     out_features, in_features = R.shape
-    diagonal = metric.double() if isinstance(metric, Tensor) else None
     if out_features <= in_features:
-        RM = R * diagonal if diagonal is not None else R @ metric.second_moment.double()
+        RM = R * metric.double() if isinstance(metric, Tensor) else R @ metric.second_moment.double()
         values, vectors = torch.linalg.eigh(RM @ R.T)
         U = vectors.flip(1)[:, :rank]  # (out, rank)
     else:
-        RT = R * diagonal.sqrt() if diagonal is not None else R @ metric.root()
+        RT = R * metric.double().sqrt() if isinstance(metric, Tensor) else R @ metric.root()
         values, vectors = torch.linalg.eigh(RT.T @ RT)
         # orthonormal even where an eigenvalue is zero, and nested: column k depends on columns up to k only
         U = torch.linalg.qr(RT @ vectors.flip(1)[:, :rank]).Q

@@ -1,5 +1,7 @@
 """Against overfitting to few tokens: mix S with a multiple of the identity, as much as held-out tokens ask for."""
 
+import math
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,10 +33,10 @@ def solve_shrunk(
         raise EoraLabError(
             "shrinkage is chosen on held-out tokens: hold out a share of the calibration (held_out=0.25)"
         )
-    best: tuple[float, LowRank, float] | None = None
+    held_out, best = statistics.held_out.second_moment, math.inf
     for amount in AMOUNTS:
         answer = solve(method, residual, shrunk(statistics, amount) if amount else statistics, rank)
-        left = output_energy(residual - answer.dense(), statistics.held_out.second_moment)
-        if best is None or left < best[0]:
-            best = (left, answer, amount)
-    return best[1], best[2]
+        left = output_energy(residual - answer.dense(), held_out)
+        if left < best or amount == AMOUNTS[0]:
+            best, chosen = left, (answer, amount)
+    return chosen

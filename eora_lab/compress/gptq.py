@@ -17,16 +17,16 @@ def gptq(
     *,
     desc_act: bool = True,
     damp_percent: float = 0.01,
-    **grid,
+    **settings,
 ) -> GridWeight:
     """Minimise tr((W - W^) S (W - W^)ᵀ) greedily over columns.
 
     desc_act: columns with the largest E[x²] come first (act-order). Groups keep their channels, and their grids are
         those of the original weights (static groups), so that the result is stored like any other. Without it,
         columns come as they are, and a group's grid is fitted to its weights as they stand when it is reached.
-    damp_percent: see `inverse_factor`. grid: the fields of `Grid`; its search weighs errors by E[x²].
+    damp_percent: see `inverse_factor`. settings: of `Grid`; its search weighs errors by E[x²].
     """
-    grid, in_features = Grid(**grid), weight.shape[1]
+    grid, in_features = Grid(**settings), weight.shape[1]
     group_size = check_grid(in_features, grid.bits, grid.group_size)
     power = statistics.second_moment.diagonal()
     weight = weight.float().masked_fill(power == 0, 0)  # dead input channels

@@ -22,7 +22,7 @@ class GridWeight(Compressed):
     offsets: what places the grid. uint8: the zero point, an integer of `bits` bits. Else, in the dtype of scales: the
              weight of code 0, so that zero = -offset / scale.
     mask:    the weights that were not pruned; None: all.
-    group_size: channels that share a grid; the last group may be shorter. If not given, all are of the same size.
+    group_size: channels that share a grid; the last group may be shorter. 0: all are of the same size.
     g_idx:   the group of every input channel, where groups are not runs of neighbours (GPTQ's desc_act).
     """
 
@@ -34,11 +34,11 @@ class GridWeight(Compressed):
     offsets: UInt8[Tensor, "out groups"] | Float[Tensor, "out groups"]
     bits: int
     mask: Bool[Tensor, "out in"] | None = None
-    group_size: int | None = None
+    group_size: int = 0
     g_idx: Int32[Tensor, " in"] | None = None
 
     def __post_init__(self):
-        if self.group_size is None:
+        if not self.group_size:
             object.__setattr__(self, "group_size", self.codes.shape[1] // max(self.scales.shape[1], 1))
 
     @property

@@ -10,7 +10,7 @@ from eora_lab.compress.grid_weight import GridWeight
 
 
 @torch.no_grad()
-def rtn(weight: Float[Tensor, "out in"], statistics: InputStatistics | None, **grid) -> GridWeight:
-    """Quantise W to the nearest point of a grid. grid: the fields of `Grid`. `statistics` is not used."""
-    grid, weight = Grid(**grid), weight.float()
+def rtn(weight: Float[Tensor, "out in"], statistics: InputStatistics | None, **settings) -> GridWeight:
+    """Quantise W to the nearest point of a grid. settings: of `Grid`. `statistics` is not used."""
+    grid, weight = Grid(**settings), weight.float()
     return grid.round(weight, *grid.fit(weight))

@@ -1,7 +1,7 @@
 """What a pruner returns when nothing is quantised: the kept weights in float16, and which they are."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -21,11 +21,7 @@ class SparseWeight(Compressed):
 
     values: Float16[Tensor, "out in"]
     mask: Bool[Tensor, "out in"]
-
-    @property
-    def bits(self) -> int:
-        """Of a kept weight."""
-        return 16
+    bits: int = field(default=16, init=False)  # of a kept weight
 
     @property
     def shape(self) -> torch.Size:

@@ -17,16 +17,21 @@ SPAN = 128  # columns whose masks are chosen at the same time where sparsity is 
 
 @torch.no_grad()
 def sparsegpt(
-    weight: Float[Tensor, "out in"], statistics: InputStatistics, *, sparsity: str, damp_percent: float = 0.01, **grid
+    weight: Float[Tensor, "out in"],
+    statistics: InputStatistics,
+    *,
+    sparsity: str,
+    damp_percent: float = 0.01,
+    **settings,
 ) -> Compressed:
     """Minimise tr((W - W^) S (W - W^)ᵀ) greedily over columns, with the weights of lowest w² / U_ii² pruned.
 
     The mask of every m columns (n:m), or of every SPAN, is chosen from the weights as they stand when the sweep
     reaches them. With fewer than 16 bits the kept weights are rounded in the same sweep (section 3.5); the grid of a
     group is fitted, when it is reached, to the weights that would be kept as they stand.
-    sparsity: see `Sparsity`. damp_percent: see `inverse_factor`. grid: the fields of `Grid`.
+    sparsity: see `Sparsity`. damp_percent: see `inverse_factor`. settings: of `Grid`.
     """
-    grid, pattern, in_features = Grid(**grid), Sparsity.parse(sparsity), weight.shape[1]
+    grid, pattern, in_features = Grid(**settings), Sparsity.parse(sparsity), weight.shape[1]
     pattern.check(in_features)
     power = statistics.second_moment.diagonal()
     columns = weight.float().masked_fill(power == 0, 0).T.contiguous()  # (in, out), dead input channels zero
@@ -48,7 +53,8 @@ def sparsegpt(
         column_sweep(columns, factor, prune, span)
         return store(columns.T.contiguous(), mask.T.contiguous(), grid)
     group_size = check_grid(in_features, grid.bits, grid.group_size)
-    codes, grids = torch.empty_like(columns), []
+    codes = torch.empty_like(columns)
+    grids: list[tuple[Tensor, Tensor]] = []
 
     def prune_and_round(i: int) -> Float[Tensor, " out"]:
         if i % group_size == 0:

@@ -20,13 +20,16 @@ class Compressed(ABC):
     kind:  its name in `KINDS`.
     whole: the tensors of `state_dict` that are not cut by rows; every row of the others is a row of the weight.
     bits:  of a weight that is kept.
-    shape: (out_features, in_features).
     """
 
     kind: ClassVar[str]
     whole: ClassVar[tuple[str, ...]]
     bits: int
-    shape: torch.Size
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """(out_features, in_features)."""
 
     @abstractmethod
     def dense(self, dtype: torch.dtype = torch.float32) -> Float[Tensor, "out in"]:

@@ -6,6 +6,7 @@ SHA-256 beside it; one that does not agree is set aside and made again.
 
 import json
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -89,7 +90,7 @@ class ContentCache:
             entries = {
                 name: self.entry(
                     f"{folder}/{name}",
-                    lambda name=name: measured()[name],
+                    partial(lambda one: measured()[one], name),
                     lambda statistics, path: statistics.save(path),
                     lambda path: load_statistics(path, next(model.parameters()).device),
                 )

@@ -8,6 +8,7 @@ from dataclasses import field, fields, replace
 from functools import lru_cache
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from eora_lab.calibrate.statistics import InputStatistics
@@ -56,6 +57,7 @@ class Cell:
             raise EoraLabError(
                 'a base_source needs inputs="original" and one round: else compressor and solver see the same inputs'
             )
+        Budget(self.budget, only=self.only)  # raises for an expression that cannot be read
         if self.only and self.budget != "uniform":
             raise EoraLabError("only chooses layers for one rank; a budget spreads ranks over all of them")
 
@@ -92,7 +94,7 @@ class Cell:
         else:
             recipe = Recipe(**own[Recipe])
             if recipe.method == "none":  # has no rank, no factors
-                plain = {one.name: one.default for one in fields(PathSettings) if one.name != "method"}
+                plain: dict[str, Any] = {one.name: one.default for one in fields(PathSettings) if one.name != "method"}
                 recipe, own[cls] = replace(recipe, **plain | {"rank": 0}), own[cls] | {"only": "", "budget": "uniform"}
             parts["recipe"] = recipe
         parts |= {"calibration": Calibration(**own[Calibration]), "evaluation": Evaluation(**own[Evaluation])}
@@ -131,8 +133,9 @@ def run_cell(
     clock.lap("load")
     if cell.recipe is None:
         candidate = model
-        weights = sum(linear.weight.numel() for linear in block_linears(model).values())
-        result: dict = {"nbytes": weights * model.dtype.itemsize, "bits_per_weight": 8.0 * model.dtype.itemsize}
+        size = getattr(torch, cell.dtype).itemsize
+        count = sum(linear.weight.numel() for linear in block_linears(model).values())
+        result: dict = {"nbytes": count * size, "bits_per_weight": 8.0 * size}
     else:
         candidate = copy.deepcopy(model)
         result = _compress(candidate, tokenizer, cell, cache, highest, weights, clock, progress)

@@ -10,8 +10,10 @@ from eora_lab.run.plugins import plugin_of
 
 PACKAGE = Path(__file__).parents[1]
 # the rooms and files that numbers depend on
-NUMERIC = ("model", "text", "calibrate", "compress", "compensate", "layer", "run", "measure")
-NUMERIC += ("experiment/cells.py", "experiment/cache.py")
+NUMERIC = (
+    *("model", "text", "calibrate", "compress", "compensate", "layer", "run", "measure"),
+    *("experiment/cells.py", "experiment/cache.py"),
+)
 
 
 @cache

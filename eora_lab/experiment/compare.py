@@ -40,12 +40,14 @@ def compare(cells: list[Cell], store: ResultStore, device: str = "cpu") -> Itera
     """
     cache, identities, highest = ContentCache(store.folder / "cache"), Identities(hub=True), highest_ranks(cells)
     for cell in cells:
-        found = store.get(cell.config())
+        config = cell.config()
+        found = store.get(config)
         if found is None or found["status"] == "failed" or differences(found["identity"], identities.of(cell)):
-            rank = highest[digest(cell.config())]
+            rank = highest[digest(config)]
             if error := run_and_keep(cell, rank, store, cache, identities, device=device, progress=True):
                 raise EoraLabError(error)
-            found = store.get(cell.config())
+            found = store.get(config)
+        assert found is not None  # it was kept
         yield comparison_row(cell, found)
 
 

@@ -9,8 +9,7 @@ import torch
 
 from eora_lab.errors import EoraLabError
 from eora_lab.experiment.cells import Cell
-from eora_lab.model.embedded import cache_folder
-from eora_lab.model.load import EMBEDDED
+from eora_lab.model.load import load_skeleton
 from eora_lab.model.structure import decoder_blocks, linears
 from eora_lab.text.settings import Evaluation
 
@@ -33,20 +32,15 @@ class Shape:
 @lru_cache(maxsize=8)
 def model_shape(name: str) -> Shape | None:
     """Sizes of a model; None where its configuration cannot be read before its weights are (GGUF, no network)."""
-    import transformers
-
-    from eora_lab.model.embedded import FOLDER
-    from eora_lab.model.gguf import quiet_transformers
-
-    source = cache_folder() / FOLDER if name in EMBEDDED else name
-    try:
-        with quiet_transformers(), torch.device("meta"):
-            config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-            model = transformers.AutoModelForCausalLM.from_config(config)
-        blocks = decoder_blocks(model)
-    except Exception:  # of many kinds; the cell itself will say what is wrong
+    if name.lower().endswith(".gguf"):
         return None
-    shapes = [tuple(linear.weight.shape) for block in blocks.values() for linear in linears(block).values()]
+    try:
+        model = load_skeleton(name)
+        blocks = decoder_blocks(model)
+    except EoraLabError:  # the cell itself will say what is wrong
+        return None
+    layers = [linear for block in blocks.values() for linear in linears(block).values()]
+    shapes = [(linear.out_features, linear.in_features) for linear in layers]
     return Shape(sum(p.numel() for p in model.parameters()), shapes, len(blocks))
 
 
@@ -81,7 +75,7 @@ def calibrating(cell: Cell, shape: Shape) -> float:
     return total
 
 
-def solving(cell: Cell, shape: Shape) -> float:
+def solving(_: Cell, shape: Shape) -> float:
     """Floating-point operations of the compensation of all layers, roughly."""
     return sum(2.0 * n * k**2 + 25.0 * min(n, k) ** 3 for n, k in shape.layers)  # R S, eigenvectors
 
@@ -99,9 +93,8 @@ def work(cells: list[Cell]) -> float | None:
         total += measuring(cell, shape)
         if cell.recipe is None:
             continue
-        judged = {"evaluation": Evaluation(()), "tasks": ()}
-        solve = replace(cell, **judged, recipe=replace(cell.recipe, rank=0))
-        base = replace(solve, recipe=replace(solve.recipe, method="none"))
+        solve = replace(cell, evaluation=Evaluation(()), tasks=(), recipe=replace(cell.recipe, rank=0))
+        base = replace(solve, recipe=replace(cell.recipe, rank=0, method="none"))
         for key, part in ((base, calibrating), (solve, solving)):
             if key not in seen or not cell.shared:
                 total += part(cell, shape)
@@ -130,7 +123,7 @@ def seconds(cells: list[Cell], finished: list[dict], device: str = "cpu") -> tup
     for cell in finished:
         if cell["status"] == "done" and "total" in cell["cost"]:
             past.setdefault(_kind(cell["config"]), []).append(cell["cost"]["total"])
-    known = [past.get(_kind(cell.config())) for cell in cells]
+    known = [past.get(_kind(cell.config()), []) for cell in cells]
     if all(known):
         return float(sum(sum(times) / len(times) for times in known)), "from finished cells"
     operations = work(cells)

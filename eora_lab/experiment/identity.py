@@ -31,13 +31,13 @@ class Identities:
     def of(self, cell: Cell) -> dict:
         """model, tokenizer, texts, code, tasks and plugins: JSON values."""
         texts = list(cell.evaluation.perplexity)
-        registries = {}
+        registries: dict[str, str] = {}
         if cell.recipe:
             texts += [cell.calibration.source, *([cell.base_source] if cell.base_source else [])]
             registries = {"SOLVERS": cell.recipe.method, "QUANTISERS": cell.recipe.compressor}
             registries |= {"PRUNERS": cell.recipe.compressor}
         used = [*registries.items(), *(("SOURCES", name) for text in texts for name in names_in(text))]
-        plugins = {name: found for registry, name in used if (found := plugin_digest(registry, name))}
+        plugins = {name: made for registry, name in used if (made := plugin_digest(registry, name))}
         found = self._model(cell.model) | {"texts": {text: self._text(text) for text in texts}, "code": code_digest()}
         found |= {"plugins": plugins} if plugins else {}
         return found | ({"tasks": harness()} if cell.tasks else {})

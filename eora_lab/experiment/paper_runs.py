@@ -11,7 +11,7 @@ come from the original model, so that all rows of a table share them.
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eora_lab.errors import EoraLabError
 from eora_lab.experiment.cells import Cell
@@ -22,7 +22,7 @@ from eora_lab.measure.intervals import Interval, paired_bootstrap
 if TYPE_CHECKING:
     import pandas
 
-BASES = {
+BASES: dict[str, dict[str, Any]] = {
     "dense": {"compressor": "dense"},
     "GPTQ 4-bit": {"compressor": "gptq", "bits": 4},
     "GPTQ 3-bit": {"compressor": "gptq", "bits": 3},
@@ -35,7 +35,7 @@ BASES = {
 }
 RUNNABLE = ("T1", "T2", "T4", "T5", "T6", "T7", "T8", "T10", "T13", "T14", "T15", "T16", "T18")
 
-FULL = {
+FULL: dict[str, dict[str, Any]] = {
     "common": {"group_size": -1, "seqlen": 2048, "nsamples": 64, "window_length": 2048, "windows": None},
     "wikitext2": {"source": "wikitext2", "perplexity": "wikitext2:test"},
     "arc_challenge": {"source": "arc+c4", "base_source": "wikitext2", "tasks": "arc_challenge"},
@@ -44,7 +44,7 @@ FULL = {
     "mmlu": {"source": "mmlu+c4", "base_source": "wikitext2", "tasks": "mmlu"},
     "cnn_dailymail": {"source": "wikitext2", "tasks": "cnn_dailymail"},
 }
-SMALL = {
+SMALL: dict[str, dict[str, Any]] = {
     "common": {"group_size": 64, "seqlen": 512, "nsamples": 32, "window_length": 512, "windows": 20},
     "wikitext2": {"source": "wikitext2:validation", "perplexity": "wikitext2:test"},
     "arc_easy": {
@@ -57,7 +57,10 @@ SMALL = {
 RANK_DIVISOR = 4
 RANK_BEYOND = {"T10": 1024}  # the small scale goes one rank further than the published sweep
 UNITS = {"wikitext2": "perplexity", "cnn_dailymail": "rougeLsum", "compensation": "minutes", "size": "GB"}
-RELEASED = {"method": {"act_s": "act_s_released"}, "share": {"mathqa": 20 / 64, "arc_challenge": 30 / 64}}
+RELEASED: dict[str, dict[str, Any]] = {
+    "method": {"act_s": "act_s_released"},
+    "share": {"mathqa": 20 / 64, "arc_challenge": 30 / 64},
+}
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def table_rows(
 def _cell(model: str, base: str, method: str, rank: int, own: dict, task: str, settings: dict, released: bool) -> Cell:
     small = settings is SMALL
     solver = METHODS[method]
-    config = {"model": model, "inputs": "original", "perplexity": [], "method": solver}
+    config: dict[str, Any] = {"model": model, "inputs": "original", "perplexity": [], "method": solver}
     config |= settings["common"] | BASES[base] | settings[task] | own
     config["rank"] = rank // RANK_DIVISOR if small else rank
     if small and "group_size" in BASES[base]:
@@ -132,7 +135,12 @@ def measured(rows: list[TableRow], store: ResultStore) -> "pandas.DataFrame":
 
     lines = []
     for one in rows:
-        line = {"base": one.base, "method": one.method, "": one.extra, "rank": one.rank if one.published else ""}
+        line: dict[str, Any] = {
+            "base": one.base,
+            "method": one.method,
+            "": one.extra,
+            "rank": one.rank if one.published else "",
+        }
         line |= {f"paper {task}": value for task, value in one.published.items()}
         ranks = [cell.recipe.rank for cell in one.cells.values() if cell.recipe]
         line["here rank"] = ranks[0] if ranks else 0
@@ -195,11 +203,12 @@ def rivalry(rows: list[TableRow], store: ResultStore) -> dict[str, dict[str, Int
             if rival.method == "EoRA" or not (same or (rival.method == "none" and rival.base == eora.base)):
                 continue
             for task, cell in eora.cells.items():
-                both = [_scores(store.get(one.cells[task].config())) for one in (rival, eora)]
-                if all(both):
+                theirs, ours = (_scores(store.get(one.cells[task].config())) for one in (rival, eora))
+                if theirs and ours and cell.recipe:
                     pair = ", ".join(filter(None, (eora.base, f"rank {cell.recipe.rank}", eora.extra)))
                     against = rival.method if rival.method != "none" else "no compensation"
-                    found.setdefault(_difference(task), {})[f"{pair}: against {against}"] = paired_bootstrap(*both)
+                    pairs = found.setdefault(_difference(task), {})
+                    pairs[f"{pair}: against {against}"] = paired_bootstrap(theirs, ours)
     return found
 
 

@@ -12,7 +12,7 @@ import statistics
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from eora_lab.environment import environment
 from eora_lab.errors import EoraLabError
@@ -54,7 +54,7 @@ class ResultStore:
         self, config: dict, identity: dict, *, result: dict | None = None, error: str = "", cost: dict | None = None
     ) -> None:
         """Keep what a cell gave: a result, or the error that stopped it. A result in its place is set aside."""
-        content = {"config": config, "identity": identity, "status": "failed" if error else "done"}
+        content: dict[str, Any] = {"config": config, "identity": identity, "status": "failed" if error else "done"}
         content |= {"result": result, "error": error}
         cell = {"format": FORMAT, **content, "environment": environment(), "cost": cost or {}}
         path, before = self.path(config), self.get(config)

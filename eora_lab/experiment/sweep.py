@@ -67,7 +67,7 @@ def read_grid(path: Path | str) -> Ablation:
 
 def on_model(grid: Ablation, model: str) -> Ablation:
     """The same grid for another model."""
-    return [part | {"model": model} for part in (grid if isinstance(grid, list) else [grid])]
+    return [dict(part) | {"model": model} for part in (grid if isinstance(grid, list) else [grid])]
 
 
 def highest_ranks(cells: Iterable[Cell]) -> dict[str, int]:
@@ -80,7 +80,7 @@ def highest_ranks(cells: Iterable[Cell]) -> dict[str, int]:
         without_rank = {name: value for name, value in cell.config().items() if name not in ("rank", "factor_bits")}
         groups.setdefault(digest(without_rank), []).append(cell)
     return {
-        digest(cell.config()): max(other.recipe.rank for other in group) if cell.recipe else 0
+        digest(cell.config()): max(other.recipe.rank if other.recipe else 0 for other in group)
         for group in groups.values()
         for cell in group
     }

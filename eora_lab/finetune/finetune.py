@@ -15,6 +15,7 @@ from eora_lab.files import write_json
 from eora_lab.finetune.settings import Init, Training
 from eora_lab.finetune.trainer import train
 from eora_lab.formats.peft import Factors, write_adapter
+from eora_lab.model.structure import model_name
 from eora_lab.run.adapters import use_only
 from eora_lab.run.recipe import Recipe
 from eora_lab.run.task_adapter import solve_adapter
@@ -49,17 +50,18 @@ def finetune(
     folder = Path(folder)
     if rank < 1:
         raise EoraLabError(f"the rank must be at least 1, not {rank}")
-    if finished(folder) is None:
+    log = finished(folder)
+    if log is None:
         checkpoint = last_checkpoint(folder)
         start: Factors | None = None
         if init != "lora" and checkpoint is None:
             sequences = -(-CALIBRATION_TOKENS // tokens.shape[1])
             start = solve_adapter(model, original, tokens[:sequences], Recipe(method=init, rank=rank))
         factors, log = train(model, start, rank, tokens, held_out, folder, training, seed, checkpoint)
-        write_adapter(folder, factors, model.config.name_or_path)
+        write_adapter(folder, factors, model_name(model))
         write_json(folder / "log.json", log)
     use_only(model, folder)
-    return finished(folder)
+    return log
 
 
 def finished(folder: Path) -> list[dict] | None:

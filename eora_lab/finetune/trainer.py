@@ -2,6 +2,7 @@
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -25,7 +26,8 @@ class FrozenLinear(nn.Linear):
     def __init__(self, layer: CompensatedLinear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.layer, self.bias = layer, None
+        self.layer = layer
+        self.register_parameter("bias", None)
         self.register_buffer("weight", layer.lora_A.new_empty(0), persistent=False)
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
@@ -76,13 +78,13 @@ def train(
             warnings.simplefilter("ignore", FutureWarning)  # peft's, of a name that transformers retires
             wrapped = peft.get_peft_model(model, config)
         config.base_model_name_or_path = None  # else peft looks for it on the hub at each save
-        halves = {name: model.get_submodule(name) for name in layers}
+        halves: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
         for name, (A, B) in (start or {}).items():
             halves[name].lora_A["default"].weight.data.copy_(A)
             halves[name].lora_B["default"].weight.data.copy_(B)
         trainer = transformers.Trainer(
             wrapped,
-            _arguments(folder, training, seed, model.device, first=checkpoint is None),
+            _arguments(folder, training, seed, wrapped.device, first=checkpoint is None),
             train_dataset=_examples(tokens),
             eval_dataset=_examples(held_out),
             callbacks=[Bar()],

@@ -169,9 +169,9 @@ def _scaling(config: dict, ranks: dict[str, int]):
     served = config["lora_alpha"] / config["r"] ** 0.5 if config.get("use_rslora") else uniform
     loaders = {
         "peft": lambda module: peft_scaling(config, module),
-        "vllm": lambda module: served,  # reads neither pattern
-        "sglang": lambda module: uniform,  # older versions: nor rsLoRA
-        "gptqmodel": lambda module: 1.0,
+        "vllm": lambda _: served,  # reads neither pattern
+        "sglang": lambda _: uniform,  # older versions: nor rsLoRA
+        "gptqmodel": lambda _: 1.0,
     }
     for loader, scale in loaders.items():
         if wrong := [m for m in ranks if abs(scale(m) / scaling(config, m) - 1) > 1e-6]:

@@ -71,7 +71,7 @@ def write_model_folder(
     def write(partial: Path) -> None:
         try:
             with quiet_transformers():
-                model.save_pretrained(partial, state_dict=tensors, max_shard_size="5GB")
+                model.save_pretrained(partial, state_dict=tensors, max_shard_size="5GB")  # type: ignore[operator]
                 tokenizer.save_pretrained(partial)
         except (RuntimeError, ValueError, KeyError) as error:
             raise EoraLabError(f"transformers cannot write this model: {one_line(error)}") from error

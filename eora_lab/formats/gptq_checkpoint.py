@@ -15,7 +15,7 @@ from eora_lab.formats.checkpoint import Checkpoint
 from eora_lab.formats.dense import dense_tensors, write_model_folder
 from eora_lab.formats.gptq import TENSORS, GptqConfig, read_linear, write_linear
 from eora_lab.layer.linear import compensated
-from eora_lab.model.structure import block_linears
+from eora_lab.model.structure import block_linears, model_name
 
 SAME = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 ROUNDING = 0.05  # relative distance of a dense tensor that 16 bits explain many times over
@@ -77,7 +77,7 @@ class GptqCheckpoint(Checkpoint):
 
         Compared are the sizes in config.json, the names of linears, and the tensors that are not quantised.
         """
-        original = model.config.name_or_path or "the given model"
+        original = model_name(model) or "the given model"
         for key in SAME:
             ours, theirs = self.model_config.get(key), getattr(model.config, key, None)
             if None not in (ours, theirs) and ours != theirs:
@@ -124,7 +124,7 @@ class GptqCheckpoint(Checkpoint):
     def _read_headers(self) -> dict[str, str]:
         """Tensor name -> file name."""
         indices = sorted(self.folder.glob("*.safetensors.index.json"))
-        listed = {}
+        listed: dict[str, str] = {}
         for index in indices:
             weight_map = self._read_json(index.name).get("weight_map")
             if not isinstance(weight_map, dict):
@@ -133,7 +133,7 @@ class GptqCheckpoint(Checkpoint):
         names = set(listed.values()) if indices else {path.name for path in self.folder.glob("*.safetensors")}
         if not names:
             raise EoraLabError(f"{self.folder} has no safetensors weights; pickled ones (.bin, .pt) are not read")
-        files = {}
+        files: dict[str, str] = {}
         for name in sorted(names):
             try:
                 with safe_open(self.folder / name, framework="pt") as file:
@@ -178,7 +178,7 @@ def write_checkpoint(
 def config_of(weights: dict[str, GridWeight], checkpoint_format: str) -> GptqConfig:
     """The configuration that says how these are stored. Raises EoraLabError when one cannot say it of all."""
     one_group = all(weight.scales.shape[1] == 1 for weight in weights.values())
-    kinds = {}
+    kinds: dict[tuple[int, int], str] = {}
     for name, weight in weights.items():
         largest = weight.group_size if weight.g_idx is None else int(weight.g_idx.bincount().max())
         kinds.setdefault((weight.bits, -1 if one_group else largest), name)

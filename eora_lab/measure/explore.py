@@ -89,7 +89,7 @@ class Exploration:
         RT = self._in_directions(layer, "residual", self.residual(layer))
         AT = self._in_directions(layer, method, answer.A)
         left = torch.addmm(RT, answer.B[:, :rank].float(), AT[:rank], alpha=-1)
-        shape = tuple(min(bins, size) for size in left.shape)
+        shape = (min(bins, left.shape[0]), min(bins, left.shape[1]))
         return F.adaptive_avg_pool2d(left.square()[None], shape)[0].cpu() / RT.square().mean().cpu()
 
     def _in_directions(self, layer: str, name: str, matrix: Float[Tensor, "rows in"]) -> Float[Tensor, "rows in"]:

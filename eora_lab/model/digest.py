@@ -20,8 +20,10 @@ REMEMBERED = "digests.json"  # in the cache folder
 MODELS = 200  # whose tensors are remembered
 TENSORS = "tensors "  # begins the digest of a model that is not as its files are
 WEIGHTS = ("*.safetensors", "*.gguf")
-TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "*.jinja")
-TOKENIZER += ("*.tiktoken", "tekken.json")
+TOKENIZER = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt"),
+    *("*.model", "*.jinja", "*.tiktoken", "tekken.json"),
+)
 # of config.json, what does not change what a model computes
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures")
 
@@ -47,7 +49,8 @@ def note_origin(model: nn.Module, path: Path) -> None:
 
 def tensors_digest(model: nn.Module) -> str:
     """SHA-256 of all parameters and buffers, by name, type and size, and of the configuration."""
-    config = json.loads(json.dumps(_lasting(model.config.to_dict()), default=str))
+    settings = model.config.to_dict()  # type: ignore[operator, union-attr]
+    config = json.loads(json.dumps(_lasting(settings), default=str))
     found, seen = hashlib.sha256(digest(config).encode()), set()
     for name, tensor in model.state_dict().items():
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -3,6 +3,7 @@
 import contextlib
 import io
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ def read_gguf(path: Path, dtype: torch.dtype):
         extra["quantization_config"] = transformers.GgufConfig(dequantize=True)
     try:
         with quiet_transformers():
-            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 path.parent, gguf_file=path.name, dtype=dtype, output_loading_info=True, local_files_only=True, **extra
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -26,6 +27,7 @@ def read_gguf(path: Path, dtype: torch.dtype):
             )
     except Exception as error:  # the reader raises whatever it stumbles over in a damaged file
         raise EoraLabError(f"cannot read {path} as the GGUF file of a decoder-only model: {one_line(error)}") from error
+    model, found = loaded
     if found["missing_keys"]:
         raise EoraLabError(f"{path} lacks the weights of {', '.join(sorted(found['missing_keys'])[:3])}")
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):

@@ -56,14 +56,21 @@ def load_model(
 
 
 def load_skeleton(name: str | Path) -> torch.nn.Module:
-    """The modules of a model without its weights: on torch's meta device. `name` and errors as for `load_model`."""
+    """The modules of a model without its weights, which are not fetched: on torch's meta device.
+
+    `name` and errors as for `load_model`.
+    """
     import transformers
 
-    path = local_path(str(name))
+    path = local_path(str(name), weights=False)
     if path.is_file():  # a GGUF file tells its structure only when it is read
         return load_model(name)[0]
-    with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(_read_config(path, str(name)))
+    config = _read_config(path, str(name))
+    try:
+        with torch.device("meta"):
+            return transformers.AutoModelForCausalLM.from_config(config)
+    except Exception as error:
+        raise EoraLabError(f"cannot make a model from the config.json of {name}: {one_line(error)}") from error
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -74,13 +81,14 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return getattr(torch, text)
 
 
-def local_path(name: str, fetch: bool = True) -> Path:
+def local_path(name: str, fetch: bool = True, weights: bool = True) -> Path:
     """The folder or GGUF file that `name` stands for; what is not on this machine is fetched first, if it may be.
 
+    weights: else they are not fetched, and may be missing.
     Raises EoraLabError when it leads nowhere.
     """
     if name in EMBEDDED:
-        return embedded_model_folder(fetch)
+        return embedded_model_folder(fetch and weights)
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
@@ -94,14 +102,14 @@ def local_path(name: str, fetch: bool = True) -> Path:
             raise EoraLabError(f"{name} holds several GGUF files: name one of {', '.join(g.name for g in ggufs)}")
         return ggufs[0]
     if HUB_ID.fullmatch(name):
-        return _fetch_from_hub(name, fetch)
+        return _fetch_from_hub(name, fetch, weights)
     raise EoraLabError(
         f"no model {name!r}: it is no folder or .gguf file here, no embedded model ({', '.join(EMBEDDED)}), "
         "and no hub id (owner/name)"
     )
 
 
-def _fetch_from_hub(name: str, fetch: bool = True) -> Path:
+def _fetch_from_hub(name: str, fetch: bool, weights: bool) -> Path:
     """Download what is read and nothing else, so no pickle and no code; the config is judged before the weights.
 
     fetch: else only what was downloaded before counts.
@@ -114,7 +122,7 @@ def _fetch_from_hub(name: str, fetch: bool = True) -> Path:
         download = partial(huggingface_hub.snapshot_download, name, ignore_patterns=other, local_files_only=not fetch)
         folder = Path(download(allow_patterns=small))
         _read_config(folder, name)
-        return Path(download(allow_patterns=["*.safetensors"]))
+        return Path(download(allow_patterns=["*.safetensors"])) if weights else folder
     except EoraLabError:
         raise
     except huggingface_hub.errors.RepositoryNotFoundError as error:
@@ -200,7 +208,7 @@ def _read_weights(folder: Path, name: str, config, dtype: torch.dtype):
 
     try:
         with quiet_transformers():
-            model, found = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,
@@ -212,6 +220,7 @@ def _read_weights(folder: Path, name: str, config, dtype: torch.dtype):
             )
     except Exception as error:
         raise EoraLabError(f"cannot load {name}: {one_line(error)}") from error
+    model, found = loaded
     for problem, keys in (("lacks", found["missing_keys"]), ("has another shape for", found["mismatched_keys"])):
         if keys:
             first = ", ".join(sorted(key if isinstance(key, str) else key[0] for key in keys)[:3])

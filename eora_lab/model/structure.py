@@ -35,6 +35,19 @@ def check_experts(model: nn.Module) -> None:
                     )
 
 
+def linear_at(model: nn.Module, name: str) -> nn.Linear:
+    """The linear layer of that full name. Raises EoraLabError when another kind of module has it."""
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise EoraLabError(f"{name} is a {type(module).__name__}, not a linear layer")
+    return module
+
+
+def model_name(model: nn.Module) -> str:
+    """The path or hub name that a model was loaded from; empty for one that was made in memory."""
+    return getattr(getattr(model, "config", None), "name_or_path", "")
+
+
 def block_linears(model: nn.Module) -> dict[str, nn.Linear]:
     """Full name -> linear layer of any decoder block, in order."""
     return {

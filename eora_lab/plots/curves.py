@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -89,7 +90,7 @@ def _values(frame: pandas.DataFrame, setting: str) -> list:
 
 def _facets(frame: pandas.DataFrame, split: list[str]) -> list[tuple[str, pandas.DataFrame]]:
     """(title, rows) of every panel. Rows that do not depend on a setting are in all of its panels."""
-    facets = [([], frame)]
+    facets: list[tuple[list[str], pandas.DataFrame]] = [([], frame)]
     for name in split:
         free = ~touched(frame, name)
         facets = [
@@ -162,11 +163,11 @@ def _setting_axis(axes: Axes, setting: str, places: dict[object, float]) -> None
 
 def _head(figure: Figure, grid: list[list[Axes]], frame: pandas.DataFrame) -> None:
     """Every series once, and what all cells have in common."""
-    series = {}
+    series: dict[str, Artist] = {}
     for axes in (axes for line in grid for axes in line):
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             series.setdefault(label, handle)
-    figure.legend(series.values(), series, loc="outside right upper")
+    figure.legend(list(series.values()), list(series), loc="outside right upper")
     figure.set_figwidth(figure.get_figwidth() + LEGEND)
     cells = frame[frame["compressor"] != DENSE]
     common = {name: cells[name].iloc[0] for name in ("model", "compressor", "bits") if cells[name].nunique() == 1}

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from jaxtyping import Shaped
 from matplotlib.axes import Axes
@@ -28,7 +29,7 @@ def plot_spectra(
     """
     figure, axes = _panels(1, size)
     for name, look in looks(list(spectra)).items():
-        style = {"linewidth": 2.6, "zorder": 3} if name == chosen else {"linewidth": 1.4}
+        style: dict[str, Any] = {"linewidth": 2.6, "zorder": 3} if name == chosen else {"linewidth": 1.4}
         style |= {"color": look.colour, "linestyle": look.line, "label": method_name(name)}
         axes[0].plot(range(first, first + len(spectra[name])), spectra[name], **style)
     top = max(float(max(values)) for values in spectra.values())
@@ -107,7 +108,7 @@ def rank_grid(ranks: Mapping[str, int]) -> tuple[list[str], list[list[int]]]:
     """(kinds of linears, their ranks in every block) from full module names such as model.layers.3.mlp.up_proj."""
     kinds: dict[str, dict[int, int]] = {}
     for name, rank in ranks.items():
-        block, kind = re.search(r"\.(\d+)\.(.*)", name).groups()
+        block, kind = re.findall(r"\.(\d+)\.(.*)", name)[0]
         kinds.setdefault(kind, {})[int(block)] = rank
     blocks = 1 + max(block for row in kinds.values() for block in row)
     return [kind.rpartition(".")[2] for kind in kinds], [

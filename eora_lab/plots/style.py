@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
 import matplotlib.style
-from matplotlib import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.rcsetup import cycler
 
 from eora_lab.compensate import SOLVERS
 from eora_lab.files import write_atomically
@@ -77,7 +78,7 @@ def method_name(method: str) -> str:
     return LABELS.get(method, method)
 
 
-def looks(series: list) -> dict[object, Look]:
+def looks(series: list[Any]) -> dict[Any, Look]:
     """A look for every series: that of its name where it is a method, else the next one that is free.
 
     Methods of plugins have looks that no method of the package has.
@@ -117,8 +118,6 @@ def save(figure: Figure, path: Path | str) -> list[Path]:
     with styled():
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
             target = Path(path).with_suffix(suffix)
-            write_atomically(
-                target, lambda to, kind=suffix[1:], m=metadata: figure.savefig(to, format=kind, metadata=m)
-            )
+            write_atomically(target, partial(figure.savefig, format=suffix[1:], metadata=metadata))
             written.append(target)
     return written

@@ -25,6 +25,7 @@ from eora_lab.layer.backends import AUTO
 from eora_lab.layer.linear import CompensatedLinear, compensated, use_backend
 from eora_lab.model.digest import TENSORS, files_digest, tensors_digest
 from eora_lab.model.load import as_dtype, load_model, local_path
+from eora_lab.model.structure import linear_at
 from eora_lab.run.report import LayerReport, Report, layer_report
 
 CONFIG = "config.json"
@@ -118,7 +119,7 @@ def install_block(model: nn.Module, path: Path) -> list[LayerReport]:
         for layer in layers:
             prefix = layer.name + "."
             stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            old = model.get_submodule(layer.name)
+            old = linear_at(model, layer.name)
             model.set_submodule(layer.name, CompensatedLinear.from_stored(stored, old))
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
         raise EoraLabError(f"{path}: incomplete, corrupt, or of another model ({error})") from error

@@ -24,7 +24,7 @@ from eora_lab.environment import peak_memory
 from eora_lab.errors import EoraLabError, naming
 from eora_lab.layer.linear import CompensatedLinear, backends_in_use
 from eora_lab.model.digest import model_digest
-from eora_lab.model.structure import block_linears, decoder_blocks, linears
+from eora_lab.model.structure import block_linears, decoder_blocks, linear_at, linears, model_name
 from eora_lab.run.fit import Steps, fit_layer
 from eora_lab.run.folder import RunFolder
 from eora_lab.run.ranks import spread
@@ -127,7 +127,7 @@ def _walk(
         else:
             modules, layers = {}, []
             for locals_ in stream.groups(index) if stream and recipe.true_sequential else [list(linears(block))]:
-                found = stream.statistics(index, original, locals_) if stream else statistics
+                found = stream.statistics(index, original, locals_) if stream else statistics or {}
                 for name in (f"{prefix}.{local}" for local in locals_):
                     if steps.weights is not None and name not in steps.weights:
                         continue
@@ -150,7 +150,7 @@ def compress_linear(
 
     Raises EoraLabError with the layer's name, such as where a weight is not finite.
     """
-    linear, recipe = model.get_submodule(name), steps.recipe
+    linear, recipe = linear_at(model, name), steps.recipe
     usable = statistics.or_identity(recipe.held_out > 0)
     with naming(name):
         fit = fit_layer(name, linear.weight, usable, steps, rank)
@@ -236,7 +236,7 @@ def check_given(model: nn.Module, weights: Mapping, progress: bool = True) -> st
 def identity(model: nn.Module, batches: Int[Tensor, "nsamples seqlen"]) -> dict[str, str]:
     """Which model and which tokens: what a resumed run must share with the interrupted one, beside its settings."""
     return {
-        "model": model.config.name_or_path,
+        "model": model_name(model),
         "dtype": str(model.dtype),
         "weights": model_digest(model),
         "tokens": tokens_digest(batches),

@@ -10,7 +10,7 @@ from eora_lab.compensate import solve
 from eora_lab.compensate.budget import Budget, LayerSpectrum, allocate_ranks
 from eora_lab.compress import residual
 from eora_lab.errors import EoraLabError, naming
-from eora_lab.model.structure import block_linears
+from eora_lab.model.structure import block_linears, linear_at
 from eora_lab.run.fit import Steps
 from eora_lab.run.recipe import Recipe
 
@@ -64,7 +64,7 @@ def layer_spectra(
     for name in tqdm(names, desc="spectra", unit="layer", disable=not progress, leave=False):
         if name not in statistics:
             raise EoraLabError(f"{name}: no statistics")
-        weight, usable = model.get_submodule(name).weight, statistics[name].or_identity(recipe.held_out > 0)
+        weight, usable = linear_at(model, name).weight, statistics[name].or_identity(recipe.held_out > 0)
         highest = min(weight.shape) if maximum is None else min(*weight.shape, maximum)
         with naming(name):
             error = residual(weight, steps.compress(name, weight.float(), usable))

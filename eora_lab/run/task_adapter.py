@@ -40,7 +40,7 @@ def solve_adapter(
             raise EoraLabError(f"{name} of the compressed model is not in the original one, or of another size there")
     try:
         compress_model(original, batches, recipe, weights=_Weights(layers), progress=progress)
-        stored = {name: original.get_submodule(name).factors for name in layers}
+        stored = {name: layer.factors for name, layer in compensated_layers(original).items()}
     finally:
         for name, linear in dense.items():
             original.set_submodule(name, linear)

@@ -205,7 +205,7 @@ def _pack_examples(
 
 
 def _pack_documents(
-    part: str, texts: list[str], join: str, encode: Encode, nsamples: int, seqlen: int, rng: random.Random
+    part: str, texts: list[str], _join: str, encode: Encode, nsamples: int, seqlen: int, rng: random.Random
 ) -> Int[Tensor, "nsamples seqlen"]:
     """One random window from each of nsamples documents that are longer than a sequence."""
     windows: list[Tensor] = []
@@ -237,7 +237,7 @@ def _sample_from_model(
     from tqdm.auto import tqdm
 
     generator = torch.Generator().manual_seed(seed)  # our own: the global state stays as it is
-    vocabulary = model.get_input_embeddings().num_embeddings
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     start = torch.randint(min(vocabulary, len(tokenizer)), (nsamples, 1), generator=generator)
     if tokenizer.bos_token_id is not None:
         start.fill_(tokenizer.bos_token_id)

@@ -176,8 +176,8 @@ def make_controls() -> dict[str, ipywidgets.ValueWidget]:
         )
     for name, value in NUMBERS.items():
         controls[name] = ipywidgets.IntText(value, description=name, style=style, layout=WIDTH)
-    for name, value in TEXTS.items():
-        controls[name] = ipywidgets.Text(value, description=name, style=style, layout=WIDTH)
+    for name, text in TEXTS.items():
+        controls[name] = ipywidgets.Text(text, description=name, style=style, layout=WIDTH)
         controls[name].continuous_update = False
     return controls
 

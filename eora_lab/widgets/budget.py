@@ -59,10 +59,8 @@ class BudgetExplorer(ipywidgets.VBox):
         return factor_bytes(self._layers, ranks) / 1e6, predicted_error(self._layers, ranks)
 
     def _draw(self, highest: int) -> None:
-        curves = {
-            objective: tuple(zip(*(self._point(share * highest, objective) for share in SHARES), strict=True))
-            for objective in OBJECTIVES
-        }
+        points = {one: [self._point(share * highest, one) for share in SHARES] for one in OBJECTIVES}
+        curves = {one: ([x for x, _ in found], [y for _, y in found]) for one, found in points.items()}
         figure = plot_budget(curves, self._point(self.average.value, self.objective.value), size=(5.0, 3.5))
         self._marker = figure.axes[0].lines[-1]
         self.curve.show(figure, [self._marker])

@@ -107,6 +107,6 @@ def cublas(x: Float[Tensor, "rows in"], weight: FusedWeight) -> Float[Tensor, "r
     W[:, K:] = 0
     for packed, out, rank in weight.segments():
         W[out, K:][:, rank] = weight.Bt[: rank.stop - rank.start, packed].T
-        if bias is not None:
+        if bias is not None and weight.bias is not None:
             bias[out] = weight.bias[packed]
     return torch.nn.functional.linear(torch.cat([x, x @ weight.A.T], 1), W, bias)

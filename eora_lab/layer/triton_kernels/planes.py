@@ -28,7 +28,7 @@ def unpack_portably(words, LANE: tl.constexpr, BITS: tl.constexpr):
     word = words[LANE].to(tl.int32)
     fields = ()
     for f in tl.static_range(16 // BITS):
-        fields += ((((word >> (BITS * f)) & (2**BITS - 1)) + 2**BITS).to(tl.float32),)
+        fields += ((((word >> (BITS * f)) & (2**BITS - 1)) + 2**BITS).to(tl.float32),)  # type: ignore[assignment]
     return fields
 
 

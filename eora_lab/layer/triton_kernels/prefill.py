@@ -31,7 +31,7 @@ def dense_planes(
         if j == 0 or (GROUP and 16 * j % GROUP == 0):
             scale = tl.load(scales_ptr + g * NP + n).to(tl.float32)
             offset = shift(scale, offsets_ptr + g * NP + n, 2**BITS)
-        dense += ((planes[FIRST + j].to(tl.float32) * scale[None, :] + offset[None, :]).to(DTYPE),)
+        dense += ((planes[FIRST + j].to(tl.float32) * scale[None, :] + offset[None, :]).to(DTYPE),)  # type: ignore[assignment]
     return dense
 
 

@@ -9,6 +9,7 @@ K is padded with zeros to whole blocks, N to whole tiles of 128. Scales and offs
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Shaped, UInt8
@@ -60,13 +61,14 @@ class FusedWeight:
         """Those that there are."""
         return {name: tensor for name in TENSORS if (tensor := getattr(self, name)) is not None}
 
-    def numbers(self) -> dict[str, int | tuple[int, ...]]:
+    def numbers(self) -> dict[str, Any]:
         """The fields that are no tensors."""
         return {"bits": self.bits, "group": self.group, "out_features": self.out_features, "ranks": self.ranks}
 
     def to(self, device: torch.device | str) -> "FusedWeight":
         """The same on another device."""
-        return replace(self, **{name: tensor.to(device) for name, tensor in self.tensors().items()})
+        moved: dict[str, Any] = {name: tensor.to(device) for name, tensor in self.tensors().items()}
+        return replace(self, **moved)
 
 
 def pack_planes(codes: UInt8[Tensor, "out in"], bits: int) -> Shaped[Tensor, "words N"]:
