@@ -6,9 +6,7 @@ import transformers
 
 from eora_lab import EoraLabError, InputStatistics, Report, collect_statistics
 from eora_lab.calibrate.stream import BlockStream
-from tests.tiny import compress, moe_model, tiny_model, tiny_tokens
-
-SMALL = {"bits": 3, "group_size": 32, "rank": 8, "progress": False}
+from tests.tiny import SMALL, compress, moe_model, tiny_model, tiny_tokens
 
 
 def test_linears_run_in_steps_of_equal_input():

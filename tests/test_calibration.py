@@ -176,7 +176,7 @@ def test_self_refuses_what_it_cannot_do():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("wikitext3", "unknown source 'wikitext3'.*arc, c4, gsm8k.*wikitext2, self"),
+        ("wikitext3", "unknown source 'wikitext3'.*arc, c4, gsm8k.*wikitext2.*, self"),
         ("pydoc+nope", "unknown source 'nope'"),
         ("pydoc+", "unknown source ''"),
         ("x" * 5000, "unknown source"),

@@ -8,18 +8,6 @@ import sys
 import pytest
 
 from eora_lab.cli import COMMANDS, main
-from tests.tiny import tiny_model, tiny_tokenizer
-
-
-@pytest.fixture
-def workplace(tmp_path, monkeypatch):
-    """A folder with a tiny model and a text."""
-    monkeypatch.chdir(tmp_path)
-    tiny_model("llama").save_pretrained("model")
-    tiny_tokenizer().save_pretrained("model")
-    (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
-    return tmp_path
-
 
 TEXTS = (
     "--calibration.source text.txt --calibration.nsamples 4 --calibration.seqlen 32 --evaluation.perplexity text.txt"

@@ -21,10 +21,9 @@ from eora_lab.layer.linear import CompensatedLinear
 from eora_lab.model.structure import decoder_blocks
 from eora_lab.run.ranks import plan_ranks
 from eora_lab.run.recipe import Recipe
-from tests.tiny import CONFIGS, compress, logits, tiny_model, tiny_tokens
+from tests.tiny import CONFIGS, SMALL, compress, logits, tiny_model, tiny_tokens
 
 K_PROJ = "model.layers.0.self_attn.k_proj"
-SMALL = {"bits": 3, "group_size": 32, "rank": 8, "progress": False}
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -162,7 +161,8 @@ def test_a_judge_measures_before_and_after(tmp_path):
     report = compress(model, tiny_tokens(), **SMALL, judge=judge, folder=tmp_path / "run")
     assert report.perplexity == {"text": {"dense": dense, "compressed": perplexity(model, windows["text"])}}
     assert Report.from_json((tmp_path / "run" / "report.json").read_text()).perplexity == report.perplexity
-    assert "perplexity on text: dense" in report.summary() and "computed by tiles (14 layers)" in report.summary()
+    assert "perplexity on text: dense" in report.summary()
+    assert re.search(r"computed by \w+ \(14 layers\)", report.summary())
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_report_counts_what_is_stored_and_survives_json(tmp_path):
         ({"rank": 65}, "rank 65 is larger than any layer allows: at most 64"),
         ({"ranks": {K_PROJ: 33}}, rf"rank 33 is larger than {re.escape(K_PROJ)} allows: at most 32"),
         ({"rank": -1}, "rank must be 0 or more"),
-        ({"compressor": "gtpq"}, "unknown compressor 'gtpq'; known: rtn, gptq, magnitude"),
+        ({"compressor": "gtpq"}, "unknown compressor 'gtpq'; known: rtn, gptq, .*magnitude"),
         ({"compressor": "wanda"}, "wanda needs a sparsity, such as 2:4"),
         ({"sparsity": "2:4"}, "rtn does not prune: leave sparsity out, or use one of magnitude, wanda, sparsegpt"),
         ({"compressor": "wanda", "sparsity": "2:3"}, "sparsity 2:3 does not fit 64 input features"),

@@ -17,7 +17,7 @@ from eora_lab.layer.linear import backends_in_use
 from eora_lab.plots import plot_comparison, plot_setting, plot_sweep
 from eora_lab.run import plugins
 from eora_lab.run.plugins import REGISTRIES
-from tests.tiny import compress, tiny_model, tiny_tokenizer, tiny_tokens
+from tests.tiny import CELL, compress, tiny_model, tiny_tokenizer, tiny_tokens
 
 SOLVER = """
 from eora_lab.compensate import principal_errors
@@ -27,8 +27,7 @@ def mine(residual, statistics, rank):
 
 SOLVERS = {"mine": mine}
 """
-SMALL = {"model": "model", "group_size": 32, "inputs": "original", "source": "text.txt", "nsamples": 4, "seqlen": 32}
-SMALL |= {"perplexity": ["text.txt"], "windows": 2, "window_length": 32, "compressor": "rtn", "bits": 2}
+SMALL = CELL | {"bits": 2}
 FLAGS = "--model model --group-size 32 --inputs original --calibration.source text.txt --calibration.nsamples 4 "
 FLAGS += "--calibration.seqlen 32 --evaluation.perplexity text.txt --evaluation.windows 2 --evaluation.window-length 32"
 

@@ -10,9 +10,7 @@ from eora_lab.compress import QUANTISERS
 from eora_lab.layer.linear import CompensatedLinear
 from eora_lab.run.ranks import plan_ranks
 from eora_lab.run.recipe import Recipe
-from tests.tiny import CONFIGS, compress, logits, save_tiny, tiny_model, tiny_tokens
-
-SMALL = {"bits": 3, "group_size": 32, "rank": 8, "progress": False}
+from tests.tiny import CONFIGS, SMALL, compress, logits, save_tiny, tiny_model, tiny_tokens
 
 
 def run_settings(folder) -> dict:

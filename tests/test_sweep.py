@@ -26,11 +26,10 @@ from eora_lab.experiment.estimate import work
 from eora_lab.experiment.store import ResultStore
 from eora_lab.experiment.sweep import expand, highest_ranks, named_grids, on_model, plan, read_grid, sweep
 from eora_lab.run.recipe import BaseSettings
-from tests.tiny import TEXT, compress, moe_model, tiny_model, tiny_tokenizer
+from tests.tiny import CELL, TEXT, compress, moe_model, tiny_model, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
-SMALL = {"model": "model", "group_size": 32, "inputs": "original", "source": "text.txt", "nsamples": 4, "seqlen": 32}
-SMALL |= {"perplexity": ["text.txt"], "windows": 2, "window_length": 32, "compressor": "rtn", "bits": 3}
+SMALL = CELL | {"bits": 3}
 GRID = SMALL | {"compressor": ["rtn", "gptq"], "bits": [2, 3], "method": ["svd", "eora"], "rank": [2, 4, 8]}  # 24 cells
 
 
@@ -269,8 +268,10 @@ def test_the_plan_says_what_is_left_and_refuses_what_cannot_fit(workplace, monke
     first = plan(cells, store)
     assert (len(first.todo), first.done) == (24, 0) and first.basis == "rough" and first.seconds > 0
     weights = sum(p.numel() * 4 for p in tiny_model("llama").parameters())
-    moments = 2 * 4 * (3 * 64**2 + 128**2)  # float32, of the four inputs of two blocks
-    assert 2 * weights + moments < first.memory < 2 * (2 * weights + moments + 6 * 8 * 128**2)
+    moments = 4 * (3 * 64**2 + 128**2)  # float32, of the four inputs of a block
+    assert 2 * weights + 2 * moments < first.memory < 2 * (2 * weights + 2 * moments + 6 * 8 * 128**2)
+    block_by_block = plan(expand(GRID | {"inputs": "compensated"}), store).memory
+    assert moments / 2 < first.memory - block_by_block < 2 * moments  # holds those of one block in place of two
     quiet_sweep(GRID | {"bits": 3}, store)
     second = plan(cells, store)
     assert (len(second.todo), second.done, second.basis) == (12, 12, "from finished cells")

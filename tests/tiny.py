@@ -20,6 +20,10 @@ CONFIGS = {
     "gemma": (transformers.GemmaConfig, {"num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True}),
 }
 
+SMALL = {"bits": 3, "group_size": 32, "rank": 8, "progress": False}  # for `compress`
+# a cell of the `workplace` fixture, by which its base is rounded to nearest
+CELL = {"model": "model", "group_size": 32, "inputs": "original", "source": "text.txt", "nsamples": 4, "seqlen": 32}
+CELL |= {"perplexity": ["text.txt"], "windows": 2, "window_length": 32, "compressor": "rtn"}
 TEXT = "The quick brown fox jumps over the lazy dog, and 12 more. " * 60
 
 

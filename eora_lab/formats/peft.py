@@ -25,7 +25,7 @@ KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 Factors = dict[str, tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]]  # module name -> (A, B)
 
 
-def write_adapter(folder: Path, factors: Factors, base_model: str, universal: bool = False) -> None:
+def write_adapter(folder: Path | str, factors: Factors, base_model: str, universal: bool = False) -> None:
     """Write an adapter folder, in float16, whose scaling is 1 in every loader: r = lora_alpha.
 
     Ragged: r is the highest rank, rank_pattern and alpha_pattern name the layers of other ranks, and layers of rank 0
@@ -33,7 +33,7 @@ def write_adapter(folder: Path, factors: Factors, base_model: str, universal: bo
     and both patterns are empty; pass all linears of the decoder blocks, those of rank 0 too.
     Raises EoraLabError when there is nothing to write, or when the rank is above what a universal adapter can have.
     """
-    ranks = {module: len(A) for module, (A, _) in factors.items()}
+    folder, ranks = Path(folder), {module: len(A) for module, (A, _) in factors.items()}
     highest = max(ranks.values(), default=0)
     if not highest:
         raise EoraLabError(f"{folder}: there is no low-rank path to write, every rank is 0")

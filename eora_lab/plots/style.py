@@ -22,38 +22,28 @@ class Look(NamedTuple):
     colour: str
     marker: str
     line: str | tuple
+    name: str = ""  # of a method
 
 
-# Okabe and Ito's palette, told apart by all colour-blind readers
+# of methods, and of other series in this order. Okabe and Ito's palette, told apart by all colour-blind readers
 LOOKS = {
-    "none": Look("#999999", "o", ":"),
-    "svd": Look("#E69F00", "s", "--"),
-    "act_s": Look("#56B4E9", "^", "-."),
-    "act_s_released": Look("#0072B2", "v", (0, (1, 2))),
-    "lqer": Look("#D55E00", "P", (0, (5, 1, 1, 1, 1, 1))),
-    "qera_approx": Look("#CC79A7", "X", (0, (3, 1))),
-    "eora": Look("#009E73", "D", "-"),
-    "qera_exact": Look("#000000", "*", (0, (8, 2))),
-    "eora_paper": Look("#7F5F00", "p", (0, (8, 2, 2, 2))),
+    "eora": Look("#009E73", "D", "-", "EoRA"),
+    "svd": Look("#E69F00", "s", "--", "SVD"),
+    "act_s": Look("#56B4E9", "^", "-.", "Act-S"),
+    "qera_approx": Look("#CC79A7", "X", (0, (3, 1)), "QERA-approx"),
+    "lqer": Look("#D55E00", "P", (0, (5, 1, 1, 1, 1, 1)), "LQER"),
+    "act_s_released": Look("#0072B2", "v", (0, (1, 2)), "Act-S (released)"),
+    "none": Look("#999999", "o", ":", "no compensation"),
+    "qera_exact": Look("#000000", "*", (0, (8, 2)), "QERA-exact"),
+    "eora_paper": Look("#7F5F00", "p", (0, (8, 2, 2, 2)), "EoRA (as printed)"),
 }
-PLUGINS = (
+# of methods that have none, such as those of plugins
+OTHERS = (
     Look("#882255", "<", (0, (1, 1, 5, 1))),
     Look("#44AA99", ">", (0, (4, 1, 1, 1))),
     Look("#999933", "h", (0, (6, 1, 2, 1))),
     Look("#332288", "8", (0, (2, 1))),
 )
-LABELS = {
-    "none": "no compensation",
-    "svd": "SVD",
-    "act_s": "Act-S",
-    "act_s_released": "Act-S (released)",
-    "lqer": "LQER",
-    "qera_approx": "QERA-approx",
-    "eora": "EoRA",
-    "qera_exact": "QERA-exact",
-    "eora_paper": "EoRA (as printed)",
-}
-ORDINARY = ("eora", "svd", "act_s", "qera_approx", "lqer", "act_s_released", "none", "qera_exact", "eora_paper")
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -62,7 +52,7 @@ STYLE = {
     "axes.titlelocation": "left",
     "legend.frameon": False,
     "legend.fontsize": 9,
-    "axes.prop_cycle": cycler(color=[LOOKS[name].colour for name in ORDINARY]),
+    "axes.prop_cycle": cycler(color=[look.colour for look in LOOKS.values()]),
     "lines.linewidth": 1.5,
     "lines.markersize": 6,
     "svg.hashsalt": "eora-lab",  # the same bytes every time
@@ -75,18 +65,18 @@ BAND = 0.15  # opacity
 
 def method_name(method: str) -> str:
     """What a method is called in a figure: its own name where it has no other."""
-    return LABELS.get(method, method)
+    return LOOKS[method].name if method in LOOKS else method
 
 
 def looks(series: list[Any]) -> dict[Any, Look]:
     """A look for every series: that of its name where it is a method, else the next one that is free.
 
-    Methods of plugins have looks that no method of the package has.
+    Methods without a look of their own get one that no other method has.
     """
     own = [one for one in series if one in SOLVERS and one not in LOOKS]
-    free = [LOOKS[name] for name in ORDINARY if name not in series] + [*PLUGINS[len(own) :]]
+    free = [look for name, look in LOOKS.items() if name not in series] + [*OTHERS[len(own) :]]
     found = {one: LOOKS[one] if one in LOOKS else free[i % len(free)] for i, one in enumerate(series) if one not in own}
-    return {one: found[one] if one in found else PLUGINS[own.index(one) % len(PLUGINS)] for one in series}
+    return {one: found[one] if one in found else OTHERS[own.index(one) % len(OTHERS)] for one in series}
 
 
 def use_style() -> None:

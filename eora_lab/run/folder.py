@@ -73,12 +73,12 @@ class RunFolder:
         write_report(self.path, report)
 
 
-def claim_folder(path: Path, settings: dict, file: str = CONFIG) -> dict:
+def claim_folder(path: Path | str, settings: dict, file: str = CONFIG) -> dict:
     """Make a folder that of a run with these settings, or find that it is. Returns the settings as they read back.
 
     file: where they are kept, with the versions. Raises EoraLabError when the folder holds something else.
     """
-    settings = json.loads(json.dumps(settings))
+    path, settings = Path(path), json.loads(json.dumps(settings))
     if not path.exists() or not any(path.iterdir()):
         write_json(path / file, {"settings": settings, "versions": versions()})
     elif not is_run(path, file):
@@ -93,16 +93,16 @@ def claim_folder(path: Path, settings: dict, file: str = CONFIG) -> dict:
     return settings
 
 
-def read_config(path: Path, file: str = CONFIG) -> dict:
+def read_config(path: Path | str, file: str = CONFIG) -> dict:
     """config.json of a run folder. Raises EoraLabError when there is none."""
     try:
-        config = json.loads((path / file).read_text())
+        config = json.loads((Path(path) / file).read_text(encoding="utf-8"))
         return {"settings": config["settings"], "versions": config["versions"]}
     except (OSError, json.JSONDecodeError, KeyError) as error:
         raise EoraLabError(f"{path}: not a run folder (no readable {file} of a run)") from error
 
 
-def is_run(path: Path, file: str = CONFIG) -> bool:
+def is_run(path: Path | str, file: str = CONFIG) -> bool:
     """Whether a folder is a run's, finished or not."""
     try:
         return bool(read_config(path, file))
@@ -182,7 +182,7 @@ def _load_base(path: Path, dtype: torch.dtype | str, device: str, model: Path | 
     return base.to(as_dtype(dtype)), tokenizer
 
 
-def run_factors(path: Path) -> peft.Factors:
+def run_factors(path: Path | str) -> peft.Factors:
     """The low-rank path of a finished run, a pair for every compressed layer: of rank 0 where there is none.
 
     Raises EoraLabError when the folder is no run, is not finished, is damaged, or has no low-rank path at all.
@@ -190,19 +190,19 @@ def run_factors(path: Path) -> peft.Factors:
     report = read_report(path)
     if not any(layer.rank for layer in report.layers):
         raise EoraLabError(f"{path} has no low-rank path: it was made with --method none or rank 0")
-    factors, _ = peft.read_adapter(path / "adapter")
+    factors, _ = peft.read_adapter(Path(path) / "adapter")
     empty = {
         layer.name: (torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0)) for layer in report.layers
     }
     return empty | factors
 
 
-def read_report(path: Path) -> Report:
+def read_report(path: Path | str) -> Report:
     """report.json of a run folder. Raises EoraLabError when the folder is no run, or is not finished."""
     read_config(path)
-    if not (path / "report.json").exists():
+    if not (file := Path(path) / "report.json").exists():
         raise EoraLabError(f"{path}: this run is not finished; start it again with the same settings to resume it")
-    return Report.from_json((path / "report.json").read_text())
+    return Report.from_json(file.read_text(encoding="utf-8"))
 
 
 def load_model_or_run(
@@ -225,6 +225,6 @@ def load_model_or_run(
     return model, tokenizer
 
 
-def write_report(path: Path, report: Report) -> None:
+def write_report(path: Path | str, report: Report) -> None:
     """Write report.json of a run folder; again when perplexities were added to it."""
     write_json(Path(path) / "report.json", json.loads(report.to_json()))
