@@ -1,16 +1,18 @@
 """Walk a decoder block by block: find the blocks and their linears, and stream hidden states through them.
 
 Only module structure is used (the list of blocks, `nn.Linear`, which linears are handed the same tensor), so any
-decoder-only transformers model works and no architecture is named here.
+decoder-only transformers model works and no architecture is named here. Models whose blocks cannot be run one by one
+exactly are refused (`eora_lab.calibrate.contract`).
 """
 
 import re
 from collections.abc import Iterator, Sequence
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from eora_lab.calibrate.calls import BlockCalls
+from eora_lab.calibrate.contract import Contract, check_blocks
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.errors import EoraLabError
 from eora_lab.model.structure import block_linears, decoder_blocks, linears
@@ -18,65 +20,40 @@ from eora_lab.model.structure import block_linears, decoder_blocks, linears
 BATCH = 4  # sequences that run through a block at once
 
 
-class _AllBlocksSeen(Exception):
-    pass
-
-
 class BlockStream:
     """Hidden states of a token set on their way through the decoder.
 
     tokens:     (nsamples, seqlen) token ids; they travel in mini-batches of BATCH.
     held_out:   share of the samples, the last ones, that is measured apart.
-    hidden:     the input of the next block, one (batch, seqlen, hidden_size) tensor a mini-batch.
-    Raises EoraLabError when the held-out share leaves no sample on one of its sides.
+    contract:   from `check_blocks`, where the blocks were tried before; else they are now.
+    hidden:     the input of the next block, (..., batch, seqlen, hidden_size), one a mini-batch.
+    Raises EoraLabError when the held-out share leaves no sample on one of its sides, and with the name of a block that
+    cannot be run by itself.
     """
 
-    def __init__(self, model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"], held_out: float = 0.0):
+    def __init__(
+        self,
+        model: nn.Module,
+        tokens: Int[Tensor, "nsamples seqlen"],
+        held_out: float = 0.0,
+        contract: Contract | None = None,
+    ):
         self.blocks = decoder_blocks(model)
         kept = len(tokens) - round(held_out * len(tokens))
         if held_out and not 0 < kept < len(tokens):
             raise EoraLabError(f"holding out {held_out} of {len(tokens)} samples leaves none on one side")
+        contract = contract or check_blocks(model, tokens)
         parts = tokens.to(next(model.parameters()).device).split([kept, len(tokens) - kept])
         mini_batches = [(part, i == 1) for i in (0, 1) for part in parts[i].split(BATCH) if len(part)]
         self._held_out = [held for _, held in mini_batches]
-        self.hidden: list[Tensor] = []
-        self._calls: dict[int, list[tuple]] = {}  # mini-batch size -> what each block is called with beside the states
-        for part, _ in mini_batches:
-            hidden, calls = self._enter(model, part)
-            self.hidden.append(hidden)
-            self._calls[len(part)] = calls
+        self._calls = BlockCalls(model, self.blocks, contract.rest)
+        self.hidden: list[Tensor] = [self._calls.enter(part) for part, _ in mini_batches]
 
-    @torch.no_grad()
-    def _enter(self, model: nn.Module, tokens: Tensor) -> tuple[Tensor, list[tuple]]:
-        """Embed tokens. Blocks pass their input on meanwhile, and note their masks and positions."""
-        states, calls = [], []
-
-        def note(hidden_states, *args, **kwargs):
-            states.append(hidden_states)
-            calls.append((args, kwargs))
-            if len(calls) == len(self.blocks):
-                raise _AllBlocksSeen
-            return hidden_states
-
-        for block in self.blocks.values():
-            block.forward = note
-        try:
-            model(tokens, use_cache=False)
-        except _AllBlocksSeen:
-            pass
-        finally:
-            for block in self.blocks.values():
-                del block.forward
-        return states[0], calls
-
-    @torch.no_grad()
-    def outputs(self, index: int) -> Iterator[Float[Tensor, "batch seqlen hidden"]]:
+    def outputs(self, index: int) -> Iterator[Float[Tensor, "... hidden"]]:
         """Run block `index` on the current hidden states, a mini-batch at a time."""
-        block = list(self.blocks.values())[index]
-        for hidden in self.hidden:
-            args, kwargs = self._calls[len(hidden)][index]
-            output = block(hidden, *args, **kwargs)
-            yield output[0] if isinstance(output, tuple) else output
+        name = list(self.blocks)[index]
+        for mini_batch, hidden in enumerate(self.hidden):
+            yield self._calls.run(mini_batch, name, hidden)
 
     def groups(self, index: int) -> list[list[str]]:
         """The linears of block `index` in the order they run, those that are handed the same tensor together.
@@ -88,6 +65,8 @@ class BlockStream:
 
         def watch(name: str):
             def hook(_module, args):
+                if any(name in names for _, names in seen):  # it runs once more
+                    return
                 for x, names in seen:
                     if x is args[0]:
                         names.append(name)
@@ -175,7 +154,7 @@ def collect_statistics(
     only:     regular expression; layers whose name it does not match are not measured, and the pass ends after the last
               that is.
     Shared inputs share one object. Holds the statistics of all blocks; `compress_model` needs one block's at a time.
-    Raises EoraLabError when no layer matches.
+    Raises EoraLabError when no layer matches, and with the name of a block that cannot be run by itself.
     """
     from tqdm.auto import tqdm
 

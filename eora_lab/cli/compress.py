@@ -1,5 +1,6 @@
 """`eora-lab compress`."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,6 +12,8 @@ from eora_lab.compensate.budget import Budget
 from eora_lab.model.load import Dtype
 from eora_lab.run.recipe import Recipe
 from eora_lab.text.settings import Calibration, Evaluation
+
+COVERED = 0.95  # share of the decoder's weights; with less, the model is not as small as its bits say
 
 
 @dataclass(frozen=True)
@@ -79,4 +82,6 @@ def run_pass(
         judge=(lambda one: perplexities(one, windows, progress=True)) if evaluation else None,
     )
     print(report)
+    if report.coverage is not None and report.coverage < COVERED:
+        print(f"warning: only {report.coverage_line()}", file=sys.stderr)
     print(f"wrote {output}: try  eora-lab generate {output} 'The capital of France is'")

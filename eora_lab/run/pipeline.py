@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from eora_lab.calibrate.contract import Contract, check_blocks
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.calibrate.stream import BlockStream, collect_statistics
 from eora_lab.compensate import SOLVERS, LowRank
@@ -24,7 +25,7 @@ from eora_lab.environment import peak_memory
 from eora_lab.errors import EoraLabError, naming
 from eora_lab.layer.linear import CompensatedLinear, backends_in_use
 from eora_lab.model.digest import model_digest
-from eora_lab.model.structure import block_linears, decoder_blocks, linear_at, linears, model_name
+from eora_lab.model.structure import block_linears, decoder, decoder_blocks, linear_at, linears, matrices, model_name
 from eora_lab.run.fit import Steps, fit_layer
 from eora_lab.run.folder import RunFolder
 from eora_lab.run.ranks import spread
@@ -49,7 +50,8 @@ def compress_model(
 ) -> Report:
     """Compress every linear of the decoder blocks and put the compensated layers in place. Returns the report.
 
-    Embeddings and lm_head stay as they are.
+    Embeddings and lm_head stay as they are, and so do linears whose weight the model reads itself (Mamba's dt_proj);
+    the report says what was left.
 
     batches:    calibration token ids.
     recipe:     what to do; `Recipe()` if not given.
@@ -62,8 +64,8 @@ def compress_model(
                 are then mere notes. Linears without one stay as they are.
     steps:      who compresses and compensates a layer, in place of the recipe alone (see `Steps`).
     judge:      measures the model, before and after: text -> perplexity. The report keeps both.
-    Raises EoraLabError before anything is changed when a setting does not fit the model, and on NaN or Inf in
-    activations, with the layer's name.
+    Raises EoraLabError before anything is changed when a setting does not fit the model, or its blocks cannot be run
+    one by one exactly (`check_blocks`), and on NaN or Inf in activations, with the layer's name.
     """
     recipe = recipe or Recipe()
     budget = ranks if isinstance(ranks, Budget) else None
@@ -71,6 +73,7 @@ def compress_model(
     recipe.check_fit(model, asked, given=weights)
     if statistics is not None and recipe.inputs != "original":
         raise EoraLabError('statistics measured before are of the original model: pass inputs="original"')
+    contract = check_blocks(model, batches)
     steps = steps or Steps(recipe, weights)
     given = {} if weights is None else {"given": check_given(model, weights, progress)}
     run = None
@@ -86,13 +89,15 @@ def compress_model(
             found = collect_statistics(model, batches, recipe.held_out, progress) if statistics is None else statistics
             if recipe.inputs == "original":
                 statistics = found
-            return spread(model, found, steps, budget, progress)
+            return spread(model, found, steps, budget, progress, contract.left)
 
         asked = run.planned(plan) if run else plan()
-    report = Report(_walk(model, batches, steps, asked, statistics, run, progress))
+    part = decoder(model)
+    report = Report(_walk(model, batches, steps, asked, statistics, run, contract, progress))
     report.seconds = time.perf_counter() - started
     report.peak_memory = peak_memory(next(model.parameters()).device)
     report.backends = backends_in_use(model)
+    report.left = matrices(model, part)
     if judge:
         after = judge(model)
         report.perplexity = {text: {"dense": before[text], "compressed": after[text]} for text in before}
@@ -108,6 +113,7 @@ def _walk(
     ranks: dict[str, int] | None,
     statistics: Mapping[str, InputStatistics] | None,
     run: RunFolder | None,
+    contract: Contract,
     progress: bool,
 ) -> list[LayerReport]:
     """Block by block; blocks that the run folder holds already are put in place from there."""
@@ -116,7 +122,7 @@ def _walk(
     recipe, blocks = steps.recipe, decoder_blocks(model)
     ranks = recipe.ranks(model) if ranks is None else ranks
     original = recipe.inputs == "original"
-    stream = BlockStream(model, batches, held_out=recipe.held_out) if statistics is None else None
+    stream = BlockStream(model, batches, recipe.held_out, contract) if statistics is None else None
     reports: list[LayerReport] = []
     bar = tqdm(blocks.items(), desc=recipe.compressor, unit="block", disable=not progress, leave=False)
     for index, (prefix, block) in enumerate(bar):
@@ -129,7 +135,7 @@ def _walk(
             for locals_ in stream.groups(index) if stream and recipe.true_sequential else [list(linears(block))]:
                 found = stream.statistics(index, original, locals_) if stream else statistics or {}
                 for name in (f"{prefix}.{local}" for local in locals_):
-                    if steps.weights is not None and name not in steps.weights:
+                    if name in contract.left or (steps.weights is not None and name not in steps.weights):
                         continue
                     if name not in found:
                         raise EoraLabError(f"{name}: no statistics")

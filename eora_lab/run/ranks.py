@@ -1,6 +1,6 @@
 """Plan the ranks of a pass: one solve a layer gives the eigenvalues that any budget is spread by."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 
 import torch
 from torch import nn
@@ -34,10 +34,15 @@ def plan_ranks(
 
 
 def spread(
-    model: nn.Module, statistics: Mapping[str, InputStatistics], steps: Steps, budget: Budget, progress: bool = True
+    model: nn.Module,
+    statistics: Mapping[str, InputStatistics],
+    steps: Steps,
+    budget: Budget,
+    progress: bool = True,
+    left: Container[str] = (),
 ) -> dict[str, int]:
-    """`plan_ranks` of settings that were checked, with the steps of a pass."""
-    layers = layer_spectra(model, statistics, steps.recipe, budget.maximum, progress, steps=steps)
+    """`plan_ranks` of settings that were checked, with the steps of a pass. left: layers that stay as they are."""
+    layers = layer_spectra(model, statistics, steps.recipe, budget.maximum, progress, steps, left)
     return allocate_ranks(layers, steps.recipe.rank, budget)
 
 
@@ -49,17 +54,21 @@ def layer_spectra(
     maximum: int | None = None,
     progress: bool = True,
     steps: Steps | None = None,
+    left: Container[str] = (),
 ) -> dict[str, LayerSpectrum]:
     """Module name -> what `allocate_ranks` needs to know of the layer, for budgets of any size.
 
     maximum: the highest rank that a budget may give, which spares time in large layers; None: that of the layer.
     steps:   as for `compress_model`. The rank of the recipe does not matter.
+    left:    names of layers that stay as they are (`Contract.left`).
     Raises EoraLabError when a layer has no statistics.
     """
     from tqdm.auto import tqdm
 
     steps = steps or Steps(recipe)
-    names = [name for name in block_linears(model) if steps.weights is None or name in steps.weights]
+    names = [
+        name for name in block_linears(model) if name not in left and (steps.weights is None or name in steps.weights)
+    ]
     layers = {}
     for name in tqdm(names, desc="spectra", unit="layer", disable=not progress, leave=False):
         if name not in statistics:

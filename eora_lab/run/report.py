@@ -3,6 +3,8 @@
 import json
 from dataclasses import asdict, dataclass, field, fields
 
+LISTED = 5  # kinds of matrices left that a line names
+
 
 @dataclass(frozen=True)
 class LayerReport:
@@ -34,11 +36,27 @@ class Report:
     peak_memory: int = 0  # bytes: of the process, or of the GPU when the model is there
     backends: dict[str, int] = field(default_factory=dict)  # who multiplies one row of input -> how many layers
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)  # text -> state of the model -> value
+    left: dict[str, int] | None = None  # matrices of the decoder that stayed as they are -> weights; None: not counted
 
     @property
     def weights(self) -> int:
         """How many weights were compressed."""
         return sum(layer.out_features * layer.in_features for layer in self.layers)
+
+    @property
+    def coverage(self) -> float | None:
+        """Share of the decoder's weights in matrices that was compressed; None for reports that did not count them."""
+        if self.left is None:
+            return None
+        return self.weights / max(self.weights + sum(self.left.values()), 1)
+
+    def coverage_line(self) -> str:
+        """How much was compressed, and what was left, the largest first."""
+        left = sorted((self.left or {}).items(), key=lambda item: -item[1])
+        names = ", ".join(f"{name} ({count / 1e6:.2g} M)" for name, count in left[:LISTED])
+        more = f" and {len(left) - LISTED} more" if len(left) > LISTED else ""
+        share = f"{self.coverage:.1%} of the decoder's weights in matrices compressed"
+        return share + (f"; left as they are: {names}{more}" if left else "")
 
     @property
     def nbytes(self) -> int:
@@ -52,13 +70,18 @@ class Report:
 
     def to_json(self) -> str:
         """The report and its totals."""
-        totals = {"weights": self.weights, "nbytes": self.nbytes, "bits_per_weight": self.bits_per_weight}
+        totals = {
+            "weights": self.weights,
+            "nbytes": self.nbytes,
+            "bits_per_weight": self.bits_per_weight,
+            "coverage": self.coverage,
+        }
         return json.dumps(totals | asdict(self), indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
         """The inverse of `to_json`."""
-        data = json.loads(text)
+        data = {"left": None} | json.loads(text)  # which older reports do not have
         own = {one.name: data[one.name] for one in fields(cls)}
         return cls(**own | {"layers": [layer_report(layer) for layer in data["layers"]]})
 
@@ -87,9 +110,11 @@ class Report:
             f"output error {mean('error_before'):.5f} -> {mean('error_after'):.5f}, mean of layers, calibration tokens",
             f"{self.seconds:.1f} s, peak memory {self.peak_memory / 1e9:.2f} GB",
         ]
+        if self.left is not None:
+            lines.insert(1, self.coverage_line())
         if self.layers and self.layers[0].held_out_after is not None:
             before, after = mean("held_out_before"), mean("held_out_after")
-            lines.insert(2, f"output error {before:.5f} -> {after:.5f}, mean of layers, held-out tokens")
+            lines.insert(-1, f"output error {before:.5f} -> {after:.5f}, mean of layers, held-out tokens")
         if self.backends:
             lines.append(f"computed by {', '.join(f'{name} ({n} layers)' for name, n in self.backends.items())}")
         few = [layer.name for layer in self.layers if layer.data_free]

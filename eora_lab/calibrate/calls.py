@@ -1,0 +1,140 @@
+"""What a model hands its decoder blocks beside the hidden states: masks, positions, inputs of a layer's own.
+
+It is noted for every mini-batch, because it may depend on the tokens.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
+
+from eora_lab.errors import EoraLabError
+
+
+class Call(NamedTuple):
+    """What a block is called with beside the hidden states."""
+
+    args: tuple
+    kwargs: dict[str, Any]
+
+
+class _Away(NamedTuple):
+    """A tensor that waits on the CPU."""
+
+    tensor: Tensor
+    device: torch.device
+
+
+class _AllBlocksSeen(Exception):
+    pass
+
+
+class BlockCalls:
+    """The calls of every block, a set for each mini-batch that entered.
+
+    A tensor that is the same in the mini-batch before is held once; one that depends on the tokens waits on the CPU
+    until its block runs. What else is handed on, such as a store of keys that blocks share, is the mini-batch's own.
+
+    blocks: name -> block, in the order they run.
+    rest:   name -> what a block returns after the hidden states, for models that unpack it.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], rest: Mapping[str, tuple]):
+        self.model, self.blocks, self.rest = model, dict(blocks), rest
+        self._calls: list[dict[str, Call]] = []
+        self._before: list[Tensor] = []  # tensors of the mini-batch before, in the order they were met
+
+    @torch.no_grad()
+    def enter(self, tokens: Int[Tensor, "batch seqlen"]) -> Float[Tensor, "... hidden"]:
+        """Embed a mini-batch and note its calls. Blocks pass their input on meanwhile."""
+        states: list[Tensor] = []
+        calls: dict[str, Call] = {}
+
+        def note(name: str) -> Callable:
+            def forward(*args, **kwargs):
+                hidden, calls[name] = split(name, args, kwargs)
+                states.append(hidden)
+                if len(calls) == len(self.blocks):
+                    raise _AllBlocksSeen
+                return (hidden, *self.rest[name]) if name in self.rest else hidden
+
+            return forward
+
+        for name, block in self.blocks.items():
+            block.forward = note(name)
+        try:
+            self.model(tokens, use_cache=False)
+        except _AllBlocksSeen:
+            pass
+        finally:
+            for block in self.blocks.values():
+                del block.forward
+        self._calls.append(self._kept(calls))
+        return states[0]
+
+    @torch.no_grad()
+    def run(self, mini_batch: int, name: str, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "... hidden"]:
+        """Run a block as it is now on hidden states of that mini-batch."""
+        args, kwargs = _mapped(self._calls[mini_batch][name], _back, {})
+        return hidden_states(name, self.blocks[name](hidden, *args, **kwargs))
+
+    def _kept(self, calls: dict[str, Call]) -> dict[str, Call]:
+        before, met = self._before, list[Tensor]()
+
+        def keep(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            known = before[len(met)] if len(met) < len(before) else None
+            if known is not None and same(known, leaf):
+                met.append(known)
+                return known
+            met.append(leaf)
+            return leaf if leaf.is_cpu or not before else _Away(leaf.cpu(), leaf.device)
+
+        kept = _mapped(calls, keep, {})
+        self._before = met
+        return kept
+
+
+def same(one: Shaped[Tensor, "..."], other: Shaped[Tensor, "..."]) -> bool:
+    """Whether two tensors are interchangeable."""
+    return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
+
+
+def split(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+    """The hidden states that block `name` is called with, and the rest. Raises EoraLabError when there are none."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, Tensor):
+        raise EoraLabError(f"{name} is no decoder block that EoRA Lab can run: it is not handed hidden states first")
+    others = {key: value for key, value in kwargs.items() if args or key != "hidden_states"}
+    return hidden, Call(args[1:], others)
+
+
+def hidden_states(name: str, output: Any) -> Tensor:
+    """The hidden states in what block `name` returns. Raises EoraLabError when they are not what comes first."""
+    first = output[0] if isinstance(output, tuple) and output else output
+    if not isinstance(first, Tensor):
+        raise EoraLabError(f"{name} is no decoder block that EoRA Lab can run: it returns no hidden states first")
+    return first
+
+
+def _back(leaf: Any) -> Any:
+    return leaf.tensor.to(leaf.device) if isinstance(leaf, _Away) else leaf
+
+
+def _mapped(value: Any, change: Callable[[Any], Any], done: dict[int, Any]) -> Any:
+    """Plain containers anew, their leaves changed; what is one object in many places stays one."""
+    if id(value) not in done:
+        new: Any
+        if type(value) is dict:
+            new = {key: _mapped(one, change, done) for key, one in value.items()}
+        elif type(value) is Call:
+            new = Call(*(_mapped(one, change, done) for one in value))
+        elif type(value) in (tuple, list):
+            new = type(value)(_mapped(one, change, done) for one in value)
+        else:
+            new = change(value)
+        done[id(value)] = new
+    return done[id(value)]

@@ -1,0 +1,227 @@
+"""Before a pass: do the blocks, run one by one, what they do within the model?
+
+A pass hands hidden states from block to block by itself and puts other modules in the place of linears. Both are tried
+on a few tokens with the unchanged blocks and held against a plain pass of the model. It needs two short sequences, and
+so next to no time.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from eora_lab.calibrate.calls import BlockCalls, hidden_states
+from eora_lab.errors import EoraLabError, one_line
+from eora_lab.model.structure import block_linears, decoder_blocks, linears
+
+SEQUENCES, TOKENS = 2, 64  # two mini-batches show what one leaves behind for the other
+RUNS = 2  # a block runs more than once in a pass: to measure, and to move on
+OFFERED = ("in_features", "out_features", "bias")  # what a compressed layer has of a linear, beside the product
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What was found out about the blocks of a model.
+
+    rest: name of a block -> what it returns after the hidden states, as the model unpacks it.
+    left: full names of linears that are no plain product to the model (it reads the weight itself, or the class
+          multiplies in a way of its own): they have to stay as they are.
+    """
+
+    rest: dict[str, tuple]
+    left: frozenset[str]
+
+
+@torch.no_grad()
+def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Contract:
+    """Try the blocks on the first tokens. The model is not changed.
+
+    Raises EoraLabError with the name of a block that cannot be streamed exactly: one that does not run once a pass, in
+    order; one that hands on more than hidden states; one that by itself gives others than within the model.
+    """
+    blocks = decoder_blocks(model)
+    _check_modules(model, blocks)
+    probes = tokens[:SEQUENCES, :TOKENS].to(next(model.parameters()).device).split(1)
+    plain = [_plain_pass(model, blocks, probe) for probe in probes]
+    rest = {name: output[1:] for name, output in plain[0].items() if isinstance(output, tuple)}
+    calls = BlockCalls(model, blocks, rest)
+    with _stand_ins(model) as (left, inputs):
+        hidden = [calls.enter(probe) for probe in probes]
+        for name in blocks:
+            within = [hidden_states(name, outputs[name]) for outputs in plain]
+            for _ in range(RUNS):
+                for i, wanted in enumerate(within):
+                    inputs.clear()
+                    _compare(name, _alone(calls, i, name, hidden[i]), wanted)
+            _check_shared(inputs)
+            hidden = within
+    return Contract(rest, frozenset(left))
+
+
+def _check_modules(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
+    """Raise EoraLabError where a linear is not the block's own, or is wrapped."""
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer"):
+            raise EoraLabError(
+                f"{name} is wrapped by peft: merge the adapter first (model = model.merge_and_unload()), or load the "
+                "model without it"
+            )
+    owners: dict[int, str] = {}
+    for prefix, block in blocks.items():
+        for local, linear in linears(block).items():
+            if (owner := owners.setdefault(id(linear), prefix)) != prefix:
+                raise EoraLabError(
+                    f"{prefix}.{local} is a module of {owner} as well: only blocks with linears of their own can be "
+                    "compressed"
+                )
+
+
+def _plain_pass(model: nn.Module, blocks: dict[str, nn.Module], tokens: Tensor) -> dict[str, Any]:
+    """What every block returns within the model, for one sequence."""
+    ran: list[str] = []
+    outputs: dict[str, Any] = {}
+    givers: dict[int, str] = {}  # tensors that a block returns after the hidden states -> the block
+
+    def before(name: str):
+        def hook(_module, args, kwargs):
+            for tensor in _tensors((args[1:], kwargs)):
+                if giver := givers.get(id(tensor)):
+                    raise EoraLabError(f"{giver} hands on more than hidden states, to {name}: it cannot be run alone")
+
+        return hook
+
+    def after(name: str):
+        def hook(_module, _args, output):
+            ran.append(name)
+            givers.update({id(tensor): name for tensor in _tensors(output[1:] if isinstance(output, tuple) else ())})
+            # a copy, for a model may go on to change its hidden states in place
+            first = hidden_states(name, output).clone()
+            outputs[name] = (first, *output[1:]) if isinstance(output, tuple) else first
+
+        return hook
+
+    handles = [block.register_forward_pre_hook(before(name), with_kwargs=True) for name, block in blocks.items()]
+    handles += [block.register_forward_hook(after(name)) for name, block in blocks.items()]
+    try:
+        model(tokens, use_cache=False)
+    except EoraLabError:
+        raise
+    except Exception as error:
+        raise EoraLabError(f"{type(model).__name__} does not run on these tokens alone: {one_line(error)}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    _check_order(ran, blocks)
+    return outputs
+
+
+def _check_order(ran: list[str], blocks: dict[str, nn.Module]) -> None:
+    times = Counter(ran)
+    for name in blocks:
+        if times[name] != 1:
+            how = f"runs {times[name]} times in a pass" if times[name] else "does not run on text alone"
+            raise EoraLabError(
+                f"{name} {how}: only models whose decoder blocks each run once, one after the other, can be compressed"
+            )
+    if ran != list(blocks):
+        raise EoraLabError(f"{ran[0]} runs before {next(iter(blocks))}: the decoder blocks do not run in their order")
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(one)
+
+
+def _alone(calls: BlockCalls, mini_batch: int, name: str, hidden: Tensor) -> Tensor:
+    try:
+        return calls.run(mini_batch, name, hidden)
+    except EoraLabError:
+        raise
+    except Exception as error:
+        raise EoraLabError(f"{name} cannot be run by itself: {one_line(error)}") from error
+
+
+def _compare(name: str, found: Tensor, wanted: Tensor) -> None:
+    """Raise EoraLabError unless both are the same, up to the roundings of sums in another order."""
+    error = relative_error(found, wanted)
+    if error > tolerance(wanted.dtype):
+        raise EoraLabError(
+            f"{name} gives other hidden states by itself than within the model (relative error {error:.1e}): "
+            "it depends on more than it is handed, and cannot be compressed exactly"
+        )
+
+
+def _check_shared(inputs: dict[str, list[Tensor]]) -> None:
+    """Raise EoraLabError where linears share one input but not all of them: statistics are kept for all or none."""
+    first: dict[int, str] = {}
+    for name, own in inputs.items():
+        other = first.setdefault(id(own[0]), name)
+        if [id(x) for x in inputs[other]] != [id(x) for x in own]:
+            raise EoraLabError(f"{name} and {other} share one input, but not every one: they cannot be measured apart")
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The relative error that is left to rounding. Kernels, shapes and values are the same, so it is mostly 0."""
+    return max(1e-5, 2 * torch.finfo(dtype).eps)
+
+
+def relative_error(found: Float[Tensor, "*shape"], wanted: Float[Tensor, "*other"]) -> float:
+    """|found - wanted| / |wanted|; what is not finite in both alike does not count."""
+    if found.shape != wanted.shape:
+        return float("inf")
+    same = (found == wanted) | (found.isnan() & wanted.isnan())
+    if same.all():
+        return 0.0
+    difference = torch.where(same, torch.zeros_like(wanted), found - wanted).float().norm()
+    norm = wanted.float().nan_to_num(0, 0, 0).norm()
+    return float(difference / norm) if norm else float("inf")
+
+
+class _StandIn(nn.Module):
+    """In the place of a linear, as a compressed layer will be: it multiplies. Notes when more is wanted of it."""
+
+    def __init__(self, name: str, linear: nn.Linear, left: set[str], inputs: dict[str, list[Tensor]]):
+        super().__init__()
+        self.name, self.linear, self.left, self.inputs = name, linear, left, inputs
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            value = getattr(self.linear, name)
+        if name not in OFFERED:
+            self.left.add(self.name)
+        return value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = self.linear(*args, **kwargs)
+        if len(args) != 1 or kwargs:
+            raise EoraLabError(f"{self.name} is called with more than its input, which no compressed layer takes")
+        self.inputs.setdefault(self.name, []).append(args[0])
+        if type(self.linear).forward is not nn.Linear.forward:
+            plain = nn.functional.linear(args[0].to(self.linear.weight.dtype), self.linear.weight, self.linear.bias)
+            alike = isinstance(output, Tensor) and output.dtype == args[0].dtype
+            if not alike or relative_error(output, plain) > tolerance(plain.dtype):
+                self.left.add(self.name)
+        return output
+
+
+@contextmanager
+def _stand_ins(model: nn.Module) -> Iterator[tuple[set[str], dict[str, list[Tensor]]]]:
+    """Stand-ins for all linears of the blocks. Yields the names of those that more is wanted of, and name -> inputs."""
+    originals, left, inputs = block_linears(model), set[str](), dict[str, list[Tensor]]()
+    try:
+        for name, linear in originals.items():
+            model.set_submodule(name, _StandIn(name, linear, left, inputs))
+        yield left, inputs
+    finally:
+        for name, linear in originals.items():
+            model.set_submodule(name, linear)
