@@ -51,13 +51,16 @@ def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Co
     rest = {name: output[1:] for name, output in plain[0].items() if isinstance(output, tuple)}
     calls = BlockCalls(model, blocks, rest)
     with _stand_ins(model) as (left, inputs):
-        hidden = [calls.enter(probe) for probe in probes]
+        with _one_line(f"{type(model).__name__} cannot be run block by block"):
+            hidden = [calls.enter(probe) for probe in probes]
         for name in blocks:
             within = [hidden_states(name, outputs[name]) for outputs in plain]
             for _ in range(RUNS):
                 for i, wanted in enumerate(within):
                     inputs.clear()
-                    _compare(name, _alone(calls, i, name, hidden[i]), wanted)
+                    with _one_line(f"{name} cannot be run by itself"):
+                        found = calls.run(i, name, hidden[i])
+                    _compare(name, found, wanted)
             _check_shared(inputs)
             hidden = within
     return Contract(rest, frozenset(left))
@@ -108,11 +111,8 @@ def _plain_pass(model: nn.Module, blocks: dict[str, nn.Module], tokens: Tensor) 
     handles = [block.register_forward_pre_hook(before(name), with_kwargs=True) for name, block in blocks.items()]
     handles += [block.register_forward_hook(after(name)) for name, block in blocks.items()]
     try:
-        model(tokens, use_cache=False)
-    except EoraLabError:
-        raise
-    except Exception as error:
-        raise EoraLabError(f"{type(model).__name__} does not run on these tokens alone: {one_line(error)}") from error
+        with _one_line(f"{type(model).__name__} does not run on these tokens alone"):
+            model(tokens, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
@@ -140,19 +140,21 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(one)
 
 
-def _alone(calls: BlockCalls, mini_batch: int, name: str, hidden: Tensor) -> Tensor:
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Say in one line what fails where the code of a model raises any error."""
     try:
-        return calls.run(mini_batch, name, hidden)
+        yield
     except EoraLabError:
         raise
     except Exception as error:
-        raise EoraLabError(f"{name} cannot be run by itself: {one_line(error)}") from error
+        raise EoraLabError(f"{what}: {one_line(error)}") from error
 
 
 def _compare(name: str, found: Tensor, wanted: Tensor) -> None:
     """Raise EoraLabError unless both are the same, up to the roundings of sums in another order."""
-    error = relative_error(found, wanted)
-    if error > tolerance(wanted.dtype):
+    error = _relative_error(found, wanted)
+    if not error <= _tolerance(wanted.dtype):
         raise EoraLabError(
             f"{name} gives other hidden states by itself than within the model (relative error {error:.1e}): "
             "it depends on more than it is handed, and cannot be compressed exactly"
@@ -168,12 +170,12 @@ def _check_shared(inputs: dict[str, list[Tensor]]) -> None:
             raise EoraLabError(f"{name} and {other} share one input, but not every one: they cannot be measured apart")
 
 
-def tolerance(dtype: torch.dtype) -> float:
+def _tolerance(dtype: torch.dtype) -> float:
     """The relative error that is left to rounding. Kernels, shapes and values are the same, so it is mostly 0."""
     return max(1e-5, 2 * torch.finfo(dtype).eps)
 
 
-def relative_error(found: Float[Tensor, "*shape"], wanted: Float[Tensor, "*other"]) -> float:
+def _relative_error(found: Float[Tensor, "*shape"], wanted: Float[Tensor, "*other"]) -> float:
     """|found - wanted| / |wanted|; what is not finite in both alike does not count."""
     if found.shape != wanted.shape:
         return float("inf")
@@ -209,7 +211,7 @@ class _StandIn(nn.Module):
         if type(self.linear).forward is not nn.Linear.forward:
             plain = nn.functional.linear(args[0].to(self.linear.weight.dtype), self.linear.weight, self.linear.bias)
             alike = isinstance(output, Tensor) and output.dtype == args[0].dtype
-            if not alike or relative_error(output, plain) > tolerance(plain.dtype):
+            if not alike or not _relative_error(output, plain) <= _tolerance(plain.dtype):
                 self.left.add(self.name)
         return output
 
