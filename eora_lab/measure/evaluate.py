@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from eora_lab.errors import EoraLabError
 from eora_lab.layer.linear import unpacked
+from eora_lab.model.limits import check_tokens
 
 
 def perplexity(model: nn.Module, token_windows: Int[Tensor, "n seqlen"], progress: bool = False) -> float:
     """exp of the mean negative log-likelihood over all predicted tokens, each window on its own.
 
-    A window of seqlen tokens predicts seqlen - 1 of them. Raises EoraLabError on windows shorter than two tokens and
-    when the model's logits are not finite.
+    A window of seqlen tokens predicts seqlen - 1 of them. Raises EoraLabError on windows shorter than two tokens, on
+    tokens that the model cannot take (see `check_tokens`), and when its logits are not finite.
     """
     return window_losses(model, token_windows, progress).mean().exp().item()
 
@@ -39,6 +40,7 @@ def window_losses(
 
     if token_windows.ndim != 2 or token_windows.shape[0] < 1 or token_windows.shape[1] < 2:
         raise EoraLabError(f"perplexity needs (n, seqlen >= 2) tokens, not {tuple(token_windows.shape)}")
+    check_tokens(model, token_windows)
     device = next(model.parameters()).device
     windows = tqdm(token_windows.to(device), desc="perplexity", unit="window", disable=not progress, leave=False)
     losses = []

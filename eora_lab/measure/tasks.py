@@ -17,6 +17,7 @@ from eora_lab.errors import EoraLabError
 from eora_lab.layer.linear import unpacked
 from eora_lab.measure.intervals import Interval, paired_bootstrap
 from eora_lab.measure.own_tasks import OWN_TASKS
+from eora_lab.model.limits import check_tokens
 from eora_lab.text import hub
 
 FIRST_CHOICE = ("acc", "exact_match", "rougeLsum")  # of several metrics; acc is what the EoRA paper reports
@@ -73,7 +74,8 @@ def evaluate_tasks(
 
     limit:       the first so many questions of every task (of each of the 57 of mmlu); None: all.
     num_fewshot: worked examples before a question; None: as many as the task says.
-    Raises EoraLabError: lm-eval is not installed, an unknown task, or data found neither in the mirror nor on the hub.
+    Raises EoraLabError: lm-eval is not installed, an unknown task, data found neither in the mirror nor on the hub, or
+    tokens that the model cannot take (see `check_tokens`).
     """
     try:
         import lm_eval
@@ -93,7 +95,7 @@ def evaluate_tasks(
     with _mirror_before_hub(num_fewshot):
         members = {name: manager.load([copy.deepcopy(OWN_TASKS.get(name, name))])["tasks"] for name in tasks}
     leaves = {leaf: task for loaded in members.values() for leaf, task in loaded.items()}
-    with unpacked(model):
+    with unpacked(model), _checked(model):
         found = lm_eval.simple_evaluate(
             HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
             tasks=list(leaves.values()),
@@ -108,6 +110,17 @@ def evaluate_tasks(
         )
     single = {leaf: _result(leaf, task, found) for leaf, task in leaves.items()}
     return {name: _pool(name, [single[leaf] for leaf in loaded]) for name, loaded in members.items()}
+
+
+@contextmanager
+def _checked(model: nn.Module) -> Iterator[None]:
+    """While lm-eval runs, look at all tokens before the model does: they are made deep inside of it."""
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    hook = embedding.register_forward_pre_hook(lambda _, inputs: check_tokens(model, *inputs))
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @lru_cache(maxsize=1)
