@@ -16,6 +16,7 @@ WORDS = {
     str: "text",
     bool: "true or false",
     tuple: "a list",
+    dict: "names with values",
     type(None): "nothing",
 }
 
@@ -41,9 +42,13 @@ def one_line(error: Exception) -> str:
 def unknown(kind: str, name: object, known: Iterable[str]) -> EoraLabError:
     """The error for a name that is none of those known. It says which one may be meant."""
     known = list(known)
+    return EoraLabError(f"unknown {kind} {name!r}; known: {', '.join(known)}{meant(name, known)}")
+
+
+def meant(name: object, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: which one may be meant. Empty when none is near."""
     near = difflib.get_close_matches(str(name), known, 1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    return EoraLabError(f"unknown {kind} {name!r}; known: {', '.join(known)}{hint}")
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 @typing.dataclass_transform(frozen_default=True)
@@ -95,6 +100,9 @@ def as_setting(hint: typing.Any, value: typing.Any, name: str) -> typing.Any:
         items = (value,) if isinstance(value, str) else value
         if isinstance(items, list | tuple):
             return tuple(as_setting(arguments[0], item, name) for item in items)
+    elif kind is dict and arguments and isinstance(value, dict):
+        key, item = arguments
+        return {as_setting(key, one, name): as_setting(item, value[one], f"{name}.{one}") for one in value}
     elif kind in (int, float):
         if isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool):
             return kind(value)

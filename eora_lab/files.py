@@ -1,4 +1,4 @@
-"""Write files so that a kill or a full disk leaves the old file or the new one, never half of one."""
+"""Files of our own: a kill or a full disk leaves the old file or the new one, never half of one; damage is told."""
 
 import hashlib
 import json
@@ -6,15 +6,20 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import filelock
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, as_setting, one_line
+
+LOCK = ".lock"  # in a folder that one process at a time may work in
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -34,6 +39,39 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def write_json(path: Path, data: object) -> None:
     """Write JSON, indented."""
     write_atomically(path, lambda partial: partial.write_text(json.dumps(data, indent=1) + "\n"))
+
+
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The JSON value of that kind, by default an object, in a file.
+
+    Raises EoraLabError, with the file's name, when it cannot be read or holds anything else.
+    """
+    try:
+        return as_setting(kind, json.loads(path.read_text(encoding="utf-8")), "its content")
+    except OSError as error:
+        raise EoraLabError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError, EoraLabError) as error:
+        raise EoraLabError(f"{path} is damaged ({one_line(error)})") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Be the only one at work in a folder, which is made. However a process ends, the system frees its folder.
+
+    Raises EoraLabError while another one is at work there, and when the folder cannot be written.
+    """
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout as error:
+        raise EoraLabError(f"somebody is at work in {folder}: wait until that has ended, or choose another") from error
+    except OSError as error:
+        raise EoraLabError(f"cannot write {folder}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +16,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from eora_lab import load_model, load_run, perplexity
+from eora_lab import EoraLabError, load_model, load_run, perplexity
 from eora_lab.cli import main
-from eora_lab.finetune.finetune import finetune, last_checkpoint
+from eora_lab.files import locked
+from eora_lab.finetune.checkpoints import last_checkpoint
+from eora_lab.finetune.finetune import finetune
 from eora_lab.finetune.settings import Training
 from eora_lab.finetune.trainer import FrozenLinear, train
 from eora_lab.formats.peft import read_adapter
@@ -28,6 +32,7 @@ from eora_lab.run.task_adapter import solve_adapter
 from tests.tiny import compress, tiny_model, tiny_tokenizer
 
 SHORT = Training(steps=6, batch_size=2, lr=1e-2, save_every=3)
+LONG = Training(steps=9, batch_size=2, lr=1e-2, save_every=3)
 
 
 def batches(n: int = 8, seqlen: int = 32, seed: int = 0) -> torch.Tensor:
@@ -167,15 +172,15 @@ def test_a_killed_training_resumes_to_the_same_result(run, tmp_path):
     settings = {"steps": 24, "batch_size": 2, "lr": 1e-3, "save_every": 3}
     script = KILLED.format(run=str(run), out=str(tmp_path / "killed"), training=settings)
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while (checkpoint := last_checkpoint(tmp_path / "killed")) is None or checkpoint.name == "checkpoint-3":
+    while (checkpoint := last_checkpoint(tmp_path / "killed", 24)) is None or checkpoint.name == "checkpoint-3":
         assert process.poll() is None, "ended before it could be killed"
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "log.json").exists()
-    newest = last_checkpoint(tmp_path / "killed")
+    newest = last_checkpoint(tmp_path / "killed", 24)
     (newest / "trainer_state.json").write_text('{"epoch": 1.0, "glo')
-    assert last_checkpoint(tmp_path / "killed") not in (None, newest)
+    assert last_checkpoint(tmp_path / "killed", 24) not in (None, newest)
     logs = {}
     for name in ("killed", "whole"):
         logs[name] = finetune(
@@ -194,6 +199,81 @@ def test_a_finished_training_is_not_run_again(run, tmp_path):
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     assert finetune(*arguments) == log
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+
+
+def break_state(checkpoint) -> None:
+    state = checkpoint / "trainer_state.json"
+    state.write_text(state.read_text().replace('"global_step": 6', '"global_step": 2'))
+
+
+DAMAGES = {
+    "cut off": lambda checkpoint: (checkpoint / "optimizer.pt").write_bytes(b"PK"),
+    "a byte": lambda checkpoint: (checkpoint / "optimizer.pt").write_bytes(
+        (data := (checkpoint / "optimizer.pt").read_bytes())[: len(data) // 2] + b"!" + data[len(data) // 2 + 1 :]
+    ),
+    "gone": lambda checkpoint: (checkpoint / "scheduler.pt").unlink(),
+    "weights": lambda checkpoint: (checkpoint / "adapter_model.safetensors").write_bytes(b""),
+    "empty": lambda checkpoint: (checkpoint / "rng_state.pth").write_bytes(b""),
+    "another step": break_state,
+    "best": lambda checkpoint: checkpoint.rename(checkpoint.with_name("checkpoint-best")),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(run, tmp_path_factory):
+    """A folder of a finished training, and its log."""
+    folder = tmp_path_factory.mktemp("trained") / "out"
+    return folder, finetune(*loaded(run), batches(), batches(seed=1), folder, LONG, "svd", 8)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_to_the_same_result(run, trained, damage, tmp_path):
+    folder, log = shutil.copytree(trained[0], tmp_path / "out"), trained[1]
+    whole = read_adapter(folder)[0]
+    (folder / "log.json").unlink()
+    assert last_checkpoint(folder, 10).name == "checkpoint-9" and last_checkpoint(folder, 9).name == "checkpoint-6"
+    DAMAGES[damage](folder / "checkpoint-6")
+    assert last_checkpoint(folder, 9) is None
+    assert finetune(*loaded(run), batches(), batches(seed=1), folder, LONG, "svd", 8) == log
+    for name, pair in read_adapter(folder)[0].items():
+        assert all(torch.equal(a, b) for a, b in zip(pair, whole[name], strict=True))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '[{"step": 1, "lo', "{}", '[{"step": 1, "loss": "low"}]', "[1, 2]"])
+def test_a_damaged_log_is_one_line_and_made_again_when_it_is_deleted(run, trained, content, tmp_path):
+    folder = shutil.copytree(trained[0], tmp_path / "out")
+    (folder / "log.json").write_text(content)
+    arguments = (*loaded(run), batches(), batches(seed=1), folder, LONG, "svd", 8)
+    with pytest.raises(EoraLabError, match=r"out/log\.json .*; delete it, and start the training again"):
+        finetune(*arguments)
+    if content == "":
+        (folder / "log.json").unlink()
+        assert finetune(*arguments) == trained[1]
+
+
+@pytest.mark.parametrize("size", [20_000, 150_000])
+def test_a_full_disk_is_one_line_and_the_training_goes_on_when_there_is_room(run, trained, size, tmp_path):
+    """The smaller limit to the size of a file stops the factors, the other one the state of the optimizer."""
+    arguments = (batches(), batches(seed=1), tmp_path / "out", LONG, "svd", 8)
+    model, original = loaded(run)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(EoraLabError, match=r"cannot write .*out.*make room") as caught:
+            finetune(model, original, *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(caught.value)
+    assert not [path for path in (tmp_path / "out").iterdir() if path.name != ".lock"]
+    assert finetune(model, original, *arguments) == trained[1]
+
+
+def test_two_trainings_cannot_share_a_folder(run, tmp_path):
+    model, original = loaded(run)
+    arguments = (batches(), batches(seed=1), tmp_path / "out", LONG, "lora", 8)
+    with locked(tmp_path / "out"), pytest.raises(EoraLabError, match=r"somebody is at work in .*out"):
+        finetune(model, original, *arguments)
+    assert finetune(model, original, *arguments)
 
 
 TEXTS = {"source": "text.txt", "nsamples": 6, "seqlen": 32, "rank": 8, "steps": 4, "save-every": 2, "batch-size": 2}

@@ -2,13 +2,16 @@
 
 import json
 import re
+from dataclasses import fields
 
 import pytest
 import torch
 from torch import nn
 
 from eora_lab import (
+    Calibration,
     EoraLabError,
+    Evaluation,
     InputStatistics,
     Report,
     collect_statistics,
@@ -17,6 +20,7 @@ from eora_lab import (
 from eora_lab.calibrate.statistics import output_energy
 from eora_lab.compensate.budget import Budget
 from eora_lab.compress import COMPRESSORS, PRUNERS
+from eora_lab.finetune.settings import Training
 from eora_lab.layer.linear import CompensatedLinear
 from eora_lab.model.structure import decoder_blocks
 from eora_lab.run.ranks import plan_ranks
@@ -326,7 +330,7 @@ def test_perplexity_is_the_mean_over_predicted_tokens():
     model, windows = tiny_model("llama"), tiny_tokens(3, 20)
     expected = torch.stack([model(w[None], labels=w[None]).loss for w in windows]).mean().exp()
     assert perplexity(model, windows) == pytest.approx(expected.item(), rel=1e-5)
-    with pytest.raises(EoraLabError, match="needs"):
+    with pytest.raises(EoraLabError, match="seqlen >= 2"):
         perplexity(model, windows[:, :1])
     model.lm_head.weight.data[0] = float("inf")
     with pytest.raises(EoraLabError, match="logits are not finite"):
@@ -371,3 +375,93 @@ def test_budgeted_ranks_remove_more_error_for_the_same_parameters():
             for layer, S in ((layer, statistics[layer.name]) for layer in report.layers)
         )
     assert left["absolute"] < left["uniform"]
+
+
+TOKENS = tiny_tokens()
+DOORS = {
+    "compress_model": lambda model, batches: compress(model, batches, **SMALL),
+    "collect_statistics": lambda model, batches: collect_statistics(model, batches, progress=False),
+    "perplexity": lambda model, batches: perplexity(model, batches),
+}
+ALIKE = {
+    "lists": TOKENS.tolist(),
+    "tuples": tuple(map(tuple, TOKENS.tolist())),
+    "tensors": list(TOKENS),
+    "numpy": TOKENS.numpy(),
+    "small numbers": TOKENS.numpy().astype("uint16"),
+    "int32": TOKENS.int(),
+}
+
+
+@pytest.mark.parametrize("batches", ALIKE.values(), ids=ALIKE)
+def test_token_batches_in_another_form_are_the_same_batches(batches):
+    found, wanted = (collect_statistics(tiny_model("llama"), one, progress=False) for one in (batches, TOKENS))
+    assert all(torch.equal(found[name].second_moment, wanted[name].second_moment) for name in wanted)
+    assert perplexity(tiny_model("llama"), batches) == perplexity(tiny_model("llama"), TOKENS)
+    reports = [compress(tiny_model("llama"), one, **SMALL) for one in (batches, TOKENS)]
+    assert [layer.error_after for layer in reports[0].layers] == [layer.error_after for layer in reports[1].layers]
+
+
+@pytest.mark.parametrize("door", DOORS)
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ({"input_ids": TOKENS}, 'token ids alone: take "input_ids" out of the dict'),
+        ([{"input_ids": one.tolist()} for one in TOKENS], 'token ids alone: take "input_ids" out of the dict'),
+        ([[3, 4, 5], [6, 7]], "sequences of one length"),
+        ([TOKENS[0], TOKENS[0, :4]], "sequences of one length"),
+        (["The fox", "and"], "must be token ids"),
+        (None, "must be token ids"),
+        (iter(TOKENS), "must be token ids"),
+        ([], "of shape (nsamples, seqlen), not (0,)"),
+        (TOKENS[:0], "of shape (nsamples, seqlen), not (0, 32)"),
+        (TOKENS[0], "of shape (nsamples, seqlen), not (32,)"),
+        (TOKENS[None], "of shape (nsamples, seqlen), not (1, 6, 32)"),
+        (TOKENS.float(), "whole numbers, not torch.float32"),
+        (TOKENS.numpy() / 2, "whole numbers, not torch.float64"),
+        (TOKENS > 9, "whole numbers, not torch.bool"),
+        (TOKENS + 90, "has no row in the model's embedding of 97"),
+        (TOKENS - 50, "has no row in the model's embedding of 97"),
+    ],
+    ids=str,
+)
+def test_what_is_no_token_batch_is_one_line_before_anything_changes(door, batches, message):
+    model = tiny_model("llama")
+    with pytest.raises(EoraLabError, match=re.escape(message)) as caught:
+        DOORS[door](model, batches)
+    assert "\n" not in str(caught.value)
+    assert isinstance(model.get_submodule(K_PROJ), nn.Linear)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        ({K_PROJ: "4"}, f"the rank of {K_PROJ} must be a whole number, not '4'"),
+        ({K_PROJ: 4.5}, f"the rank of {K_PROJ} must be a whole number, not 4.5"),
+        ({K_PROJ: float("nan")}, f"the rank of {K_PROJ} must be a whole number, not nan"),
+        ({K_PROJ: True}, f"the rank of {K_PROJ} must be a whole number, not True"),
+        ({K_PROJ: -1}, f"the rank of {K_PROJ} must be 0 or more, not -1"),
+        ({K_PROJ + "s": 4}, f"(did you mean {K_PROJ}?)"),
+    ],
+)
+def test_ranks_of_layers_are_checked_before_anything_changes(ranks, message):
+    model = tiny_model("llama")
+    with pytest.raises(EoraLabError, match=re.escape(message)):
+        compress(model, tiny_tokens(), **SMALL, ranks=ranks)
+    assert isinstance(model.get_submodule(K_PROJ), nn.Linear)
+    report = compress(model, tiny_tokens(), **SMALL, ranks={K_PROJ: TOKENS.numpy().max() // 16})  # a numpy integer
+    assert {layer.name: layer.rank for layer in report.layers if layer.rank} == {K_PROJ: 6}
+
+
+@pytest.mark.parametrize("kind", [Recipe, Budget, Training, Calibration, Evaluation])
+def test_every_setting_names_itself_when_it_is_of_another_type(kind):
+    for field in fields(kind):
+        for value in (object(), {}, ["a", 1], float("nan"), b"4"):
+            with pytest.raises(EoraLabError, match=rf"\b{field.name}\b|held-out share|learning rate|share must lie"):
+                kind(**{field.name: value})
+
+
+@pytest.mark.parametrize("bits", [4.0, True, "4", None])
+def test_bits_are_a_whole_number_and_nothing_else(bits):
+    with pytest.raises(EoraLabError, match="bits must be a whole number"):
+        Recipe(bits=bits)

@@ -56,7 +56,7 @@ def tiny_tokens(n: int = 6, seqlen: int = 32, seed: int = 0) -> torch.Tensor:
     return torch.randint(3, 97, (n, seqlen), generator=torch.Generator().manual_seed(seed))
 
 
-def compress(model: torch.nn.Module, tokens: torch.Tensor, compressor: str = "rtn", **settings) -> Report:
+def compress(model: torch.nn.Module, tokens, compressor: str = "rtn", **settings) -> Report:
     """`compress_model` with the fields of a recipe (round to nearest in 3 bits unless they say more) as keywords."""
     own = {name: settings.pop(name) for name in [field.name for field in fields(Recipe)] if name in settings}
     return compress_model(model, tokens, Recipe(compressor, **{"bits": 3} | own), **settings)

@@ -16,6 +16,7 @@ from eora_lab.calibrate.contract import Contract, check_blocks
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.errors import EoraLabError
 from eora_lab.model.structure import block_linears, decoder_blocks, linears
+from eora_lab.text.batches import Batches, as_tokens
 
 BATCH = 4  # sequences that run through a block at once
 
@@ -143,22 +144,25 @@ class BlockStream:
 
 def collect_statistics(
     model: nn.Module,
-    batches: Int[Tensor, "nsamples seqlen"],
+    batches: Batches,
     held_out: float = 0.0,
     progress: bool = True,
     only: str = "",
 ) -> dict[str, InputStatistics]:
     """Statistics of every block linear of the model as it is; module name -> InputStatistics.
 
+    batches:  token ids (nsamples, seqlen): a tensor, an array, or a list of sequences.
     held_out: share of the samples, the last ones, that is measured apart (`.held_out`).
     only:     regular expression; layers whose name it does not match are not measured, and the pass ends after the last
               that is.
     Shared inputs share one object. Holds the statistics of all blocks; `compress_model` needs one block's at a time.
-    Raises EoraLabError when no layer matches, and with the name of a block that cannot be run by itself.
+    Raises EoraLabError when no layer matches, when these are no token ids of the model, and with the name of a block
+    that cannot be run by itself.
     """
     from tqdm.auto import tqdm
 
-    stream = BlockStream(model, batches, held_out)
+    decoder_blocks(model)  # is it such a model at all
+    stream = BlockStream(model, as_tokens(model, batches), held_out)
     wanted = [
         [name for name in linears(block) if re.search(only, f"{prefix}.{name}")]
         for prefix, block in stream.blocks.items()

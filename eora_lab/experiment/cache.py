@@ -4,7 +4,6 @@ An entry's key is made of all that it depends on, so it never has to be invalida
 SHA-256 beside it; one that does not agree is set aside and made again.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -20,9 +19,18 @@ from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.calibrate.stream import collect_statistics
 from eora_lab.compensate import LowRank
 from eora_lab.compress import Compressed, tagged_state_dict, weight_from_state_dict
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, one_line
 from eora_lab.experiment.code import plugin_digest
-from eora_lab.files import digest, file_digest, read_tensors, set_aside, write_atomically, write_json, write_safetensors
+from eora_lab.files import (
+    digest,
+    file_digest,
+    read_json,
+    read_tensors,
+    set_aside,
+    write_atomically,
+    write_json,
+    write_safetensors,
+)
 from eora_lab.run.fit import Steps
 from eora_lab.run.recipe import Recipe
 
@@ -47,8 +55,8 @@ class ContentCache:
                     if path.with_suffix(".sha256").read_text() == file_digest(path):
                         return load(path)
                     reason = "its checksum does not agree"
-                except (OSError, KeyError, EoraLabError, SafetensorError) as error:
-                    reason = str(error)
+                except (OSError, ValueError, KeyError, TypeError, EoraLabError, SafetensorError) as error:
+                    reason = one_line(error)
                 set_aside(path, self.folder / "aside", reason)
             made = make()
             save(made, path)
@@ -86,7 +94,7 @@ class ContentCache:
             if not names:
                 first: dict[int, str] = {}
                 names = {name: first.setdefault(id(statistics), name) for name, statistics in measured().items()}
-                write_json(self.folder / folder / "index.json", names)
+                write_json(self.folder / folder / "index.json", {"names": names, "sha256": digest(names)})
             entries = {
                 name: self.entry(
                     f"{folder}/{name}",
@@ -103,11 +111,11 @@ class ContentCache:
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """A JSON object of texts; empty when there is none or it is damaged."""
+    """Which layers share whose statistics; empty when there is no such file or it is damaged."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return found if all(isinstance(value, str) for value in found.values()) else {}
-    except (OSError, ValueError, AttributeError):
+        found = read_json(path)
+        return found["names"] if found["sha256"] == digest(found["names"]) else {}
+    except (EoraLabError, KeyError):
         return {}
 
 

@@ -22,5 +22,5 @@ class Training:
 
     def check(self) -> None:
         """Raise EoraLabError when a setting is out of range."""
-        if min(self.steps, self.batch_size, self.save_every) < 1 or not self.lr > 0:
+        if min(self.steps, self.batch_size, self.save_every) < 1 or not 0 < self.lr < float("inf"):
             raise EoraLabError("steps, batch size and save-every must be at least 1, and the learning rate above 0")

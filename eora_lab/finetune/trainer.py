@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from eora_lab.errors import EoraLabError
+from eora_lab.finetune.checkpoints import written
 from eora_lab.finetune.settings import Training
 from eora_lab.formats.peft import Factors
 from eora_lab.layer.linear import CompensatedLinear
@@ -90,7 +91,8 @@ def train(
             callbacks=[Bar()],
         )
         trainer.remove_callback(transformers.PrinterCallback)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        with written(folder):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         log = [
             {key: entry[key] for key in ("step", "loss", "eval_loss", "learning_rate") if key in entry}
             for entry in trainer.state.log_history
@@ -106,6 +108,7 @@ def train(
     finally:
         for name, layer in layers.items():
             model.set_submodule(name, layer)
+        model.__dict__.pop("peft_config", None)  # which peft leaves where a training ends with an error
         model.eval()
     return factors, log
 

@@ -4,45 +4,42 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from eora_lab.errors import EoraLabError
 from eora_lab.layer.linear import unpacked
-from eora_lab.model.limits import check_tokens
+from eora_lab.text.batches import Batches, as_tokens
 
 
-def perplexity(model: nn.Module, token_windows: Int[Tensor, "n seqlen"], progress: bool = False) -> float:
+def perplexity(model: nn.Module, token_windows: Batches, progress: bool = False) -> float:
     """exp of the mean negative log-likelihood over all predicted tokens, each window on its own.
 
+    token_windows: token ids (n, seqlen): a tensor, an array, or a list of windows.
     A window of seqlen tokens predicts seqlen - 1 of them. Raises EoraLabError on windows shorter than two tokens, on
     tokens that the model cannot take (see `check_tokens`), and when its logits are not finite.
     """
     return window_losses(model, token_windows, progress).mean().exp().item()
 
 
-def perplexities(
-    model: nn.Module, windows: Mapping[str, Int[Tensor, "n seqlen"]], progress: bool = False
-) -> dict[str, float]:
+def perplexities(model: nn.Module, windows: Mapping[str, Batches], progress: bool = False) -> dict[str, float]:
     """`perplexity` on the windows of every text."""
     return {text: perplexity(model, tokens, progress) for text, tokens in windows.items()}
 
 
 @torch.no_grad()
-def window_losses(
-    model: nn.Module, token_windows: Int[Tensor, "n seqlen"], progress: bool = False
-) -> Float[Tensor, " n"]:
+def window_losses(model: nn.Module, token_windows: Batches, progress: bool = False) -> Float[Tensor, " n"]:
     """Mean negative log-likelihood a token (nats) of every window, float64. Perplexity is the exp of their mean.
 
     Raises EoraLabError as `perplexity` does.
     """
     from tqdm.auto import tqdm
 
-    if token_windows.ndim != 2 or token_windows.shape[0] < 1 or token_windows.shape[1] < 2:
-        raise EoraLabError(f"perplexity needs (n, seqlen >= 2) tokens, not {tuple(token_windows.shape)}")
-    check_tokens(model, token_windows)
+    tokens = as_tokens(model, token_windows, "windows")
+    if tokens.shape[1] < 2:
+        raise EoraLabError(f"perplexity needs (n, seqlen >= 2) tokens, not {tuple(tokens.shape)}")
     device = next(model.parameters()).device
-    windows = tqdm(token_windows.to(device), desc="perplexity", unit="window", disable=not progress, leave=False)
+    windows = tqdm(tokens.to(device), desc="perplexity", unit="window", disable=not progress, leave=False)
     losses = []
     with unpacked(model):
         for window in windows:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from eora_lab.errors import EoraLabError
-from eora_lab.files import digest, file_digest, write_json
+from eora_lab.errors import EoraLabError, as_setting
+from eora_lab.files import digest, file_digest, read_json, write_json
 from eora_lab.model.embedded import cache_folder
 
 REMEMBERED = "digests.json"  # in the cache folder
@@ -97,9 +97,10 @@ class _Remembered:
     def __init__(self):
         self.path, self._changed = cache_folder() / REMEMBERED, False
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            self.files, self.tensors = dict(found["files"]), dict(found["tensors"])
-        except (OSError, ValueError, KeyError, TypeError):
+            found = read_json(self.path)
+            self.files = as_setting(dict[str, list], found["files"], "files")
+            self.tensors = as_setting(dict[str, str], found["tensors"], "tensors")
+        except (EoraLabError, KeyError):
             self.files, self.tensors = {}, {}
         self._before = json.dumps([self.files, self.tensors])
 

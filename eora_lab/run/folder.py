@@ -8,7 +8,8 @@ report.json                  written last: a folder with a report is complete
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from eora_lab.environment import versions
-from eora_lab.errors import EoraLabError
-from eora_lab.files import write_json, write_safetensors
+from eora_lab.errors import EoraLabError, as_setting, naming, one_line
+from eora_lab.files import LOCK, locked, read_json, write_json, write_safetensors
 from eora_lab.formats import peft
 from eora_lab.layer.backends import AUTO
 from eora_lab.layer.linear import CompensatedLinear, compensated, use_backend
@@ -31,6 +32,14 @@ from eora_lab.run.report import LayerReport, Report, layer_report
 CONFIG = "config.json"
 
 
+@contextmanager
+def open_folder(path: Path | str, settings: dict) -> Iterator["RunFolder"]:
+    """The `RunFolder` of a run that nobody else works on meanwhile. Raises EoraLabError as that, and while one does."""
+    is_free(Path(path))  # before a lock is put in a stranger's folder
+    with locked(Path(path)):
+        yield RunFolder(path, settings)
+
+
 class RunFolder:
     """A folder that belongs to one run. Opening it again with the same settings resumes the run.
 
@@ -40,13 +49,18 @@ class RunFolder:
     def __init__(self, path: Path | str, settings: dict):
         self.path = Path(path)
         self.settings = claim_folder(self.path, settings)
+        for left in self.path.rglob(".*.partial"):  # by a process that was killed
+            left.unlink(missing_ok=True)
 
     def planned(self, plan: Callable[[], dict[str, int]]) -> dict[str, int]:
         """Module name -> rank: as planned before it was interrupted, or by `plan` now."""
         path = self.path / "ranks.json"
         if not path.exists():
             write_json(path, plan())
-        return json.loads(path.read_text())
+        try:
+            return as_setting(dict[str, int], read_json(path), "ranks")
+        except EoraLabError as error:
+            raise EoraLabError(f"{path} cannot be used: {error}; delete it to have the ranks planned again") from error
 
     def _block(self, index: int) -> Path:
         return self.path / "blocks" / f"{index:03d}.safetensors"
@@ -79,10 +93,8 @@ def claim_folder(path: Path | str, settings: dict, file: str = CONFIG) -> dict:
     file: where they are kept, with the versions. Raises EoraLabError when the folder holds something else.
     """
     path, settings = Path(path), json.loads(json.dumps(settings))
-    if not path.exists() or not any(path.iterdir()):
+    if is_free(path, file):
         write_json(path / file, {"settings": settings, "versions": versions()})
-    elif not is_run(path, file):
-        raise EoraLabError(f"{path} is not empty and holds no run: choose another output folder")
     found = read_config(path, file)["settings"]
     for key in sorted(found.keys() | settings.keys()):
         if found.get(key) != settings.get(key):
@@ -93,13 +105,34 @@ def claim_folder(path: Path | str, settings: dict, file: str = CONFIG) -> dict:
     return settings
 
 
+def is_free(path: Path, file: str = CONFIG) -> bool:
+    """Whether a folder is empty or not there. Raises EoraLabError when it holds anything but a run."""
+    try:
+        if not path.exists() or not any(entry.name != LOCK for entry in path.iterdir()):
+            return True
+    except OSError as error:
+        raise EoraLabError(f"cannot use {path}: {error.strerror}; choose another output folder") from error
+    if not is_run(path, file):
+        raise EoraLabError(f"{path} is not empty and holds no run: choose another output folder")
+    return False
+
+
 def read_config(path: Path | str, file: str = CONFIG) -> dict:
     """config.json of a run folder. Raises EoraLabError when there is none."""
     try:
-        config = json.loads((Path(path) / file).read_text(encoding="utf-8"))
-        return {"settings": config["settings"], "versions": config["versions"]}
-    except (OSError, json.JSONDecodeError, KeyError) as error:
+        config = read_json(Path(path) / file)
+        return {key: as_setting(dict, config[key], key) for key in ("settings", "versions")}
+    except (EoraLabError, KeyError) as error:
         raise EoraLabError(f"{path}: not a run folder (no readable {file} of a run)") from error
+
+
+def run_settings(path: Path | str) -> dict:
+    """The settings of a run. Raises EoraLabError when the folder is no run, or does not say of which model."""
+    settings = read_config(path)["settings"]
+    for key in ("model", "dtype", "weights"):
+        if not isinstance(settings.get(key), str):
+            raise EoraLabError(f"{Path(path) / CONFIG} does not name the {key} of the run: it is damaged or too old")
+    return settings
 
 
 def is_run(path: Path | str, file: str = CONFIG) -> bool:
@@ -111,18 +144,26 @@ def is_run(path: Path | str, file: str = CONFIG) -> bool:
 
 
 def install_block(model: nn.Module, path: Path) -> list[LayerReport]:
-    """Replace the linears of one block by what a file holds. Returns the block's part of the report."""
+    """Replace the linears of one block by what a file holds. Returns the block's part of the report.
+
+    Raises EoraLabError when the file is damaged, or of another model.
+    """
+    again = f"{path}: incomplete, corrupt, or of another model; delete it, and start the run again to make it anew"
     try:
         with safe_open(path, framework="pt") as file:
             layers = [layer_report(data) for data in json.loads(file.metadata()["layers"])]
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, EoraLabError) as error:
+        raise EoraLabError(f"{again} ({one_line(error)})") from error
+    try:
         for layer in layers:
             prefix = layer.name + "."
             stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            old = linear_at(model, layer.name)
-            model.set_submodule(layer.name, CompensatedLinear.from_stored(stored, old))
-    except (OSError, SafetensorError, KeyError, TypeError, AttributeError) as error:
-        raise EoraLabError(f"{path}: incomplete, corrupt, or of another model ({error})") from error
+            with naming(str(path)):  # such as a storage kind that no plugin here brings
+                old = linear_at(model, layer.name)
+                model.set_submodule(layer.name, CompensatedLinear.from_stored(stored, old))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise EoraLabError(f"{again} ({one_line(error)})") from error
     return layers
 
 
@@ -158,12 +199,12 @@ def load_original(path: Path | str, device: str = "cpu", model: Path | str | Non
 
     Raises EoraLabError when the folder is no run, or when the model cannot be loaded or is not the same any more.
     """
-    return _load_base(Path(path), read_config(Path(path))["settings"]["dtype"], device, model)[0]
+    return _load_base(Path(path), run_settings(path)["dtype"], device, model)[0]
 
 
 def _load_base(path: Path, dtype: torch.dtype | str, device: str, model: Path | str | None) -> tuple[nn.Module, Any]:
     """The base model of a run, and its tokenizer. Raises EoraLabError unless the run was made from it."""
-    settings = read_config(path)["settings"]
+    settings = run_settings(path)
     name, wanted = str(model or settings["model"]), settings["weights"]
     hint = "bring that one back, or say where it is (--base, in Python model=)"
     try:
@@ -198,11 +239,15 @@ def run_factors(path: Path | str) -> peft.Factors:
 
 
 def read_report(path: Path | str) -> Report:
-    """report.json of a run folder. Raises EoraLabError when the folder is no run, or is not finished."""
-    read_config(path)
+    """report.json of a run folder. Raises EoraLabError when the folder is no run, is not finished, or is damaged."""
+    run_settings(path)
     if not (file := Path(path) / "report.json").exists():
         raise EoraLabError(f"{path}: this run is not finished; start it again with the same settings to resume it")
-    return Report.from_json(file.read_text(encoding="utf-8"))
+    try:
+        return Report.from_data(read_json(file))
+    except EoraLabError as error:
+        hint = "start the run again with the same settings to write it anew"
+        raise EoraLabError(f"{file} cannot be used: {error}; {hint}") from error
 
 
 def load_model_or_run(

@@ -27,19 +27,20 @@ from eora_lab.layer.linear import CompensatedLinear, backends_in_use
 from eora_lab.model.digest import model_digest
 from eora_lab.model.structure import block_linears, decoder, decoder_blocks, linear_at, linears, matrices, model_name
 from eora_lab.run.fit import Steps, fit_layer
-from eora_lab.run.folder import RunFolder
-from eora_lab.run.ranks import spread
+from eora_lab.run.folder import RunFolder, open_folder
+from eora_lab.run.ranks import given_ranks, spread
 from eora_lab.run.recipe import Recipe
 from eora_lab.run.report import LayerReport, Report
+from eora_lab.text.batches import Batches, as_tokens
 
 
 @torch.no_grad()
 def compress_model(
     model: nn.Module,
-    batches: Int[Tensor, "nsamples seqlen"],
+    batches: Batches,
     recipe: Recipe | None = None,
     *,
-    ranks: Mapping[str, int] | Budget | None = None,
+    ranks: Mapping | Budget | None = None,
     folder: Path | str | None = None,
     notes: dict | None = None,
     statistics: Mapping[str, InputStatistics] | None = None,
@@ -53,7 +54,7 @@ def compress_model(
     Embeddings and lm_head stay as they are, and so do linears whose weight the model reads itself (Mamba's dt_proj);
     the report says what was left.
 
-    batches:    calibration token ids.
+    batches:    calibration token ids (nsamples, seqlen): a tensor, an array, or a list of sequences.
     recipe:     what to do; `Recipe()` if not given.
     ranks:      in place of one rank for all: a budget that is spread over the layers, with recipe.rank as the average,
                 or module name -> rank (others get rank 0).
@@ -69,31 +70,50 @@ def compress_model(
     """
     recipe = recipe or Recipe()
     budget = ranks if isinstance(ranks, Budget) else None
-    asked = None if ranks is None or isinstance(ranks, Budget) else dict(ranks)
+    asked = None if ranks is None or isinstance(ranks, Budget) else given_ranks(ranks)
     recipe.check_fit(model, asked, given=weights)
+    tokens = as_tokens(model, batches)
     if statistics is not None and recipe.inputs != "original":
         raise EoraLabError('statistics measured before are of the original model: pass inputs="original"')
-    contract = check_blocks(model, batches)
+    contract = check_blocks(model, tokens)
     steps = steps or Steps(recipe, weights)
     given = {} if weights is None else {"given": check_given(model, weights, progress)}
-    run = None
-    if folder:
-        about = {"ranks": asked, "budget": budget and asdict(budget)} | asdict(recipe) | (notes or {}) | given
-        run = RunFolder(folder, about | identity(model, batches))
+    if not folder:
+        return _pass(model, tokens, steps, asked, budget, statistics, contract, None, judge, progress)
+    about = {"ranks": asked, "budget": budget and asdict(budget)} | asdict(recipe) | (notes or {}) | given
+    with open_folder(folder, about | identity(model, tokens)) as run:
+        return _pass(model, tokens, steps, asked, budget, statistics, contract, run, judge, progress)
+
+
+def _pass(
+    model: nn.Module,
+    tokens: Int[Tensor, "nsamples seqlen"],
+    steps: Steps,
+    ranks: dict[str, int] | None,
+    budget: Budget | None,
+    statistics: Mapping[str, InputStatistics] | None,
+    contract: Contract,
+    run: RunFolder | None,
+    judge: Callable[[nn.Module], dict[str, float]] | None,
+    progress: bool,
+) -> Report:
+    """`compress_model` with settings that were checked."""
+    recipe = steps.recipe
     before = judge(model) if judge else {}
     started = time.perf_counter()
     if budget and budget != Budget():
 
         def plan() -> dict[str, int]:
             nonlocal statistics
-            found = collect_statistics(model, batches, recipe.held_out, progress) if statistics is None else statistics
+            found = collect_statistics(model, tokens, recipe.held_out, progress) if statistics is None else statistics
             if recipe.inputs == "original":
                 statistics = found
             return spread(model, found, steps, budget, progress, contract.left)
 
-        asked = run.planned(plan) if run else plan()
+        ranks = run.planned(plan) if run else plan()
+        recipe.check_fit(model, ranks, given=steps.weights)  # they may come from a file
     part = decoder(model)
-    report = Report(_walk(model, batches, steps, asked, statistics, run, contract, progress))
+    report = Report(_walk(model, tokens, steps, ranks, statistics, run, contract, progress))
     report.seconds = time.perf_counter() - started
     report.peak_memory = peak_memory(next(model.parameters()).device)
     report.backends = backends_in_use(model)

@@ -9,10 +9,19 @@ from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.compensate import solve
 from eora_lab.compensate.budget import Budget, LayerSpectrum, allocate_ranks
 from eora_lab.compress import residual
-from eora_lab.errors import EoraLabError, naming
+from eora_lab.errors import EoraLabError, as_setting, naming
 from eora_lab.model.structure import block_linears, linear_at
 from eora_lab.run.fit import Steps
 from eora_lab.run.recipe import Recipe
+
+
+def given_ranks(ranks: Mapping) -> dict[str, int]:
+    """Ranks as a caller gives them, module name -> rank. Raises EoraLabError for one that is no rank."""
+    found = {str(name): as_setting(int, rank, f"the rank of {name}") for name, rank in ranks.items()}
+    for name, rank in found.items():
+        if rank < 0:
+            raise EoraLabError(f"the rank of {name} must be 0 or more, not {rank}")
+    return found
 
 
 def plan_ranks(

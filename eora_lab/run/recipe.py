@@ -15,7 +15,7 @@ from eora_lab.compensate.shrinkage import solve_shrunk
 from eora_lab.compress import COMPRESSORS, PRUNERS, Compressed
 from eora_lab.compress.grid import Grid, ScaleDtype, ZeroPoint, check_grid
 from eora_lab.compress.sparsity import Sparsity
-from eora_lab.errors import EoraLabError, settings, unknown
+from eora_lab.errors import EoraLabError, meant, settings, unknown
 from eora_lab.layer.linear import compensated
 from eora_lab.model.structure import block_linears, check_experts
 
@@ -151,7 +151,8 @@ class Recipe(PassSettings, PathSettings, BaseSettings):
         check_experts(model)
         linears = block_linears(model)
         if strangers := [name for name in ranks or {} if name not in linears]:
-            raise EoraLabError(f"a rank is given for {strangers[0]}, which is no linear in the decoder blocks")
+            hint = meant(strangers[0], linears)
+            raise EoraLabError(f"a rank is given for {strangers[0]}, which is no linear in the decoder blocks{hint}")
         for name, linear in linears.items():
             if given is None and self.prunes:
                 Sparsity.parse(self.sparsity).check(linear.in_features)

@@ -1,7 +1,11 @@
 """What a compression pass did: numbers a layer, numbers in all, as JSON and as a printed table."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from typing import Any, get_type_hints
+
+from eora_lab.errors import EoraLabError, as_setting, one_line
 
 LISTED = 5  # kinds of matrices left that a line names
 
@@ -80,10 +84,18 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """The inverse of `to_json`."""
-        data = {"left": None} | json.loads(text)  # which older reports do not have
-        own = {one.name: data[one.name] for one in fields(cls)}
-        return cls(**own | {"layers": [layer_report(layer) for layer in data["layers"]]})
+        """The inverse of `to_json`. Raises EoraLabError for anything else."""
+        try:
+            return cls.from_data(json.loads(text))
+        except ValueError as error:
+            raise EoraLabError(f"this is no report: {one_line(error)}") from error
+
+    @classmethod
+    def from_data(cls, data: object) -> "Report":
+        """A report from its JSON value. Raises EoraLabError when something is missing, or is of another type."""
+        older = {"left": None}  # what reports of former versions do not have
+        values = checked(cls, older | data if isinstance(data, dict) else data)
+        return cls(**values | {"layers": [layer_report(layer) for layer in values["layers"]]})
 
     def __str__(self) -> str:
         width = max([len(layer.name) for layer in self.layers], default=5)
@@ -126,6 +138,19 @@ class Report:
         return "\n".join(lines)
 
 
-def layer_report(data: dict) -> LayerReport:
-    """A LayerReport from its JSON form, where the ranks of the spectrum are text."""
-    return LayerReport(**data | {"spectrum": {int(rank): share for rank, share in data["spectrum"].items()}})
+def layer_report(data: object) -> LayerReport:
+    """A LayerReport from its JSON value, where the ranks of the spectrum are text. Raises as `Report.from_data`."""
+    if isinstance(data, dict) and isinstance(spectrum := data.get("spectrum"), dict):
+        data = data | {"spectrum": {int(rank) if rank.isdecimal() else rank: share for rank, share in spectrum.items()}}
+    return LayerReport(**checked(LayerReport, data))
+
+
+def checked(kind: type, data: object) -> dict[str, Any]:
+    """The fields of a dataclass in a JSON value. Raises EoraLabError when one is missing or of another type."""
+    if not isinstance(data, Mapping):
+        raise EoraLabError(f"a {kind.__name__} must be names with values, not {type(data).__name__}")
+    hints = {name: list if name == "layers" else hint for name, hint in get_type_hints(kind).items()}
+    for one in fields(kind):
+        if one.name not in data:
+            raise EoraLabError(f"a {kind.__name__} without {one.name}, of another version")
+    return {one.name: as_setting(hints[one.name], data[one.name], one.name) for one in fields(kind)}

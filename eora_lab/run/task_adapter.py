@@ -4,8 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import torch
-from jaxtyping import Int
-from torch import Tensor, nn
+from torch import nn
 
 from eora_lab.compress import Compressed
 from eora_lab.errors import EoraLabError
@@ -15,13 +14,14 @@ from eora_lab.model.structure import block_linears
 from eora_lab.run.adapters import compensated_layers
 from eora_lab.run.pipeline import compress_model
 from eora_lab.run.recipe import Recipe
+from eora_lab.text.batches import Batches
 
 
 @torch.no_grad()
 def solve_adapter(
     model: nn.Module,
     original: nn.Module,
-    batches: Int[Tensor, "nsamples seqlen"],
+    batches: Batches,
     recipe: Recipe | None = None,
     progress: bool = True,
 ) -> Factors:
@@ -29,7 +29,7 @@ def solve_adapter(
 
     model:    compressed, from `load_run`.
     original: the model that it was made from. It runs block by block, and is as before afterwards.
-    batches:  calibration token ids.
+    batches:  calibration token ids, as for `compress_model`.
     recipe:   its settings of the low-rank path and of the pass; those of the compressor do not matter.
     Raises EoraLabError when the models do not match, or a rank does not fit a layer.
     """
