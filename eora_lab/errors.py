@@ -16,6 +16,7 @@ WORDS = {
     str: "text",
     bool: "true or false",
     tuple: "a list",
+    list: "a list",
     dict: "names with values",
     type(None): "nothing",
 }

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -29,7 +28,7 @@ from eora_lab.run.adapters import Adapters, use_only
 from eora_lab.run.folder import load_original
 from eora_lab.run.recipe import Recipe
 from eora_lab.run.task_adapter import solve_adapter
-from tests.tiny import compress, tiny_model, tiny_tokenizer
+from tests.tiny import compress, full_disk, tiny_model, tiny_tokenizer
 
 SHORT = Training(steps=6, batch_size=2, lr=1e-2, save_every=3)
 LONG = Training(steps=9, batch_size=2, lr=1e-2, save_every=3)
@@ -256,13 +255,8 @@ def test_a_full_disk_is_one_line_and_the_training_goes_on_when_there_is_room(run
     """The smaller limit to the size of a file stops the factors, the other one the state of the optimizer."""
     arguments = (batches(), batches(seed=1), tmp_path / "out", LONG, "svd", 8)
     model, original = loaded(run)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        with pytest.raises(EoraLabError, match=r"cannot write .*out.*make room") as caught:
-            finetune(model, original, *arguments)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with full_disk(size), pytest.raises(EoraLabError, match=r"cannot write .*out.*make room") as caught:
+        finetune(model, original, *arguments)
     assert "\n" not in str(caught.value)
     assert not [path for path in (tmp_path / "out").iterdir() if path.name != ".lock"]
     assert finetune(model, original, *arguments) == trained[1]

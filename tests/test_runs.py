@@ -1,16 +1,28 @@
 """Run folders: written block by block, loaded back, resumed, refused."""
 
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from eora_lab import EoraLabError, collect_statistics, load_model, load_run
+from eora_lab.cli import main
 from eora_lab.compensate.budget import Budget
 from eora_lab.compress import QUANTISERS
+from eora_lab.files import locked
 from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.run.folder import load_original
 from eora_lab.run.ranks import plan_ranks
 from eora_lab.run.recipe import Recipe
-from tests.tiny import CONFIGS, SMALL, compress, logits, save_tiny, tiny_model, tiny_tokens
+from tests.tiny import CONFIGS, SMALL, compress, full_disk, logits, save_tiny, tiny_model, tiny_tokens
 
 
 def run_settings(folder) -> dict:
@@ -126,13 +138,235 @@ def test_a_damaged_run_is_one_clear_error(tmp_path):
     whole = block.read_bytes()
     for damage in (whole[: len(whole) // 2], b"", b"not a tensor"):
         block.write_bytes(damage)
-        with pytest.raises(EoraLabError, match=r"001\.safetensors: incomplete, corrupt, or of another model"):
+        with pytest.raises(EoraLabError, match=r"001\.safetensors: incomplete, corrupt.*; delete it, and start"):
             load_run(tmp_path / "run")
+        with pytest.raises(EoraLabError, match=r"001\.safetensors: incomplete, corrupt.*; delete it, and start"):
+            compress(load_model(name)[0], tiny_tokens(), **run_settings(tmp_path / "run"))
     block.unlink()
     with pytest.raises(EoraLabError, match=r"holds model\.layers\.1\.self_attn\.q_proj is missing"):
         load_run(tmp_path / "run")
     with pytest.raises(EoraLabError, match="not a run folder"):
         load_run(tmp_path)
+    compress(load_model(name)[0], tiny_tokens(), **run_settings(tmp_path / "run"))
+    assert block.read_bytes() == whole and load_run(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with a model and a run of it."""
+    place = tmp_path_factory.mktemp("finished")
+    model, _ = load_model(save_tiny(place / "model"))
+    compress(model, tiny_tokens(), **run_settings(place / "run"), judge=lambda _: {"text": 9.0})
+    return place
+
+
+LAYER = "layers", 0
+
+
+@pytest.mark.parametrize(
+    ("file", "where", "value", "message"),
+    [
+        ("report.json", None, "", "report.json is damaged"),
+        ("report.json", None, '{"layers": [', "report.json is damaged"),
+        ("report.json", None, "[]", "its content must be names with values"),
+        ("report.json", None, "{}", "Report without layers"),
+        ("report.json", None, b"\xff\xfe{\x00}\x00", "report.json is damaged"),
+        ("report.json", ("layers",), {}, "layers must be a list, not {}"),
+        ("report.json", ("layers",), [7], "a LayerReport must be names with values, not int"),
+        ("report.json", (*LAYER, "rank"), "8", "rank must be a whole number, not '8'"),
+        ("report.json", (*LAYER, "rank"), None, "rank must be a whole number, not None"),
+        ("report.json", (*LAYER, "error_after"), "low", "error_after must be a number"),
+        ("report.json", (*LAYER, "spectrum"), [], "spectrum must be names with values"),
+        ("report.json", (*LAYER, "spectrum"), {"one": 0.5}, "spectrum must be a whole number, not 'one'"),
+        ("report.json", (*LAYER, "name"), 4, "name must be text, not 4"),
+        ("report.json", ("seconds",), True, "seconds must be a number, not True"),
+        ("report.json", ("perplexity",), {"text": 9.0}, "perplexity.text must be names with values, not 9.0"),
+        ("report.json", ("backends",), {"tiles": "all"}, "backends.tiles must be a whole number"),
+        ("config.json", None, "", "not a run folder"),
+        ("config.json", None, "null", "not a run folder"),
+        ("config.json", None, b"\xff\xfe{\x00}\x00", "not a run folder"),
+        ("config.json", ("settings",), [], "not a run folder"),
+        ("config.json", ("settings",), {}, "config.json does not name the model of the run"),
+        ("config.json", ("settings", "weights"), 7, "config.json does not name the weights of the run"),
+        ("config.json", ("settings", "dtype"), None, "config.json does not name the dtype of the run"),
+    ],
+)
+def test_a_damaged_file_of_a_run_is_one_line(finished, tmp_path, file, where, value, message):
+    run = shutil.copytree(finished / "run", tmp_path / "run")
+    if where is None:
+        (run / file).write_bytes(value if isinstance(value, bytes) else value.encode())
+    else:
+        content = place = json.loads((run / file).read_text())
+        for key in where[:-1]:
+            place = place[key]
+        place[where[-1]] = value
+        (run / file).write_text(json.dumps(content))
+    with pytest.raises(EoraLabError) as caught:
+        load_run(run)
+    assert message in str(caught.value) and file in str(caught.value) and "\n" not in str(caught.value)
+    if file == "report.json":
+        assert "start the run again" in str(caught.value)
+        compress(load_model(finished / "model")[0], tiny_tokens(), **run_settings(run), judge=lambda _: {"text": 9.0})
+        assert load_run(run)[2].layers == load_run(finished / "run")[2].layers
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"model.layers.0.self_attn.q_proj": "8"}', '{"typo": 8}'])
+def test_damaged_ranks_of_a_run_are_one_line_before_anything_changes(tmp_path, content):
+    settings = run_settings(tmp_path / "run") | {"ranks": Budget("relative", multiple=1)}
+    report = compress(tiny_model("llama"), tiny_tokens(), **settings)
+    (tmp_path / "run" / "ranks.json").write_text(content)
+    model = tiny_model("llama")
+    with pytest.raises(EoraLabError, match=r"ranks\.json cannot be used.*delete it|a rank is given for typo"):
+        compress(model, tiny_tokens(), **settings)
+    assert not any(isinstance(module, CompensatedLinear) for module in model.modules())
+    (tmp_path / "run" / "ranks.json").unlink()
+    assert compress(model, tiny_tokens(), **settings).layers == report.layers
+
+
+def test_a_run_goes_into_a_folder_and_nothing_else(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"meow")
+    for name, message in (("file", "Not a directory; choose another"), ("photos", "holds no run: choose another")):
+        with pytest.raises(EoraLabError, match=message):
+            compress(tiny_model("llama"), tiny_tokens(), **run_settings(tmp_path / name))
+    assert (tmp_path / "file").read_text() == "mine" and os.listdir(tmp_path / "photos") == ["cat.png"]
+
+
+def last_row(model) -> None:
+    model.model.layers[1].mlp.down_proj.weight.data[-1, -1] += 1
+
+
+CHANGES = {
+    "embeddings": lambda model: model.model.embed_tokens.weight.data[50].add_(1),
+    "a norm": lambda model: model.model.norm.weight.data.mul_(2),
+    "the head": lambda model: model.lm_head.weight.data.mul_(2),
+    "one weight": last_row,
+    "rope": lambda model: setattr(model.config, "rope_parameters", {"rope_type": "default", "rope_theta": 999.0}),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_is_put_on_no_other_model_than_its_own(finished, tmp_path, change):
+    """Wherever the other model differs, and whether it lies in the place of the first one or elsewhere."""
+    place = shutil.copytree(finished, tmp_path / "place")
+    other = load_model(place / "model")[0]
+    CHANGES[change](other)
+    other.save_pretrained(tmp_path / "other")
+    shutil.copy(place / "model" / "tokenizer.json", tmp_path / "other")
+    shutil.copy(place / "model" / "tokenizer_config.json", tmp_path / "other")
+    for load in (load_run, load_original):
+        with pytest.raises(EoraLabError, match=r"other is no longer the model that .* was made from: bring that one"):
+            load(place / "run", model=tmp_path / "other")
+    with pytest.raises(EoraLabError, match=r"holds another run \((model|weights) was"):
+        compress(load_model(tmp_path / "other")[0], tiny_tokens(), **run_settings(place / "run"))
+    moved = load_run(place / "run", model=place / "model")[0]  # an equal copy of the first one
+    assert torch.equal(logits(moved, tiny_tokens(2)), logits(load_run(finished / "run")[0], tiny_tokens(2)))
+
+
+PASS = ["--rank", "4", "--group-size", "32", "--bits", "3", "--no-evaluate", "--calibration.source", "text.txt"]
+PASS += ["--calibration.nsamples", "4", "--calibration.seqlen", "32"]
+TEXT = ["--perplexity", "text.txt", "--windows", "2", "--window-length", "32"]
+COMMANDS = {
+    "evaluate": ["evaluate", "run", *TEXT],
+    "generate": ["generate", "run", "The fox", "--tokens", "2"],
+    "export": ["export", "run", "out", "--format", "dense"],
+    "adapter solve": ["adapter", "solve", "run", "out", "--source", "text.txt", "--nsamples", "4", "--seqlen", "32"],
+}
+
+
+def test_every_command_refuses_a_base_model_that_was_replaced(workplace, capsys):
+    assert main(["compress", "run", "--model", "model", *PASS]) == 0
+    report = Path("run/report.json").read_text()
+    model, _ = load_model("model")
+    model.model.embed_tokens.weight.data[50] += 1
+    shutil.copytree("model", "first")
+    model.save_pretrained("model")
+    for command in COMMANDS.values():
+        capsys.readouterr()
+        assert main(command) == 1
+        assert "model is no longer the model that run was made from" in capsys.readouterr().err
+        assert not Path("out").exists()
+    Path("run/report.json").unlink()
+    Path("run/blocks/001.safetensors").unlink()
+    assert main(["compress", "run", "--model", "model", *PASS]) == 1
+    assert "run holds another run (weights was" in capsys.readouterr().err
+    for command in COMMANDS.values():
+        (workplace / "run" / "report.json").write_text(report)
+        assert not Path("run/blocks/001.safetensors").exists()
+        assert main([*command, "--base", "first"]) == 1  # the base is right, the block is missing
+        assert "is missing" in capsys.readouterr().err
+
+
+def test_two_passes_cannot_work_in_one_folder_at_once(tmp_path):
+    settings = run_settings(tmp_path / "run")
+
+    def second(_model) -> dict:
+        with pytest.raises(EoraLabError, match=r"somebody is at work in .*run: wait until that has ended"):
+            compress(tiny_model("llama"), tiny_tokens(), **settings)
+        return {}
+
+    report = compress(tiny_model("llama"), tiny_tokens(), **settings, judge=second)
+    assert compress(tiny_model("llama"), tiny_tokens(), **settings).layers == report.layers
+    with locked(tmp_path / "run"), pytest.raises(EoraLabError, match="somebody is at work"):
+        compress(tiny_model("llama"), tiny_tokens(), **settings)
+
+
+def stored(run: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a run folder."""
+    files = sorted(run.rglob("*.safetensors"))
+    return {f"{file.relative_to(run)} {key}": t for file in files for key, t in load_file(file).items()}
+
+
+def same_bytes(one: Path, other: Path) -> bool:
+    first, second = stored(one), stored(other)
+    return len(first) > 100 and first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_a_full_disk_is_one_line_and_the_run_resumes(finished, tmp_path):
+    settings = run_settings(tmp_path / "run")
+    with full_disk(10_000), pytest.raises(EoraLabError, match=r"cannot write .*000\.safetensors: "):
+        compress(load_model(finished / "model")[0], tiny_tokens(), **settings)
+    assert {path.name for path in (tmp_path / "run").rglob("*")} == {"config.json", "blocks", ".lock"}
+    compress(load_model(finished / "model")[0], tiny_tokens(), **settings)
+    assert same_bytes(tmp_path / "run", finished / "run")
+
+
+STOPPED = """
+import functools, os, signal, sys
+import torch
+from eora_lab.cli import main
+from eora_lab.compress import QUANTISERS
+torch.set_num_threads(1)
+calls, gptq = [], QUANTISERS["gptq"]
+@functools.wraps(gptq)
+def stopping(weight, statistics, **settings):
+    calls.append(1)
+    if len(calls) == 10:  # in the second block
+        open("run/blocks/.001.safetensors.1.partial", "w").close()  # as if in the middle of a file
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    return gptq(weight, statistics, **settings)
+QUANTISERS["gptq"] = stopping
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("sent", "code"), [("SIGKILL", -signal.SIGKILL), ("SIGINT", 130)])
+def test_a_pass_that_is_killed_in_the_middle_resumes_to_the_same_bytes(workplace, sent, code):
+    command = ["compress", "run", "--model", "model", *PASS]
+    script = [sys.executable, "-c", STOPPED, sent, *command]
+    path = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    stopped = subprocess.run(script, env=os.environ | path, capture_output=True, text=True)
+    assert stopped.returncode == code and "Traceback" not in stopped.stderr, stopped.stderr
+    assert sorted(path.name for path in Path("run/blocks").iterdir() if path.suffix == ".safetensors") == [
+        "000.safetensors"
+    ]
+    first = Path("run/blocks/000.safetensors").stat().st_mtime_ns
+    assert main(command) == 0
+    assert main(["compress", "whole", *command[2:]]) == 0
+    assert Path("run/blocks/000.safetensors").stat().st_mtime_ns == first
+    assert same_bytes(Path("run"), Path("whole"))
+    assert not list(Path("run").rglob("*.partial"))
 
 
 @pytest.mark.parametrize("factor_bits", [16, 4])

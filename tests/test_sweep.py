@@ -26,7 +26,7 @@ from eora_lab.experiment.estimate import work
 from eora_lab.experiment.store import ResultStore
 from eora_lab.experiment.sweep import expand, highest_ranks, named_grids, on_model, plan, read_grid, sweep
 from eora_lab.run.recipe import BaseSettings
-from tests.tiny import CELL, TEXT, compress, moe_model, tiny_model, tiny_tokenizer
+from tests.tiny import CELL, TEXT, compress, moe_model, tiny_model, tiny_tokenizer, tiny_tokens
 
 ROOT = Path(__file__).parents[1]
 SMALL = CELL | {"bits": 3}
@@ -359,6 +359,20 @@ def test_cached_statistics_are_those_that_were_measured(workplace):
         assert torch.equal(statistics.held_out.mean_abs, second[name].held_out.mean_abs)
         assert statistics.tokens == second[name].tokens
     assert len({id(s) for s in second.values()}) == len({id(s) for s in first.values()}) == 8
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "swapped"])
+def test_a_damaged_index_or_checksum_of_the_cache_is_made_again(workplace, damage):
+    model, tokens = load_model("model")[0], tiny_tokens(4, 32)
+    first = ContentCache("cache").statistics(model, tokens, 0.0, "key")
+    index = Path("cache/statistics/key/index.json")
+    kept = index.read_text()
+    index.write_text(kept.replace("k_proj", "x_proj").replace("o_proj", "k_proj") if damage == "swapped" else damage)
+    next(Path("cache/statistics/key").glob("*.sha256")).write_bytes(b"\xff\xfe")
+    with pytest.warns(UserWarning, match="cannot be used"):
+        second = ContentCache("cache").statistics(model, tokens, 0.0, "key")
+    assert index.read_text() == kept and set(second) == set(first)
+    assert all(torch.equal(second[name].second_moment, first[name].second_moment) for name in first)
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ ranks.json                   rank of every layer, where a budget was spread over
 blocks/000.safetensors ...   packed compressed weights of one decoder block, with its part of the report
 adapter/                     the low-rank path as a PEFT adapter, each layer at its own rank
 report.json                  written last: a folder with a report is complete
+.lock                        held by the process that works here
 """
 
 import json

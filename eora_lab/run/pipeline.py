@@ -6,6 +6,7 @@ One block's statistics are held at a time. Linears that share an input share its
 import hashlib
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -72,57 +73,43 @@ def compress_model(
     budget = ranks if isinstance(ranks, Budget) else None
     asked = None if ranks is None or isinstance(ranks, Budget) else given_ranks(ranks)
     recipe.check_fit(model, asked, given=weights)
-    tokens = as_tokens(model, batches)
+    batches = as_tokens(model, batches)
     if statistics is not None and recipe.inputs != "original":
         raise EoraLabError('statistics measured before are of the original model: pass inputs="original"')
-    contract = check_blocks(model, tokens)
+    contract = check_blocks(model, batches)
     steps = steps or Steps(recipe, weights)
     given = {} if weights is None else {"given": check_given(model, weights, progress)}
-    if not folder:
-        return _pass(model, tokens, steps, asked, budget, statistics, contract, None, judge, progress)
-    about = {"ranks": asked, "budget": budget and asdict(budget)} | asdict(recipe) | (notes or {}) | given
-    with open_folder(folder, about | identity(model, tokens)) as run:
-        return _pass(model, tokens, steps, asked, budget, statistics, contract, run, judge, progress)
+    opened: AbstractContextManager[RunFolder | None] = nullcontext()
+    if folder:
+        about = {"ranks": asked, "budget": budget and asdict(budget)} | asdict(recipe) | (notes or {}) | given
+        opened = open_folder(folder, about | identity(model, batches))
+    with opened as run:
+        before = judge(model) if judge else {}
+        started = time.perf_counter()
+        if budget and budget != Budget():
 
+            def plan() -> dict[str, int]:
+                nonlocal statistics
+                found = statistics
+                if found is None:
+                    found = collect_statistics(model, batches, recipe.held_out, progress)
+                if recipe.inputs == "original":
+                    statistics = found
+                return spread(model, found, steps, budget, progress, contract.left)
 
-def _pass(
-    model: nn.Module,
-    tokens: Int[Tensor, "nsamples seqlen"],
-    steps: Steps,
-    ranks: dict[str, int] | None,
-    budget: Budget | None,
-    statistics: Mapping[str, InputStatistics] | None,
-    contract: Contract,
-    run: RunFolder | None,
-    judge: Callable[[nn.Module], dict[str, float]] | None,
-    progress: bool,
-) -> Report:
-    """`compress_model` with settings that were checked."""
-    recipe = steps.recipe
-    before = judge(model) if judge else {}
-    started = time.perf_counter()
-    if budget and budget != Budget():
-
-        def plan() -> dict[str, int]:
-            nonlocal statistics
-            found = collect_statistics(model, tokens, recipe.held_out, progress) if statistics is None else statistics
-            if recipe.inputs == "original":
-                statistics = found
-            return spread(model, found, steps, budget, progress, contract.left)
-
-        ranks = run.planned(plan) if run else plan()
-        recipe.check_fit(model, ranks, given=steps.weights)  # they may come from a file
-    part = decoder(model)
-    report = Report(_walk(model, tokens, steps, ranks, statistics, run, contract, progress))
-    report.seconds = time.perf_counter() - started
-    report.peak_memory = peak_memory(next(model.parameters()).device)
-    report.backends = backends_in_use(model)
-    report.left = matrices(model, part)
-    if judge:
-        after = judge(model)
-        report.perplexity = {text: {"dense": before[text], "compressed": after[text]} for text in before}
-    if run:
-        run.finish(report, model)
+            asked = run.planned(plan) if run else plan()
+            recipe.check_fit(model, asked, given=weights)  # they may come from a file
+        part = decoder(model)
+        report = Report(_walk(model, batches, steps, asked, statistics, run, contract, progress))
+        report.seconds = time.perf_counter() - started
+        report.peak_memory = peak_memory(next(model.parameters()).device)
+        report.backends = backends_in_use(model)
+        report.left = matrices(model, part)
+        if judge:
+            after = judge(model)
+            report.perplexity = {text: {"dense": before[text], "compressed": after[text]} for text in before}
+        if run:
+            run.finish(report, model)
     return report
 
 

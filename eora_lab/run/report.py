@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, get_type_hints
 
 from eora_lab.errors import EoraLabError, as_setting, one_line
@@ -151,6 +151,7 @@ def checked(kind: type, data: object) -> dict[str, Any]:
         raise EoraLabError(f"a {kind.__name__} must be names with values, not {type(data).__name__}")
     hints = {name: list if name == "layers" else hint for name, hint in get_type_hints(kind).items()}
     for one in fields(kind):
-        if one.name not in data:
-            raise EoraLabError(f"a {kind.__name__} without {one.name}, of another version")
-    return {one.name: as_setting(hints[one.name], data[one.name], one.name) for one in fields(kind)}
+        needed = one.name == "layers" or (one.default is MISSING and one.default_factory is MISSING)
+        if needed and one.name not in data:
+            raise EoraLabError(f"a {kind.__name__} without {one.name}: it is no report, or of another version")
+    return {name: as_setting(hint, data[name], name) for name, hint in hints.items() if name in data}
