@@ -20,6 +20,7 @@ from torch import Tensor
 from eora_lab.errors import EoraLabError, as_setting, one_line
 
 LOCK = ".lock"  # in a folder that one process at a time may work in
+PARTIAL = ".*.partial"  # what a process that was killed may leave
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -108,6 +109,12 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
 def digest(data: object) -> str:
     """SHA-256 of a JSON value, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def add_tensor(found: Any, name: str, tensor: Tensor) -> None:
+    """Add a tensor to a hash of hashlib: its name, type, size and bytes."""
+    found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+    found.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
 
 
 def file_digest(path: Path) -> str:

@@ -423,7 +423,6 @@ def test_token_batches_in_another_form_are_the_same_batches(batches):
         (TOKENS + 90, "has no row in the model's embedding of 97"),
         (TOKENS - 50, "has no row in the model's embedding of 97"),
     ],
-    ids=str,
 )
 def test_what_is_no_token_batch_is_one_line_before_anything_changes(door, batches, message):
     model = tiny_model("llama")

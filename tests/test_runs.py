@@ -136,7 +136,8 @@ def test_a_damaged_run_is_one_clear_error(tmp_path):
     compress(load_model(name)[0], tiny_tokens(), **run_settings(tmp_path / "run"))
     block = tmp_path / "run" / "blocks" / "001.safetensors"
     whole = block.read_bytes()
-    for damage in (whole[: len(whole) // 2], b"", b"not a tensor"):
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])
+    for damage in (whole[: len(whole) // 2], b"", b"not a tensor", flipped):
         block.write_bytes(damage)
         with pytest.raises(EoraLabError, match=r"001\.safetensors: incomplete, corrupt.*; delete it, and start"):
             load_run(tmp_path / "run")
@@ -224,6 +225,9 @@ def test_damaged_ranks_of_a_run_are_one_line_before_anything_changes(tmp_path, c
 
 
 def test_a_run_goes_into_a_folder_and_nothing_else(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / ".config.json.7.partial").write_text('{"set')  # all that a kill left
+    assert compress(tiny_model("llama"), tiny_tokens(), **run_settings(tmp_path / "empty"))
     (tmp_path / "file").write_text("mine")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"meow")

@@ -8,8 +8,9 @@ report.json                  written last: a folder with a report is complete
 .lock                        held by the process that works here
 """
 
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +18,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from eora_lab.environment import versions
 from eora_lab.errors import EoraLabError, as_setting, naming, one_line
-from eora_lab.files import LOCK, locked, read_json, write_json, write_safetensors
+from eora_lab.files import LOCK, PARTIAL, add_tensor, locked, read_json, write_json, write_safetensors
 from eora_lab.formats import peft
 from eora_lab.layer.backends import AUTO
 from eora_lab.layer.linear import CompensatedLinear, compensated, use_backend
@@ -50,7 +51,7 @@ class RunFolder:
     def __init__(self, path: Path | str, settings: dict):
         self.path = Path(path)
         self.settings = claim_folder(self.path, settings)
-        for left in self.path.rglob(".*.partial"):  # by a process that was killed
+        for left in self.path.rglob(PARTIAL):
             left.unlink(missing_ok=True)
 
     def planned(self, plan: Callable[[], dict[str, int]]) -> dict[str, int]:
@@ -73,7 +74,8 @@ class RunFolder:
     def save_block(self, index: int, modules: dict[str, CompensatedLinear], layers: list[LayerReport]) -> None:
         """Store a finished block."""
         tensors = {f"{name}.{key}": t for name, m in modules.items() for key, t in m.stored().items()}
-        write_safetensors(self._block(index), tensors, {"layers": json.dumps([asdict(layer) for layer in layers])})
+        about = json.dumps([asdict(layer) for layer in layers])
+        write_safetensors(self._block(index), tensors, {"layers": about, "sha256": block_digest(about, tensors)})
 
     def load_block(self, index: int, model: nn.Module) -> list[LayerReport]:
         """Put a finished block's modules into the model and return its part of the report."""
@@ -109,7 +111,7 @@ def claim_folder(path: Path | str, settings: dict, file: str = CONFIG) -> dict:
 def is_free(path: Path, file: str = CONFIG) -> bool:
     """Whether a folder is empty or not there. Raises EoraLabError when it holds anything but a run."""
     try:
-        if not path.exists() or not any(entry.name != LOCK for entry in path.iterdir()):
+        if not path.exists() or all(entry.name == LOCK or entry.match(PARTIAL) for entry in path.iterdir()):
             return True
     except OSError as error:
         raise EoraLabError(f"cannot use {path}: {error.strerror}; choose another output folder") from error
@@ -144,6 +146,14 @@ def is_run(path: Path | str, file: str = CONFIG) -> bool:
         return False
 
 
+def block_digest(layers: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of what the file of a block holds."""
+    found = hashlib.sha256(layers.encode())
+    for name in sorted(tensors):
+        add_tensor(found, name, tensors[name])
+    return found.hexdigest()
+
+
 def install_block(model: nn.Module, path: Path) -> list[LayerReport]:
     """Replace the linears of one block by what a file holds. Returns the block's part of the report.
 
@@ -152,8 +162,11 @@ def install_block(model: nn.Module, path: Path) -> list[LayerReport]:
     again = f"{path}: incomplete, corrupt, or of another model; delete it, and start the run again to make it anew"
     try:
         with safe_open(path, framework="pt") as file:
-            layers = [layer_report(data) for data in json.loads(file.metadata()["layers"])]
+            about = file.metadata()
+            layers = [layer_report(data) for data in json.loads(about["layers"])]
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        if about.get("sha256", "") not in ("", block_digest(about["layers"], tensors)):  # older runs have none
+            raise ValueError("its checksum does not agree")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, EoraLabError) as error:
         raise EoraLabError(f"{again} ({one_line(error)})") from error
     try:
