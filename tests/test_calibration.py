@@ -1,5 +1,6 @@
 """Calibration: which tokens come out of a text, a mix or a model, and what a user reads when they cannot."""
 
+import json
 import logging
 import string
 import tempfile
@@ -10,9 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eora_lab import generate, perplexity
+from eora_lab.cli import main
 from eora_lab.errors import EoraLabError
 from eora_lab.text.tokens import calibration_batches, token_windows
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import begins_texts, tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 LETTERS = string.ascii_letters + string.digits + " "
@@ -131,6 +134,53 @@ def test_a_mix_is_shuffled_by_its_seed(tmp_path):
 def test_a_file_with_a_plus_in_its_name_is_one_source(tmp_path):
     (tmp_path / "c+d.txt").write_text("x" * 20, encoding="utf-8")
     assert calibration_batches(TOKENIZER, tmp_path / "c+d.txt", 2, 8).shape == (2, 8)
+
+
+# --- a token that begins a text --------------------------------------------------------------------------------------
+
+
+def test_sequences_begin_as_the_tokenizer_begins_a_text(text_file):
+    """One BOS, then seqlen - 1 tokens of text, without a gap between windows."""
+    begun = begins_texts(tiny_tokenizer())
+    windows = token_windows(begun, text_file, 3, 16)
+    assert windows[:, 0].tolist() == [begun.bos_token_id] * 3
+    assert windows[:, 1:].flatten().tolist() == encode(text_file.read_text())[:45]
+    drawn = calibration_batches(begun, text_file, 4, 16)
+    assert torch.equal(drawn[:, 1:], calibration_batches(TOKENIZER, text_file, 4, 15))
+    assert drawn[:, 0].tolist() == [begun.bos_token_id] * 4
+    sampled = calibration_batches(begun, "self", 2, 16, model=tiny_model("llama"))
+    assert torch.equal(sampled, calibration_batches(TOKENIZER, "self", 2, 16, model=tiny_model("llama")))
+    with pytest.raises(EoraLabError, match=r"seqlen must be 2 or more.*<bos>"):
+        token_windows(begun, text_file, 1, 1)
+
+
+def test_the_token_that_begins_a_text_is_never_predicted(text_file):
+    windows = token_windows(begins_texts(tiny_tokenizer()), text_file, 2, 16)
+    model = tiny_model("llama")
+    with torch.no_grad():
+        likelihoods = model(windows).logits.log_softmax(-1)[:, :-1].gather(2, windows[:, 1:, None])
+    assert perplexity(model, windows) == pytest.approx((-likelihoods.mean()).exp().item(), rel=1e-5)
+    assert not (windows[:, 1:] == TOKENIZER.bos_token_id).any()
+
+
+def test_a_prompt_begins_as_a_text_does():
+    model, begun = tiny_model("llama"), begins_texts(tiny_tokenizer())
+    assert generate(model, begun, "The fox", 8) == generate(model, TOKENIZER, "<bos>The fox", 8)
+    assert generate(model, begun, "<bos>The fox", 8) == generate(model, TOKENIZER, "<bos>The fox", 8)
+
+
+def test_commands_say_what_texts_begin_with(workplace, capsys):
+    texts = ["--perplexity", "text.txt", "--windows", "2", "--window-length", "32"]
+    assert main(["evaluate", "model", *texts]) == 0
+    assert "begins with" not in capsys.readouterr().out
+    begins_texts(tiny_tokenizer()).save_pretrained("model")
+    assert main(["evaluate", "model", *texts]) == 0
+    assert "every sequence begins with <bos>" in capsys.readouterr().out
+    texts = ["--calibration.source", "text.txt", "--calibration.nsamples", "2", "--calibration.seqlen", "32"]
+    small = ["--model", "model", "--group-size", "32", "--rank", "4", "--no-evaluate"]
+    assert main(["compress", "run", *small, *texts]) == 0
+    assert "every sequence begins with <bos>" in capsys.readouterr().out
+    assert json.loads(Path("run/config.json").read_text())["settings"]["bos"] == "<bos>"
 
 
 # --- text from the model itself ------------------------------------------------------------------------------------

@@ -202,6 +202,54 @@ def test_a_damaged_mirror_is_named(mirror):
         calibration_batches(TOKENIZER, "gsm8k", 1, 8)
 
 
+ARC = {"question": "Why?", "choices": {"text": ["No", "Yes"], "label": ["A", "B"]}, "answerKey": "B"}
+MMLU = {"question": "Why?", "choices": list("wxyz"), "answer": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "good", "change", "message"),
+    [
+        ("wikitext2", "Salesforce/wikitext/wikitext-2-v1", {"text": "a"}, {"text": None}, "text is null, not text"),
+        ("c4", "allenai/c4/en", {"text": "a"}, {"text": None}, "text is null, not text"),
+        ("gsm8k", "openai/gsm8k/main", {"question": "q", "answer": "a"}, {"answer": None}, "answer is null, not text"),
+        ("arc", "allenai/ai2_arc/ARC-Easy", ARC, {"answerKey": "E"}, r"labels \['A', 'B'\], and the answer 'E'"),
+        (
+            *("arc", "allenai/ai2_arc/ARC-Easy", ARC, {"choices": {"text": ["No"], "label": ["A", "B"]}}),
+            "1 choices with the labels",
+        ),
+        (
+            *("arc", "allenai/ai2_arc/ARC-Easy", ARC, {"choices": {"text": ["No", None], "label": ["A", "B"]}}),
+            "the answer is null",
+        ),
+        ("arc", "allenai/ai2_arc/ARC-Easy", ARC, {"choices": None}, "choices is null, not an object"),
+        ("mmlu", "cais/mmlu/all", MMLU, {"answer": 4}, "4 choices and the answer 4, not 4 and one of 0 to 3"),
+        ("mmlu", "cais/mmlu/all", MMLU, {"choices": ["x"]}, "1 choices and the answer 2"),
+        (
+            *("mathqa", "allenai/math_qa/default", {"Problem": "p", "options": "a ) 1", "correct": "a"}),
+            *({"options": None}, "options is null, not text"),
+        ),
+    ],
+)
+def test_a_row_that_holds_something_else_is_named(mirror, name, folder, good, change, message):
+    split = SOURCES[name].DEFAULT_SPLIT
+    write_split(mirror, folder, split, [good, good, good, good | change])
+    if name == "arc":
+        write_split(mirror, "allenai/ai2_arc/ARC-Challenge", split, [good])
+    place = f"row 2 of .*{folder}/{split}-00001-of-00002.parquet: "
+    with pytest.raises(EoraLabError, match=f"{place}.*{message}") as error:
+        calibration_batches(TOKENIZER, name, 1, 1)
+    assert "\n" not in str(error.value)
+
+
+def test_columns_of_another_type_are_named(mirror):
+    write_split(mirror, "Salesforce/wikitext/wikitext-2-v1", "train", [{"text": 7}, {"text": 8}])
+    with pytest.raises(EoraLabError, match=r"row 1 of .*text is 7, not text"):
+        calibration_batches(TOKENIZER, "wikitext2", 1, 8)
+    write_split(mirror, "allenai/ai2_arc/ARC-Easy", "train", [ARC | {"choices": "No, Yes"}])
+    with pytest.raises(EoraLabError, match=r"row 1 of .*choices is 'No, Yes', not an object"):
+        calibration_batches(TOKENIZER, "arc", 1, 8)
+
+
 def test_a_closed_network_fails_fast(tmp_path):
     """A hub that refuses the connection; load_dataset alone tries for 24 s."""
     code = (

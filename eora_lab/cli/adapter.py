@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from eora_lab.cli.options import say_start
 from eora_lab.run.recipe import PassSettings, PathSettings, Recipe
 from eora_lab.text.settings import Calibration
 
@@ -98,6 +99,7 @@ class Solve:
         recipe = Recipe(**asdict(self.path), **asdict(self.measured))
         original = load_original(self.run_folder, self.device, self.base)
         model, tokenizer, _ = load_run(self.run_folder, next(original.parameters()).dtype, self.device, model=self.base)
+        say_start(tokenizer)
         batches = self.calibration.batches(original, tokenizer)
         factors = solve_adapter(model, original, batches, recipe)
         write_adapter(self.output, factors, model_name(model))

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from eora_lab.cli.options import say_start
 from eora_lab.compensate.budget import Budget
 from eora_lab.model.load import Dtype
 from eora_lab.run.recipe import Recipe
@@ -68,8 +69,11 @@ def run_pass(
 ) -> None:
     """Compress into the folder `output`, and print the report. `notes` are kept in config.json."""
     from eora_lab.measure.evaluate import perplexities
+    from eora_lab.model.start import start_token
     from eora_lab.run.pipeline import compress_model
 
+    say_start(tokenizer)
+    begun = {} if start_token(tokenizer) is None else {"bos": tokenizer.bos_token}
     windows = evaluation.tokens(tokenizer) if evaluation else {}
     report = compress_model(
         model,
@@ -77,7 +81,7 @@ def run_pass(
         recipe,
         ranks=budget,
         folder=output,
-        notes=asdict(calibration) | (notes or {}),
+        notes=asdict(calibration) | begun | (notes or {}),
         weights=weights,
         judge=(lambda one: perplexities(one, windows, progress=True)) if evaluation else None,
     )

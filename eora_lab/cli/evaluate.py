@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from eora_lab.cli.options import Loading
+from eora_lab.cli.options import Loading, say_start
 from eora_lab.text.settings import Evaluation
 
 
@@ -39,21 +39,27 @@ class Evaluate:
         first = self.measure(self.model, self.loading, self.adapter)
         if self.against is None:
             return
-        from eora_lab.measure.intervals import paired_bootstrap
+        from eora_lab.errors import EoraLabError
+        from eora_lab.measure.intervals import paired
         from eora_lab.measure.tasks import compare_results
 
         alike = replace(self.loading, backend="auto", base=None)
         second = self.measure(self.against, alike)
         print(f"{self.against} minus {self.model}, 95 % paired bootstrap:")
         for text, losses in first[0].items():
-            print(f"log perplexity on {text} {paired_bootstrap(losses, second[0][text])}")
+            try:
+                print(f"log perplexity on {text} {paired(losses, second[0][text])}")
+            except EoraLabError as error:
+                print(f"log perplexity on {text}: {error}")
         for task, result in first[1].items():
             print(f"{task} {result.metric} {compare_results(result, second[1][task])}")
 
     def measure(self, name: str, loading: Loading, adapter: str | None = None) -> tuple:
-        """(text -> loss of every window, results of the tasks) of one model, printed as they come."""
+        """(text -> losses of its windows, results of the tasks) of one model, printed as they come."""
         from eora_lab.measure.evaluate import window_losses
+        from eora_lab.measure.intervals import Outcomes
         from eora_lab.run.adapters import use_only
+        from eora_lab.run.pipeline import tokens_digest
 
         model, tokenizer = loading.load(name)
         if adapter:
@@ -61,11 +67,12 @@ class Evaluate:
         windows = self.evaluation.tokens(tokenizer)
         if self.against is not None:
             print(f"{name}:")
+        say_start(tokenizer)
         losses = {}
         for text, tokens in windows.items():
             found = window_losses(model, tokens, progress=True)
             print(f"perplexity {found.mean().exp():.4f} on {len(tokens)} x {tokens.shape[1]} tokens of {text}")
-            losses[text] = found.tolist()
+            losses[text] = Outcomes(tokens_digest(tokens), found.tolist())
         results = {}
         if self.tasks:
             from eora_lab.measure.tasks import evaluate_tasks

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from eora_lab.cli.options import say_start
 from eora_lab.finetune.settings import Init, Training
 from eora_lab.text.settings import Calibration, Evaluation
 
@@ -45,6 +46,7 @@ class Finetune:
 
         model, tokenizer, _ = load_run(self.run_folder, device=self.device, model=self.base)
         original = load_original(self.run_folder, self.device, self.base)
+        say_start(tokenizer)
         tokens = self.data.batches(original, tokenizer)
         held_out = torch.cat(list(self.evaluation.tokens(tokenizer).values()))
         base = read_config(self.run_folder)["settings"]

@@ -33,6 +33,14 @@ class Loading:
         return load_model_or_run(name, self.dtype, self.device, self.backend, self.base)
 
 
+def say_start(tokenizer) -> None:
+    """Say it where texts begin with a BOS token."""
+    from eora_lab.model.start import start_token
+
+    if start_token(tokenizer) is not None:
+        print(f"every sequence begins with {tokenizer.bos_token}, as this model's tokenizer begins a text")
+
+
 def axes(kind: type, **defaults: tuple) -> type:
     """A dataclass with the fields of `kind`, of which all but switches take several values.
 

@@ -46,9 +46,10 @@ class Sweep:
     """cpu or cuda"""
 
     def run(self) -> None:
+        from eora_lab.errors import EoraLabError
         from eora_lab.experiment.store import ResultStore, scores
         from eora_lab.experiment.sweep import expand, on_model, plan, read_grid, sweep
-        from eora_lab.measure.intervals import paired_bootstrap
+        from eora_lab.measure.intervals import paired
 
         grid, store = read_grid(self.grid), ResultStore(self.store)
         if self.model is not None:
@@ -77,8 +78,11 @@ class Sweep:
             print("minus the first row (log perplexity: negative is better; a score: positive is better):")
             for row, other in enumerate(others, 1):
                 for measure in (name for name in first if name in other):
-                    interval = paired_bootstrap(first[measure], other[measure])
-                    print(f"row {row}: {measure} {interval}{'' if interval.decided else '  undecided'}")
+                    try:
+                        interval = paired(first[measure], other[measure])
+                        print(f"row {row}: {measure} {interval}{'' if interval.decided else '  undecided'}")
+                    except EoraLabError as error:
+                        print(f"row {row}: {measure}: {error}")
         for path in self.export:
             store.export(path)
             print(f"wrote {path}")

@@ -21,6 +21,7 @@ from eora_lab.files import digest
 from eora_lab.measure.evaluate import window_losses
 from eora_lab.model.digest import model_digest
 from eora_lab.model.load import Dtype, load_model
+from eora_lab.model.start import start_token
 from eora_lab.model.structure import block_linears
 from eora_lab.run.pipeline import compress_model, tokens_digest
 from eora_lab.run.recipe import PathSettings, Recipe
@@ -68,6 +69,8 @@ class Cell:
             unused |= {"only", "budget", "base_source"}
         if not self.tasks:
             unused |= {"limit", "num_fewshot"}
+        if self.calibration.column is None:
+            unused |= {"column"}
         found: dict[str, Any] = {}
         for part in (self.recipe, self, self.calibration if self.recipe else None, self.evaluation):
             names = [one.name for one in fields(part)] if part else []
@@ -143,6 +146,9 @@ def run_cell(
         losses = window_losses(candidate, tokens, progress)
         result.setdefault("perplexity", {})[text] = losses.mean().exp().item()
         result.setdefault("window_losses", []).append([text, losses.tolist()])
+        result.setdefault("window_tokens", []).append([text, tokens_digest(tokens)])
+    if start_token(tokenizer) is not None:
+        result["bos"] = tokenizer.bos_token  # begins every sequence
     clock.lap("perplexity")
     if cell.tasks:
         result["tasks"] = _tasks(candidate, tokenizer, cell, batch_size)
@@ -180,7 +186,8 @@ def _compress(
         key, statistics = measure(batches)
         base_key, base = key, statistics
         if cell.base_source:
-            base_key, base = measure(replace(cell.calibration, source=cell.base_source).batches(candidate, tokenizer))
+            other = replace(cell.calibration, source=cell.base_source, column=None)
+            base_key, base = measure(other.batches(candidate, tokenizer))
         clock.lap("statistics")
         steps = SharedSteps(recipe, cache, key, base, base_key, highest)
     report = compress_model(

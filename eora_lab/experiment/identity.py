@@ -14,7 +14,7 @@ from eora_lab.experiment.code import code_digest, plugin_digest
 from eora_lab.model.digest import files_digest, tokenizer_digest
 from eora_lab.model.load import local_path
 from eora_lab.text.hub import mirror_only
-from eora_lab.text.tokens import text_digest
+from eora_lab.text.read import files_in, split, text_digest
 
 
 class Identities:
@@ -33,7 +33,7 @@ class Identities:
         texts = list(cell.evaluation.perplexity)
         registries: dict[str, str] = {}
         if cell.recipe:
-            texts += [cell.calibration.source, *([cell.base_source] if cell.base_source else [])]
+            texts += [cell.calibration.text, *([cell.base_source] if cell.base_source else [])]
             registries = {"SOLVERS": cell.recipe.method, "QUANTISERS": cell.recipe.compressor}
             registries |= {"PRUNERS": cell.recipe.compressor}
         used = [*registries.items(), *(("SOURCES", name) for text in texts for name in names_in(text))]
@@ -52,8 +52,8 @@ class Identities:
         return self._models[name]
 
     def _text(self, text: str) -> str | None:
-        state = os.stat(text) if os.path.isfile(text) else None
-        key = (text, state and (state.st_size, state.st_mtime_ns, state.st_ctime_ns))
+        states = map(os.stat, files_in(text))
+        key = (text, *((state.st_size, state.st_mtime_ns, state.st_ctime_ns) for state in states))
         if key not in self._texts:
             try:
                 with nullcontext() if self._hub else mirror_only():
@@ -65,7 +65,7 @@ class Identities:
 
 def names_in(text: str) -> list[str]:
     """The sources that a mix names, without their splits."""
-    return [] if os.path.isfile(text) else [part.strip().partition(":")[0] for part in text.split("+")]
+    return [part.partition(":")[0] for part in split(text)]
 
 
 def harness() -> str | None:

@@ -10,6 +10,7 @@ come from the original model, so that all rows of a table share them.
 """
 
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from eora_lab.errors import EoraLabError
 from eora_lab.experiment.cells import Cell
 from eora_lab.experiment.paper import METHODS, published
 from eora_lab.experiment.store import ResultStore, row, scores
-from eora_lab.measure.intervals import Interval, paired_bootstrap
+from eora_lab.measure.intervals import Interval, Outcomes, paired
 
 if TYPE_CHECKING:
     import pandas
@@ -207,8 +208,11 @@ def rivalry(rows: list[TableRow], store: ResultStore) -> dict[str, dict[str, Int
                 if theirs and ours and cell.recipe:
                     pair = ", ".join(filter(None, (eora.base, f"rank {cell.recipe.rank}", eora.extra)))
                     against = rival.method if rival.method != "none" else "no compensation"
-                    pairs = found.setdefault(_difference(task), {})
-                    pairs[f"{pair}: against {against}"] = paired_bootstrap(theirs, ours)
+                    try:
+                        interval = paired(theirs, ours)
+                        found.setdefault(_difference(task), {})[f"{pair}: against {against}"] = interval
+                    except EoraLabError as error:
+                        warnings.warn(f"{task}, {pair}: against {against}: {error}", stacklevel=2)
     return found
 
 
@@ -218,6 +222,6 @@ def _difference(task: str) -> str:
     return f"{task} mean score of a question (above 0: EoRA is better)"
 
 
-def _scores(found: dict | None) -> list[float]:
+def _scores(found: dict | None) -> Outcomes | None:
     """Of the one thing that a cell of a table measures."""
-    return next(iter(scores(found).values()), []) if found else []
+    return next(iter(scores(found).values()), None) if found else None

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from eora_lab.environment import environment
 from eora_lab.errors import EoraLabError
 from eora_lab.files import digest, set_aside, write_atomically, write_json
+from eora_lab.measure.intervals import Outcomes
 
 if TYPE_CHECKING:
     import pandas
@@ -140,8 +141,12 @@ def row(cell: dict) -> dict:
     return flat | {"error": cell["error"]}
 
 
-def scores(cell: dict) -> dict[str, list[float]]:
+def scores(cell: dict) -> dict[str, Outcomes]:
     """What a cell measured item by item, for paired intervals: log loss of a text's windows, scores of questions."""
     result = cell["result"] or {}
-    found = {f"log perplexity {text}": losses for text, losses in result.get("window_losses", [])}
-    return found | {f"{task} {kept['metric']}": kept["outcomes"] for task, kept in result.get("tasks", {}).items()}
+    tokens = dict(result.get("window_tokens", []))
+    losses = {f"log perplexity {text}": Outcomes(tokens.get(text), of) for text, of in result.get("window_losses", [])}
+    return losses | {
+        f"{task} {kept['metric']}": Outcomes([kept.get("num_fewshot"), kept.get("questions")], kept["outcomes"])
+        for task, kept in result.get("tasks", {}).items()
+    }

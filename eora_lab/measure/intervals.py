@@ -33,6 +33,23 @@ class Interval:
         return f"{self.difference:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
 
 
+@dataclass(frozen=True)
+class Outcomes:
+    """Scores, and what each is of: a digest of the windows' tokens, or the questions."""
+
+    of: object
+    scores: Scores
+
+
+def paired(a: Outcomes, b: Outcomes) -> Interval:
+    """`paired_bootstrap` of b - a. Raises EoraLabError unless both are scores of the same windows or questions."""
+    if a.of != b.of:
+        raise EoraLabError(
+            "no paired interval: the windows or questions are not the same (another tokenizer, text or number of them)"
+        )
+    return paired_bootstrap(a.scores, b.scores)
+
+
 def paired_bootstrap(
     a: Scores, b: Scores, confidence: float = 0.95, seed: int = 0, resamples: int = RESAMPLES
 ) -> Interval:

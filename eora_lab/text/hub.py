@@ -4,7 +4,7 @@ The mirror is the folder in the environment variable EORA_LAB_DATA: <owner>/<dat
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
@@ -12,31 +12,34 @@ from pathlib import Path
 from eora_lab.errors import EoraLabError
 
 PROBE_SECONDS = 5.0
+KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
 _mirror_only: ContextVar[bool] = ContextVar("mirror_only", default=False)
 
 
-def rows(
+def texts(
+    form: Callable[[dict], str | None],
     dataset: str,
     config: str,
     split: str,
-    columns: Sequence[str],
+    columns: Mapping[str, type],
     mirror_configs: Sequence[str] = (),
     hub_id: str | None = None,
     data_file: str | None = None,
     limit: int | None = None,
-) -> list[dict]:
-    """The rows of one split, in their stored order.
+) -> list[str]:
+    """The texts of one split, in the stored order of its rows.
 
     Args:
+        form: the text of a row, None to leave it out. It may raise EoraLabError, which then names file and row.
         dataset, config: owner/name and configuration, as on the hub.
-        columns: fields that every row must have; others are returned too.
+        columns: fields that every row must have, and of which type.
         mirror_configs: folders of the mirror that serve when it has no `config`, first match first ("*": all together).
         hub_id: the name to ask the hub for where it differs from `dataset`.
         data_file: one file of the hub's repository that holds the split, instead of the whole configuration.
         limit: at most this many rows, from the start.
 
     Raises:
-        EoraLabError: neither place has the split, a file is damaged, or a column is missing.
+        EoraLabError: neither place has the split, a file is damaged, a column is missing, or a row holds another type.
     """
     files, missing = _mirror_files(dataset, (config, *mirror_configs), split)
     found = _read_parquet(files, limit) if files else None
@@ -50,10 +53,37 @@ def rows(
             f"set EORA_LAB_DATA to a folder with {dataset}/{config}/{split}-*.parquet, "
             "or allow network access to the hub"
         )
+    source = f"{dataset} (config {config}, split {split})"
     absent = sorted(set(columns) - set(found[0])) if found else []
     if absent:
-        raise EoraLabError(f"{dataset} (config {config}, split {split}) lacks the column {', '.join(absent)}")
-    return found
+        raise EoraLabError(f"{source} lacks the column {', '.join(absent)}")
+    made = []
+    for index, row in enumerate(found):
+        try:
+            for column, kind in columns.items():
+                expect(row[column], kind, column)
+            made.append(form(row))
+        except EoraLabError as error:
+            raise EoraLabError(f"{source}: row {_place(files, index)}: {error}; fetch the data again") from error
+    return [text for text in made if text is not None]
+
+
+def expect(value: object, kind: type, name: str) -> None:
+    """Raise EoraLabError unless a value is of a type."""
+    if not isinstance(value, kind):
+        raise EoraLabError(f"{name} is {'null' if value is None else repr(value)[:60]}, not {KINDS[kind]}")
+
+
+def _place(files: list[Path], index: int) -> str:
+    """Where a row stands: its number from 1, in which file of the mirror."""
+    import pyarrow.parquet
+
+    for file in files:
+        count = pyarrow.parquet.read_metadata(file).num_rows
+        if index < count:
+            return f"{index + 1} of {file}"
+        index -= count
+    return str(index + 1)
 
 
 @contextmanager

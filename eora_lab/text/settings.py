@@ -4,6 +4,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from eora_lab.errors import EoraLabError, settings
+from eora_lab.text.read import with_column
 from eora_lab.text.tokens import calibration_batches, token_windows
 
 
@@ -13,7 +14,10 @@ class Calibration:
 
     source: str = "pydoc"
     """pydoc (embedded, no network), mmlu-exemplars, wikitext2, c4, arc, mathqa, gsm8k, mmlu, self (text sampled from
-    the model), a text file, a split (wikitext2:validation) or a mix (arc+c4)"""
+    the model), a text file, a column of a JSONL, JSON, CSV or Parquet file (rows.jsonl:text; chats go through the
+    model's template), a split (wikitext2:validation) or a mix (arc+c4)"""
+    column: str | None = None
+    """the column of a file that source names without one"""
     nsamples: int = 32
     """sequences"""
     seqlen: int = 512
@@ -32,12 +36,19 @@ class Calibration:
         if not 0 < self.share < 1:
             raise EoraLabError(f"share must lie between 0 and 1, not {self.share}")
 
+    @property
+    def text(self) -> str:
+        """The source with its column."""
+        return with_column(self.source, self.column) if self.column else self.source
+
     def batches(self, model: nn.Module, tokenizer) -> Int[Tensor, "nsamples seqlen"]:
         """Token ids. model: the uncompressed one, which the source "self" samples from."""
+        if self.column is not None and self.text == self.source:
+            raise EoraLabError(f"the column is {self.column!r}, but {self.source} names no file without a column")
         if self.first:
-            return token_windows(tokenizer, self.source, self.nsamples, self.seqlen)
+            return token_windows(tokenizer, self.text, self.nsamples, self.seqlen)
         return calibration_batches(
-            tokenizer, self.source, self.nsamples, self.seqlen, self.seed, share=self.share, model=model
+            tokenizer, self.text, self.nsamples, self.seqlen, self.seed, share=self.share, model=model
         )
 
 
@@ -46,7 +57,7 @@ class Evaluation:
     """Which texts perplexity is measured on."""
 
     perplexity: tuple[str, ...] = ("pydoc:heldout",)
-    """texts: sources with a split, such as wikitext2:test, or text files"""
+    """texts: sources with a split, such as wikitext2:test, text files, or columns of files (rows.jsonl:text)"""
     windows: int | None = 20
     """how many windows, from the start of each text; None: all"""
     window_length: int = 512

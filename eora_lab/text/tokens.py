@@ -1,23 +1,25 @@
 """From texts to token batches: what the model sees while its statistics are measured, and what it is evaluated on.
 
-Everything is drawn from one seed, and no special tokens are added. Sources are in `eora_lab.text.sources`; the packing
-of each follows the EoRA paper's calibration (arXiv:2410.21271): random windows of WikiText-2, task examples joined
-until a sequence is full, random windows of long C4 documents, and half-half mixes of task and C4.
+Everything is drawn from one seed. No special tokens are added but one: where the tokenizer itself begins a text with a
+BOS token (`start_token`), so does every sequence, and has one token of text fewer. Sources are in
+`eora_lab.text.sources`; the packing of each follows the EoRA paper's calibration (arXiv:2410.21271): random windows of
+WikiText-2, task examples joined until a sequence is full, random windows of long C4 documents, and half-half mixes of
+task and C4.
 """
 
-import hashlib
 import operator
 import os
 import random
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor
 
 from eora_lab.errors import EoraLabError
-from eora_lab.text.sources import SOURCES
+from eora_lab.model.start import start_token
+from eora_lab.text.read import parts_of, read_source
 
 SELF_BATCH = 8  # sequences sampled from the model at once; bounds the key-value cache
 
@@ -37,8 +39,9 @@ def calibration_batches(
 
     Args:
         tokenizer: a transformers tokenizer.
-        source: a name in `SOURCES`, `name:split`, the path of a UTF-8 text file, "self" (text sampled from `model`,
-            so that no data is needed), or a mix of these such as "arc+c4".
+        source: a name in `SOURCES`, `name:split`, the path of a UTF-8 text file, `file:column` of a JSONL, JSON, CSV
+            or Parquet file (texts, or chats for the tokenizer's template), "self" (text sampled from `model`, so that
+            no data is needed), or a mix of these such as "arc+c4".
         share: the part of the samples that the first source of a mix gets; the others split the rest evenly.
             Each gets at least one if there are enough.
         model: the uncompressed causal language model, for "self" only.
@@ -55,9 +58,10 @@ def calibration_batches(
         if count and part == "self":
             drawn.append(_sample_from_model(model, tokenizer, count, seqlen, seed))
         elif count:
-            texts, join, packing = _read(part)
+            texts, join, packing = read_source(part, tokenizer)
             pack = {"running": _pack_running, "examples": _pack_examples, "documents": _pack_documents}[packing]
-            drawn.append(pack(part, texts, join, _encoder(tokenizer), count, seqlen, random.Random(seed)))
+            room, rng = _room(tokenizer, seqlen), random.Random(seed)
+            drawn.append(_begun(tokenizer, pack(part, texts, join, _encoder(tokenizer), count, room, rng)))
     batches = torch.cat(drawn)  # (nsamples, seqlen)
     if len(drawn) > 1:
         batches = batches[torch.randperm(nsamples, generator=torch.Generator().manual_seed(seed))]
@@ -79,72 +83,31 @@ def token_windows(
     parts = parts_of(source)
     if len(parts) > 1 or parts == ["self"]:
         raise EoraLabError(f"windows of running text need one source of text, not {source!r}")
-    texts, join, _ = _read(parts[0])
-    tokens = _encoder(tokenizer)(join.join(texts))
-    _check_length(parts[0], tokens, seqlen)
-    whole = len(tokens) // seqlen
+    texts, join, _ = read_source(parts[0], tokenizer)
+    tokens, room = _encoder(tokenizer)(join.join(texts)), _room(tokenizer, seqlen)
+    _check_length(parts[0], tokens, room)
+    whole = len(tokens) // room
     if n is not None and n > whole:
         raise EoraLabError(
             f"{parts[0]} has {len(tokens)} tokens, which is {whole} windows of {seqlen}, not {n}: "
             "ask for fewer or shorter ones"
         )
     n = whole if n is None else n
-    return tokens[: n * seqlen].view(n, seqlen)
+    return _begun(tokenizer, tokens[: n * room].view(n, room))
 
 
-def text_digest(source: str | os.PathLike) -> str:
-    """A hash of all texts that a source is made of, whatever is drawn from them. "self" is its own name.
-
-    Raises EoraLabError as `token_windows` does.
-    """
-    found = hashlib.sha256()
-    for part in parts_of(source):
-        if part == "self":
-            found.update(b"self")
-        else:
-            texts, join, packing = _read(part)
-            found.update(f"{join!r} {packing} {len(texts)}".encode())
-            for text in texts:
-                found.update(hashlib.sha256(text.encode(errors="surrogatepass")).digest())
-    return found.hexdigest()
+def _room(tokenizer, seqlen: int) -> int:
+    """Tokens of text in a sequence: one fewer where it begins with a BOS token."""
+    room = seqlen - (start_token(tokenizer) is not None)
+    if not room:
+        raise EoraLabError(f"seqlen must be 2 or more, for this tokenizer begins a text with {tokenizer.bos_token}")
+    return room
 
 
-# --- sources -------------------------------------------------------------------------------------------------------
-
-
-def parts_of(source: str | os.PathLike) -> list[str]:
-    """The sources of a mix, all known ones. A file whose name holds a plus sign is one source."""
-    source = os.fspath(source)
-    parts = [source] if os.path.isfile(source) else [part.strip() for part in source.split("+")]
-    for part in parts:
-        if not (part == "self" or part.partition(":")[0] in SOURCES or os.path.isfile(part)):
-            raise EoraLabError(
-                f"unknown source {part!r}: no such file, and the names are {', '.join(sorted(SOURCES))}, self "
-                "(name:split for another split, a+b for a mix)"
-            )
-    return parts
-
-
-def _read(part: str) -> tuple[list[str], str, str]:
-    """Texts, what joins them, and the packing of one source: a registered name before a file of that name."""
-    name, _, split = part.partition(":")
-    if name in SOURCES:
-        module = SOURCES[name]
-        texts, join, packing = module.texts(split or module.DEFAULT_SPLIT), module.JOIN, module.PACKING
-    else:
-        texts, join, packing = [_read_file(part)], "", "running"
-    if not any(text.strip() for text in texts):
-        raise EoraLabError(f"{part} holds no text: use another source or fill it")
-    return texts, join, packing
-
-
-def _read_file(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")  # a byte order mark is not text
-    except UnicodeDecodeError as error:
-        raise EoraLabError(f"{path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-    except OSError as error:
-        raise EoraLabError(f"cannot read {path}: {error.strerror}") from error
+def _begun(tokenizer, tokens: Int[Tensor, "n room"]) -> Int[Tensor, "n seqlen"]:
+    """Sequences of text with the BOS token before them, where there is to be one."""
+    start = start_token(tokenizer)
+    return tokens if start is None else F.pad(tokens, (1, 0), value=start)
 
 
 def _shares(nsamples: int, parts: int, share: float) -> list[int]:

@@ -1,5 +1,7 @@
 """C4, English (Raffel et al. 2020): the general half of the paper's task mixes, from the first shard only."""
 
+from operator import itemgetter
+
 from eora_lab.errors import EoraLabError
 from eora_lab.text import hub
 
@@ -16,9 +18,9 @@ def texts(split: str) -> list[str]:
     """The first `LIMIT` documents of the split's first shard.
 
     Raises:
-        EoraLabError: no such split, or it is neither in the mirror nor on the hub.
+        EoraLabError: no such split, it is neither in the mirror nor on the hub, or it holds something else.
     """
     if split not in FIRST_SHARD:
         raise EoraLabError(f"c4 has no split {split!r}; it has {' and '.join(FIRST_SHARD)}")
-    documents = hub.rows("allenai/c4", "en", split, ["text"], data_file=FIRST_SHARD[split], limit=LIMIT)
-    return [document["text"] for document in documents]
+    place = "allenai/c4", "en", split
+    return hub.texts(itemgetter("text"), *place, {"text": str}, data_file=FIRST_SHARD[split], limit=LIMIT)

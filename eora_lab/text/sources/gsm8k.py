@@ -11,7 +11,10 @@ def texts(split: str) -> list[str]:
     """The formatted problems of the split.
 
     Raises:
-        EoraLabError: the split is neither in the mirror nor on the hub.
+        EoraLabError: the split is neither in the mirror nor on the hub, or holds something else.
     """
-    problems = hub.rows("openai/gsm8k", "main", split, ["question", "answer"])
-    return [f"Question: {row['question']}\nAnswer: {row['answer']}" for row in problems]
+    return hub.texts(_format, "openai/gsm8k", "main", split, {"question": str, "answer": str})
+
+
+def _format(row: dict) -> str:
+    return f"Question: {row['question']}\nAnswer: {row['answer']}"

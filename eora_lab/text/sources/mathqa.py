@@ -18,16 +18,16 @@ def texts(split: str) -> list[str]:
     """The formatted problems; one whose right choice cannot be found is left out.
 
     Raises:
-        EoraLabError: the split is neither in the mirror nor on the hub.
+        EoraLabError: the split is neither in the mirror nor on the hub, or holds something else.
     """
-    columns = ["Problem", "options", "correct"]
-    problems = hub.rows("allenai/math_qa", "default", split, columns, hub_id="regisss/math_qa")
-    return [text for row in problems if (text := _format(row))]
+    columns = {"Problem": str, "options": str, "correct": str}
+    return hub.texts(_format, "allenai/math_qa", "default", split, columns, hub_id="regisss/math_qa")
 
 
 def _format(row: dict) -> str | None:
     question = f"Question: {row['Problem']} Choices: {row['options']}."
     if row.get("Rationale"):
+        hub.expect(row["Rationale"], str, "Rationale")
         return f"{question} Rationale: {row['Rationale']}."
     answer = _choices(row["options"]).get(row["correct"])
     return f"{question} Answer: {row['correct']} ) {answer}." if answer else None

@@ -15,7 +15,11 @@ def texts(split: str) -> list[str]:
     """The lines of the split, empty ones included.
 
     Raises:
-        EoraLabError: the split is neither in the mirror nor on the hub.
+        EoraLabError: the split is neither in the mirror nor on the hub, or holds something else.
     """
-    lines = hub.rows("Salesforce/wikitext", "wikitext-2-raw-v1", split, ["text"], mirror_configs=["wikitext-2-v1"])
-    return [line["text"].replace("<unk>", "unk") for line in lines]
+    place = "Salesforce/wikitext", "wikitext-2-raw-v1", split
+    return hub.texts(_format, *place, {"text": str}, mirror_configs=["wikitext-2-v1"])
+
+
+def _format(row: dict) -> str:
+    return row["text"].replace("<unk>", "unk")
