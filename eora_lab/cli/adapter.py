@@ -92,6 +92,7 @@ class Solve:
 
     def run(self) -> None:
         from eora_lab.formats.peft import write_adapter
+        from eora_lab.model.start import start_text
         from eora_lab.model.structure import model_name
         from eora_lab.run.folder import load_original, load_run
         from eora_lab.run.task_adapter import solve_adapter
@@ -99,7 +100,7 @@ class Solve:
         recipe = Recipe(**asdict(self.path), **asdict(self.measured))
         original = load_original(self.run_folder, self.device, self.base)
         model, tokenizer, _ = load_run(self.run_folder, next(original.parameters()).dtype, self.device, model=self.base)
-        say_start(tokenizer)
+        say_start(start_text(tokenizer))
         batches = self.calibration.batches(original, tokenizer)
         factors = solve_adapter(model, original, batches, recipe)
         write_adapter(self.output, factors, model_name(model))

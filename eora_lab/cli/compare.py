@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from eora_lab.cli.options import axes
+from eora_lab.cli.options import axes, say_start
 from eora_lab.run.recipe import Recipe
 from eora_lab.text.settings import Calibration, Evaluation
 
@@ -48,15 +48,18 @@ class Compare:
         texts, calibration = list(self.evaluation.perplexity), self.calibration
         print(
             f"{self.model}, {' and '.join(several['inputs'])} inputs: {calibration.nsamples} x {calibration.seqlen} "
-            f"tokens of {calibration.source}; perplexity on {self.evaluation.windows or 'all'} x "
+            f"tokens of {calibration.text}; perplexity on {self.evaluation.windows or 'all'} x "
             f"{self.evaluation.window_length} of {', '.join(texts)}"
         )
         print(header(texts), flush=True)
         rows = []
         with tempfile.TemporaryDirectory(prefix="eora-lab-") as folder:
-            for row in compare(cells, ResultStore(self.store or folder), self.device):
+            store = ResultStore(self.store or folder)
+            for row in compare(cells, store, self.device):
                 rows.append(row)
                 print(format_row(row, texts), flush=True)
+            kept = store.get(cells[0].config())
+            say_start(kept["result"].get("bos", "") if kept else "")
         if self.figure:
             from eora_lab.experiment.compare import table
             from eora_lab.files import write_atomically

@@ -69,11 +69,11 @@ def run_pass(
 ) -> None:
     """Compress into the folder `output`, and print the report. `notes` are kept in config.json."""
     from eora_lab.measure.evaluate import perplexities
-    from eora_lab.model.start import start_token
+    from eora_lab.model.start import start_text
     from eora_lab.run.pipeline import compress_model
 
-    say_start(tokenizer)
-    begun = {} if start_token(tokenizer) is None else {"bos": tokenizer.bos_token}
+    begun = start_text(tokenizer)
+    say_start(begun)
     windows = evaluation.tokens(tokenizer) if evaluation else {}
     report = compress_model(
         model,
@@ -81,7 +81,7 @@ def run_pass(
         recipe,
         ranks=budget,
         folder=output,
-        notes=asdict(calibration) | begun | (notes or {}),
+        notes=asdict(calibration) | ({"bos": begun} if begun else {}) | (notes or {}),
         weights=weights,
         judge=(lambda one: perplexities(one, windows, progress=True)) if evaluation else None,
     )

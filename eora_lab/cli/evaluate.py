@@ -58,6 +58,7 @@ class Evaluate:
         """(text -> losses of its windows, results of the tasks) of one model, printed as they come."""
         from eora_lab.measure.evaluate import window_losses
         from eora_lab.measure.intervals import Outcomes
+        from eora_lab.model.start import start_text
         from eora_lab.run.adapters import use_only
         from eora_lab.run.pipeline import tokens_digest
 
@@ -67,7 +68,7 @@ class Evaluate:
         windows = self.evaluation.tokens(tokenizer)
         if self.against is not None:
             print(f"{name}:")
-        say_start(tokenizer)
+        say_start(start_text(tokenizer))
         losses = {}
         for text, tokens in windows.items():
             found = window_losses(model, tokens, progress=True)

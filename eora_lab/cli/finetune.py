@@ -42,11 +42,12 @@ class Finetune:
         import torch
 
         from eora_lab.finetune.finetune import finetune
+        from eora_lab.model.start import start_text
         from eora_lab.run.folder import claim_folder, load_original, load_run, read_config
 
         model, tokenizer, _ = load_run(self.run_folder, device=self.device, model=self.base)
         original = load_original(self.run_folder, self.device, self.base)
-        say_start(tokenizer)
+        say_start(start_text(tokenizer))
         tokens = self.data.batches(original, tokenizer)
         held_out = torch.cat(list(self.evaluation.tokens(tokenizer).values()))
         base = read_config(self.run_folder)["settings"]

@@ -33,12 +33,10 @@ class Loading:
         return load_model_or_run(name, self.dtype, self.device, self.backend, self.base)
 
 
-def say_start(tokenizer) -> None:
-    """Say it where texts begin with a BOS token."""
-    from eora_lab.model.start import start_token
-
-    if start_token(tokenizer) is not None:
-        print(f"every sequence begins with {tokenizer.bos_token}, as this model's tokenizer begins a text")
+def say_start(bos: str) -> None:
+    """Say what texts begin with; nothing where they begin as they are."""
+    if bos:
+        print(f"every sequence begins with {bos}, as this model's tokenizer begins a text")
 
 
 def axes(kind: type, **defaults: tuple) -> type:

@@ -67,7 +67,8 @@ class Sweep:
                 self.batch_size,
                 self.device,
             )
-            varied = [name for name in frame if frame[name].map(str).nunique() > 1 or name.startswith("perplexity")]
+            shown = ("perplexity", "bos")  # whether they vary or not
+            varied = [name for name in frame if frame[name].map(str).nunique() > 1 or name.startswith(shown)]
             print(frame[[name for name in varied if not name.startswith("cost")]].to_string(index=False))
             if self.figure:
                 from eora_lab.plots import plot_sweep, save

@@ -21,7 +21,7 @@ from eora_lab.files import digest
 from eora_lab.measure.evaluate import window_losses
 from eora_lab.model.digest import model_digest
 from eora_lab.model.load import Dtype, load_model
-from eora_lab.model.start import start_token
+from eora_lab.model.start import start_text
 from eora_lab.model.structure import block_linears
 from eora_lab.run.pipeline import compress_model, tokens_digest
 from eora_lab.run.recipe import PathSettings, Recipe
@@ -147,8 +147,8 @@ def run_cell(
         result.setdefault("perplexity", {})[text] = losses.mean().exp().item()
         result.setdefault("window_losses", []).append([text, losses.tolist()])
         result.setdefault("window_tokens", []).append([text, tokens_digest(tokens)])
-    if start_token(tokenizer) is not None:
-        result["bos"] = tokenizer.bos_token  # begins every sequence
+    if begun := start_text(tokenizer):
+        result["bos"] = begun  # every sequence begins with it
     clock.lap("perplexity")
     if cell.tasks:
         result["tasks"] = _tasks(candidate, tokenizer, cell, batch_size)

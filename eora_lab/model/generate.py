@@ -3,7 +3,7 @@
 import torch
 
 from eora_lab.errors import EoraLabError
-from eora_lab.model.start import start_token
+from eora_lab.model.start import start_text
 
 
 @torch.no_grad()
@@ -14,8 +14,8 @@ def generate(model, tokenizer, prompt: str, tokens: int = 48, temperature: float
     """
     if not prompt:
         raise EoraLabError("the prompt is empty: give some text to continue")
-    begun = start_token(tokenizer) is not None and not prompt.startswith(tokenizer.bos_token)
-    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=begun)
+    start = start_text(tokenizer)
+    inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=bool(start) and not prompt.startswith(start))
     return _continue(model, tokenizer, inputs, tokens, temperature, seed)
 
 

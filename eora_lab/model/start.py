@@ -8,3 +8,8 @@ def start_token(tokenizer) -> int | None:
     """
     bos = tokenizer.bos_token_id
     return bos if bos is not None and tokenizer("a")["input_ids"][:1] == [bos] else None
+
+
+def start_text(tokenizer) -> str:
+    """The same token as it is written; empty where there is none."""
+    return "" if start_token(tokenizer) is None else tokenizer.bos_token

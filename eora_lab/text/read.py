@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from eora_lab.errors import EoraLabError, one_line
-from eora_lab.model.start import start_token
+from eora_lab.model.start import start_text
 from eora_lab.text.sources import SOURCES
 from eora_lab.text.table import read_column, read_text
 
@@ -104,7 +104,7 @@ def render_chat(tokenizer, messages: list[dict]) -> str:
         raise EoraLabError(f"the model's chat template fails on this chat: {one_line(error)}") from error
     if not text.strip():
         raise EoraLabError("the model's chat template makes nothing of this chat: name a column of plain text")
-    return text if start_token(tokenizer) is None else text.removeprefix(tokenizer.bos_token)
+    return text.removeprefix(start_text(tokenizer))
 
 
 def text_digest(source: str | os.PathLike) -> str:
