@@ -117,6 +117,8 @@ def test_columns_mix_with_other_sources():
         ([{"from": "human", "value": "Why?"}], "text is a list that is no chat"),
         ({"a": 1}, "not text"),
         ("\ud800", "lone surrogate"),
+        (json.dumps(CHAT), "a chat written as text"),
+        (str(CHAT), "a chat written as text"),
     ],
 )
 def test_a_row_that_is_no_text_is_named(value, message):

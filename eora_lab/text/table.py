@@ -6,6 +6,7 @@ A file is a table by its name, or by what it holds: JSON under another name is n
 import gzip
 import io
 import json
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ from eora_lab.errors import EoraLabError, naming, one_line
 JSON, PARQUET = ("jsonl", "ndjson", "json"), ("parquet", "pq")
 SEPARATORS = {"csv": ",", "tsv": "\t"}
 LIKELY = ("text", "messages", "conversations", "content")  # names of the column that is meant
+CHAT_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
 SHOWN = 20  # columns in a message
 
 
@@ -37,7 +39,7 @@ def read_text(path: str) -> str:
     if not found.columns:
         raise EoraLabError(f"{path} is a table without rows: use another source or fill it")
     likely = next((name for name in LIKELY if name in found.columns), found.columns[0])
-    raise EoraLabError(f"{path} is a table of {_names(found)}: name the column to read, such as {path}:{likely}")
+    raise EoraLabError(f"{path} is a table of {_names(found)}: name the column to read, such as {path}:{_line(likely)}")
 
 
 def read_column(path: str, column: str, render: Callable[[list[dict]], str]) -> tuple[list[str], bool]:
@@ -82,6 +84,8 @@ def _checked(value: object, column: str) -> str:
         null = value is None or value != value  # NaN: a short row of a CSV file
         shown = "null" if null else "a list that is no chat of role and content" if isinstance(value, list) else None
         raise EoraLabError(f"{column} is {shown or repr(value)[:60]}, not text: mend the row or leave it out")
+    if CHAT_AS_TEXT.match(value):  # all that CSV can hold of one
+        raise EoraLabError(f"{column} is a chat written as text: keep chats as lists, in a JSONL or Parquet file")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -91,7 +95,11 @@ def _checked(value: object, column: str) -> str:
 
 def _names(table: Table) -> str:
     more = f" and {len(table.columns) - SHOWN} more" if len(table.columns) > SHOWN else ""
-    return f"the columns {', '.join(table.columns[:SHOWN])}{more}"
+    return f"the columns {', '.join(map(_line, table.columns[:SHOWN]))}{more}"
+
+
+def _line(name: str) -> str:
+    return " ".join(name.split())[:60]
 
 
 def _open(path: str) -> str | Table:
