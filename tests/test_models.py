@@ -19,6 +19,7 @@ import transformers
 
 from eora_lab.errors import EoraLabError
 from eora_lab.model.load import load_model
+from eora_lab.run.folder import load_model_or_run
 from tests.tiny import CONFIGS, save_tiny, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -244,9 +245,51 @@ def test_bad_config(tmp_path, content):
     fails(tmp_path, "no usable config.json")
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_config_that_is_not_utf8(tmp_path, encoding):
+    config = save(tmp_path) / "config.json"
+    config.write_text(config.read_text()[:-2] + ', "note": "caf\u00e9"}', encoding=encoding)
+    fails(tmp_path, "no usable config.json: it is not UTF-8 text; save it again")
+    with pytest.raises(EoraLabError, match="it is not UTF-8 text"):
+        load_model_or_run(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["[]", "null", "3", '"llama"'])
+def test_config_that_is_no_object(tmp_path, content):
+    (save(tmp_path) / "config.json").write_text(content)
+    with pytest.raises(EoraLabError, match="no usable config.json: it is no JSON object"):
+        load_model_or_run(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "todo"),
+    [
+        ("torch_dtype", "torch.float16", "write a name such as float16"),
+        ("dtype", "auto", "write a name"),
+        ("attn_implementation", "flash_attention_2", "delete the key"),
+    ],
+)
+def test_config_with_a_key_to_change(tmp_path, key, value, todo):
+    edit_json(save(tmp_path) / "config.json", **{"dtype": None, key: value})
+    fails(tmp_path, f"{key} is '{value}'.*: {todo}")
+
+
+def test_quantization_config_of_dense_weights(tmp_path):
+    config = save(tmp_path) / "config.json"
+    edit_json(config, quantization_config={})
+    assert not hasattr(load_model(tmp_path)[0].config, "quantization_config")
+    left_over = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    edit_json(config, quantization_config=left_over)
+    fails(tmp_path, "its weights are dense: delete the key quantization_config in its config.json")
+    edit_weights(tmp_path, lambda found: found.update({f"{Q_PROJ}.weight.absmax": torch.ones(64)}))
+    fails(tmp_path, "already quantised: give the full-precision model")
+
+
 def test_quantised_and_adapter_folders(tmp_path):
     edit_json(save(tmp_path) / "config.json", quantization_config={"quant_method": "gptq", "bits": 4})
-    fails(tmp_path, "already quantised")
+    codes = {f"{Q_PROJ}.qweight": torch.zeros(8, 64, dtype=torch.int32)}
+    edit_weights(tmp_path, lambda found: found.update(codes))
+    fails(tmp_path, "already quantised: give the full-precision model")
     (tmp_path / "adapter_config.json").write_text("{}")
     fails(tmp_path, "holds an adapter")
 
@@ -265,9 +308,9 @@ def test_missing_weights(tmp_path):
     lost = "model.layers.1.self_attn.q_proj.weight"
     part = {name: weight for name, weight in whole.items() if name != lost}
     safetensors.torch.save_file(part, file, {"format": "pt"})
-    fails(tmp_path, f"lacks {re.escape(lost)}")
+    fails(tmp_path, f"files lack {re.escape(lost)}")
     safetensors.torch.save_file({**part, lost: torch.zeros(3, 3)}, file, {"format": "pt"})
-    fails(tmp_path, f"another shape for {re.escape(lost)}")
+    fails(tmp_path, f"have another shape for {re.escape(lost)}")
     file.unlink()
     fails(tmp_path, r"no safetensors weights \(found none\)")
 
@@ -278,6 +321,66 @@ def test_missing_shard_and_bad_index(tmp_path):
     fails(tmp_path, f"lacks the weight file {lost.name}")
     (tmp_path / "model.safetensors.index.json").write_text("[1, 2")
     fails(tmp_path, "damaged model.safetensors.index.json")
+
+
+def edit_weights(folder: Path, change) -> None:
+    """Let `change` alter the tensors of a saved model, a dict."""
+    file = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    change(tensors)
+    safetensors.torch.save_file(tensors, file, {"format": "pt"})
+
+
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+SURPLUS = {
+    "biases": ({f"{Q_PROJ}.bias": torch.ones(64)}, "q_proj.bias, for which LlamaForCausalLM .*attention_bias"),
+    "blocks": (
+        {f"model.layers.{i}.self_attn.q_proj.weight": torch.ones(64, 64) for i in (2, 3)},
+        "num_hidden_layers is 2, and the files hold 4 blocks: correct it",
+    ),
+    "norms": ({"model.layers.0.self_attn.q_norm.weight": torch.ones(16)}, "q_norm.weight, .*config.json that belongs"),
+    "scales": ({f"{Q_PROJ}.weight_scale": torch.ones(1)}, "quantised weights: give the full-precision model"),
+    "head": ({"score.weight": torch.ones(1, 64)}, "score.weight, for which .*take these tensors out of the files"),
+}
+
+
+@pytest.mark.parametrize("kind", SURPLUS)
+def test_tensors_without_a_place(tmp_path, kind):
+    tensors, message = SURPLUS[kind]
+    edit_weights(save(tmp_path), lambda found: found.update(tensors))
+    fails(tmp_path, f"do not fit its config.json: the files hold .*{message}")
+
+
+def test_tensors_that_may_be_left(tmp_path):
+    left = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
+        "model.layers.0.self_attn.bias": torch.ones(1, 1, 8, 8, dtype=torch.bool),
+        "model.layers.0.self_attn.masked_bias": torch.tensor(-1e9),
+        "model.position_ids": torch.arange(9)[None],
+        "mtp.fc.weight": torch.ones(2, 2),
+        "model.vision_tower.conv.weight": torch.ones(2, 2),
+    }
+    edit_weights(save(tmp_path), lambda found: found.update(left))
+    assert torch.equal(load_model(tmp_path)[0].lm_head.weight, tiny_model("llama").lm_head.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.bool])
+def test_weights_that_need_scales(tmp_path, dtype):
+    weight = {f"{Q_PROJ}.weight": torch.ones(64, 64).to(dtype)}
+    edit_weights(save(tmp_path), lambda found: found.update(weight))
+    fails(tmp_path, f"holds {Q_PROJ}.weight as .*: weights of that type are quantised")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite(tmp_path, value):
+    edit_weights(save(tmp_path), lambda found: found[f"{Q_PROJ}.weight"][3].fill_(value))
+    fails(tmp_path, f"{Q_PROJ}.weight holds NaN or Inf in float32")
+
+
+def test_weights_that_overflow(tmp_path):
+    edit_weights(save(tmp_path), lambda found: found[f"{Q_PROJ}.weight"].mul_(1e8))
+    load_model(tmp_path)
+    fails(tmp_path, f"{Q_PROJ}.weight holds NaN or Inf in float16: load it in a wider dtype", dtype="float16")
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

