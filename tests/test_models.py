@@ -94,8 +94,8 @@ def test_import_is_light():
 # ---------------------------------------------------------------- GGUF
 
 
-def save_gguf(path: Path) -> transformers.PreTrainedModel:
-    """Write the tiny Llama as llama.cpp would, and return it."""
+def save_gguf(path: Path, tensors: dict | None = None, keys: dict | None = None) -> transformers.PreTrainedModel:
+    """Write the tiny Llama as llama.cpp would, and return it. tensors, keys: more of them, by their full names."""
     model = tiny_model("llama")
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -121,6 +121,11 @@ def save_gguf(path: Path) -> transformers.PreTrainedModel:
             if part in name:
                 weight = weight.reshape(count, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
         writer.add_tensor(names.get_name(name, try_suffixes=(".weight",)), np.ascontiguousarray(weight))
+    for name, weight in (tensors or {}).items():
+        writer.add_tensor(name, weight)
+    for name, value in (keys or {}).items():
+        kinds = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        kinds[type(value)](name, value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -139,6 +144,55 @@ def test_gguf_file_and_folder(tmp_path):
 
     shutil.copy(tmp_path / "tiny.gguf", tmp_path / "other.gguf")
     fails(tmp_path, "several GGUF files: name one of other.gguf, tiny.gguf")
+
+
+def test_gguf_folder_in_upper_case(tmp_path):
+    save_gguf(tmp_path / "Tiny.GGUF")
+    assert load_model(tmp_path)[0].num_parameters() == tiny_model("llama").num_parameters()
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [("blk.0.attn_q.bias", 64), ("blk.2.attn_norm.weight", 64), ("blk.0.attn_q_norm.weight", 16), ("rope_freqs.weight", 8)],
+)
+def test_gguf_tensors_without_a_place(tmp_path, name, shape):
+    save_gguf(tmp_path / "tiny.gguf", {name: np.full(shape, 2, np.float32)})
+    fails(tmp_path, f"tiny.gguf holds {name}, for which LlamaForCausalLM has no place: .*use the model's safetensors")
+
+
+REFUSED = {
+    "llama.rope.scaling.factor": 8.0,
+    "llama.rope.scale_linear": 4.0,
+    "llama.rope.scaling.attn_factor": 1.5,
+    "llama.rope.dimension_sections": 3,
+    "llama.attention.key_length": 32,
+    "llama.attention.scale": 0.5,
+    "llama.attention.causal": False,
+    "llama.attention.sliding_window": 64,
+    "llama.attention.clamp_kqv": 8.0,
+    "llama.logit_scale": 0.25,
+    "llama.embedding_scale": 12.0,
+    "llama.expert_used_count": 2,
+    "llama.final_logit_softcapping": 30.0,
+    "llama.some_day": "new",
+}
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_gguf_keys_that_would_be_passed_over(tmp_path, key):
+    save_gguf(tmp_path / "tiny.gguf", keys={"llama.rope.scaling.type": "linear", key: REFUSED[key]})
+    fails(tmp_path, f"tiny.gguf says {key} = .*, which transformers passes over, and .*use the model's safetensors")
+
+
+def test_gguf_keys_and_tensors_that_change_nothing(tmp_path):
+    plain = {"rope.scaling.type": "none", "rope.scaling.factor": 1.0, "rope.scaling.original_context_length": 64}
+    plain |= {"rope.dimension_count": 16, "attention.key_length": 16, "attention.value_length": 16, "expert_count": 0}
+    plain |= {"attention.scale": 0.25, "attention.causal": True, "attention.sliding_window": 128, "logit_scale": 1.0}
+    plain |= {"rope.freq_base": 10000.0, "attention.clamp_kqv": 0.0, "tensor_data_layout": "Meta AI original pth"}
+    keys = {f"llama.{key}": value for key, value in plain.items()} | {"somebody.note": 3}
+    original = save_gguf(tmp_path / "tiny.gguf", {"rope_freqs.weight": np.ones(8, np.float32)}, keys)
+    ids = torch.arange(20)[None]  # (1, 20)
+    torch.testing.assert_close(load_model(tmp_path)[0](ids).logits, original(ids).logits, rtol=0, atol=1e-5)
 
 
 def test_damaged_gguf(tmp_path):

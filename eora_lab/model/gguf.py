@@ -8,10 +8,14 @@ from typing import Any
 import torch
 
 from eora_lab.errors import EoraLabError, one_line
+from eora_lab.model.gguf_whole import check_gguf
 
 
 def read_gguf(path: Path, dtype: torch.dtype):
-    """Read one GGUF file into dense weights: (model, tokenizer). Raises EoraLabError if it cannot be read whole."""
+    """Read one GGUF file into dense weights: (model, tokenizer).
+
+    Raises EoraLabError if it cannot be read, or not whole (see `check_gguf`).
+    """
     import transformers
 
     extra = {}
@@ -30,6 +34,7 @@ def read_gguf(path: Path, dtype: torch.dtype):
     model, found = loaded
     if found["missing_keys"]:
         raise EoraLabError(f"{path} lacks the weights of {', '.join(sorted(found['missing_keys'])[:3])}")
+    check_gguf(path, model, found["unexpected_keys"])
     for owner, name in ((model.config, "quantization_config"), (model, "hf_quantizer")):
         if hasattr(owner, name):  # the weights are dense now, and a saved copy must say so
             delattr(owner, name)
