@@ -19,8 +19,9 @@ import transformers
 
 from eora_lab.errors import EoraLabError
 from eora_lab.model.load import load_model
+from eora_lab.model.structure import decoder_blocks
 from eora_lab.run.folder import load_model_or_run
-from tests.tiny import CONFIGS, save_tiny, tiny_model
+from tests.tiny import CONFIGS, compress, logits, save_tiny, tiny_model, tiny_tokens
 
 ROOT = Path(__file__).parents[1]
 
@@ -89,6 +90,26 @@ def test_bad_device(tmp_path):
 def test_import_is_light():
     done = python("import sys, eora_lab.model.load; assert 'transformers' not in sys.modules")
     assert done.returncode == 0, done.stderr
+
+
+# ---------------------------------------------------------------- architectures
+
+
+def test_parameters_of_three_dimensions_that_are_no_experts():
+    config = transformers.RecurrentGemmaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, lru_width=64,
+        head_dim=16, attention_window_size=64,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    before = logits(model, tiny_tokens())
+    compress(model, tiny_tokens(), bits=8, rank=4, progress=False)
+    assert (logits(model, tiny_tokens()) - before).norm() < 0.02 * before.norm()
+
+
+def test_gpt2_has_no_linears():
+    config = transformers.GPT2Config(vocab_size=97, n_embd=32, n_layer=1, n_head=2)
+    with pytest.raises(EoraLabError, match=r"no list of decoder blocks with nn.Linear layers .*Conv1D.* is none"):
+        decoder_blocks(transformers.AutoModelForCausalLM.from_config(config))
 
 
 # ---------------------------------------------------------------- GGUF

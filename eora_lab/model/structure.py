@@ -30,7 +30,8 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     prefix, module = decoder(model)
     stacks = _stacks(module)
     if not stacks:
-        raise EoraLabError(f"{type(model).__name__}: no list of decoder blocks with nn.Linear layers was found")
+        instead = " (GPT-2's Conv1D, which its blocks hold, is none)" if _holds_conv1d(model) else ""
+        raise EoraLabError(f"{type(model).__name__}: no list of decoder blocks with nn.Linear layers was found{instead}")
     name, stack = max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     return {".".join(filter(None, (prefix, name, str(i)))): block for i, block in enumerate(stack)}
 
@@ -67,15 +68,25 @@ def matrices(model: nn.Module, part: tuple[str, nn.Module]) -> dict[str, int]:
     return dict(found)
 
 
+def _holds_conv1d(model: nn.Module) -> bool:
+    """Whether there are linears of the transposed kind of GPT-2, a class of transformers."""
+    return any(type(module).__name__ == "Conv1D" for module in model.modules())
+
+
 def check_experts(model: nn.Module) -> None:
-    """Raise EoraLabError where a block keeps many matrices, such as experts, in one tensor: no compressor takes it."""
+    """Raise EoraLabError where a block keeps the experts of a mixture in one tensor, which no compressor here takes.
+
+    Other parameters of three dimensions, such as the gates of RecurrentGemma, stay as they are.
+    """
     for prefix, block in decoder_blocks(model).items():
         for name, module in block.named_modules():
+            if "expert" not in f"{name}.{type(module).__name__}".lower() or isinstance(module, nn.Linear):
+                continue
             for local, parameter in module.named_parameters(recurse=False):
-                if parameter.squeeze().ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd):
+                if parameter.ndim > 1:
                     raise EoraLabError(
-                        f"{prefix}.{name}.{local} fuses many matrices (such as all experts) in one "
-                        f"{tuple(parameter.shape)} tensor: only models with nn.Linear layers instead can be compressed"
+                        f"{prefix}.{name}.{local} fuses all experts in one {tuple(parameter.shape)} tensor: "
+                        "only models whose experts are nn.Linear layers can be compressed"
                     )
 
 
