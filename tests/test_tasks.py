@@ -121,6 +121,13 @@ def test_what_is_missing_is_one_clear_line(mirror, task, shots, message):
     assert "\n" not in str(caught.value)
 
 
+def test_tokens_beyond_the_embedding_are_one_clear_line(mirror):
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["Question"])
+    with pytest.raises(EoraLabError, match="token id 97 has no row in the model's embedding of 97"):
+        evaluate_tasks(tiny_model("llama"), tokenizer, ["arc_easy"], 2)
+
+
 def test_lm_eval_missing_is_one_clear_line():
     code = """
 import sys

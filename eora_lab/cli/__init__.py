@@ -1,5 +1,6 @@
 """The command line, `eora-lab`: one command a file."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -46,6 +47,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Exit codes: 0 done, 1 the input cannot be used (one line says why), 2 wrong usage, 130 stopped."""
     os.environ.setdefault("MPLBACKEND", "agg")  # figures go to files, no window opens
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal's encoding lacks
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         arguments = with_plugins(arguments)

@@ -96,10 +96,14 @@ def switch(adapters, name: str) -> str:
 
 def read_line(prompt: str) -> str | None:
     """The next line without its blanks, or None at the end. A prompt is shown on a terminal only."""
-    if not sys.stdin.isatty():
-        line = sys.stdin.readline()
-        return line.strip() if line else None
+    from eora_lab.errors import EoraLabError
+
     try:
+        if not sys.stdin.isatty():
+            line = sys.stdin.readline()
+            return line.strip() if line else None
         return input(prompt).strip()
     except EOFError:
         return None
+    except UnicodeDecodeError as error:
+        raise EoraLabError("the input is not UTF-8 text: write it again in UTF-8") from error

@@ -11,9 +11,10 @@ from eora_lab.errors import EoraLabError
 TABLES = ("embed_positions", "pos_encoding")  # buffers with a row a position: GPT-J, CodeGen, CTRL
 
 
-def check_tokens(model: nn.Module, tokens: Int[Tensor, "n seqlen"]) -> None:
+def check_tokens(model: nn.Module, tokens: Int[Tensor, "n seqlen"], more: int = 0) -> None:
     """Raise EoraLabError unless the model can take these token ids: all in its embedding, and not too many at once.
 
+    more: how many tokens the model will write after them. (It need not read the last.)
     Warns as `check_length` does.
     """
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
@@ -24,7 +25,7 @@ def check_tokens(model: nn.Module, tokens: Int[Tensor, "n seqlen"]) -> None:
                     f"token id {token} has no row in the model's embedding of {rows}: use the tokenizer that the model "
                     "was trained with (tokens may have been added to this one), or resize the embedding and save it"
                 )
-    check_length(model, tokens.shape[-1])
+    check_length(model, tokens.shape[-1] + max(more - 1, 0))
 
 
 def check_length(model: nn.Module, length: int) -> None:
@@ -36,7 +37,7 @@ def check_length(model: nn.Module, length: int) -> None:
         if length > rows:
             raise EoraLabError(
                 f"the model takes at most {rows} tokens at once (its positions are a table, {name}), not {length}: "
-                "use a shorter seqlen or text"
+                "use a shorter seqlen or prompt, or fewer new tokens"
             )
     config = getattr(model, "config", None)
     made_for = getattr(config.get_text_config(), "max_position_embeddings", None) if config else None
