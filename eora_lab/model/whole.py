@@ -1,7 +1,8 @@
-"""Were the files of a model read whole? transformers passes over tensors that an architecture has no place for, and tells
-it to a log only: a wrong config.json, or weights without their scales, would then give wrong numbers without a word.
+"""Were the files of a model read whole? transformers passes over tensors that an architecture has no place for, and
+says so in a log only: a wrong config.json, or weights without their scales, would give wrong numbers without a word.
 """
 
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, one_line
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]  # name -> type and shape, as safetensors files tell them
 
@@ -23,6 +24,8 @@ HARMLESS = {
     r"(^|\.)(vision_tower|vision_model|visual|audio_tower|multi_modal_projector|embed_vision|embed_audio)\.":
         "towers for pictures and sound, where the class reads text only",
 }  # fmt: skip
+WHOLE_FILE = "model.safetensors"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5")
 FLOATS = ("F64", "F32", "F16", "BF16")
 QUANTISED = re.compile(r"(scales?|scale_inv|zeros?|zero_point|qweight|g_idx|absmax|quant_map|SCB|weight_packed)(\.|$)")
 
@@ -40,6 +43,51 @@ def read_headers(files: Iterable[Path]) -> Headers:
     return found
 
 
+def check_files(folder: Path, name: str) -> Headers:
+    """The headers of the files that transformers reads.
+
+    Every weight file must be there, be safetensors, and have a sound header. Nothing is unpickled to find out.
+    """
+    if not any(folder.glob("*.safetensors*")):
+        pickles = sorted({path.name for pattern in PICKLES for path in folder.glob(pattern)})
+        found = f"only {', '.join(pickles[:3])}" if pickles else "none"
+        raise EoraLabError(
+            f"{name} has no safetensors weights (found {found}). Pickle weights (.bin, .pt) are refused, for they can "
+            "run code when read. To convert them, in a sandbox and only if you trust them: AutoModelForCausalLM."
+            "from_pretrained(folder).save_pretrained(new_folder, safe_serialization=True), and copy the tokenizer files"
+        )
+    listed = _listed(folder, name)
+    headers: dict[str, Headers] = {}
+    for file in sorted(listed | {path.name for path in folder.glob("*.safetensors")}):
+        if not file.endswith(".safetensors"):
+            raise EoraLabError(f"{name} lists {file} among its weights: only safetensors files are read")
+        if not (folder / file).is_file():
+            raise EoraLabError(f"{name} lacks the weight file {file}: copy or download it again")
+        try:
+            headers[file] = read_headers([folder / file])
+        except Exception as error:
+            raise EoraLabError(
+                f"{name} has a damaged weight file {file} ({one_line(error)}): copy or download it again"
+            ) from error
+    merged: Headers = {}
+    for file in [WHOLE_FILE] if WHOLE_FILE in headers else sorted(listed):
+        if twice := merged.keys() & headers[file].keys():
+            raise EoraLabError(f"{name} holds {_first(twice)} in two of its weight files: copy or download it again")
+        merged |= headers[file]
+    return merged
+
+
+def _listed(folder: Path, name: str) -> set[str]:
+    """The weight files that an index names."""
+    files = set()
+    for index in folder.glob("*.safetensors.index.json"):
+        try:
+            files |= set(map(str, json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise EoraLabError(f"{name} has a damaged {index.name}: copy or download it again") from error
+    return files
+
+
 def quantised(headers: Headers) -> list[str]:
     """The tensors that only a quantised model has."""
     return [
@@ -54,6 +102,7 @@ def check_whole(name: str, model: nn.Module, found: dict, headers: Headers) -> N
 
     found: what transformers tells about loading (`output_loading_info`).
     """
+    places = model.state_dict()
     _check_types(name, model, headers)
     wrong = f"the weights of {name} do not fit its config.json: the files"
     for problem, keys in (("lack", found["missing_keys"]), ("have another shape for", found["mismatched_keys"])):
@@ -63,9 +112,16 @@ def check_whole(name: str, model: nn.Module, found: dict, headers: Headers) -> N
     surplus = [key for key in found["unexpected_keys"] if not _harmless(f"{key} {_of(key, shapes) or ()}")]
     if surplus:
         raise EoraLabError(
-            f"{wrong} hold {_first(surplus)}, for which {type(model).__name__} has no place: {_advice(surplus, model)}, "
-            "or take these tensors out of the files if they are no part of the model"
+            f"{wrong} hold {_first(surplus)}, for which {type(model).__name__} has no place: "
+            f"{_advice(surplus, model)}, or take these tensors out of the files if they are no part of the model"
         )
+    for copy, source in model.get_expanded_tied_weights_keys().items():  # type: ignore[operator]
+        # transformers ties them if they are equal
+        if {copy, source} <= places.keys() and places[copy].data_ptr() != places[source].data_ptr():
+            raise EoraLabError(
+                f"{wrong} hold a {copy} that differs from {source}, though tie_word_embeddings makes them one: set it "
+                "to false in config.json, or take the tensor out of the files"
+            )
 
 
 def check_finite(model: nn.Module) -> None:
