@@ -13,7 +13,7 @@ from typing import Any
 
 PLACES = {
     "Adapters": "run.adapters",
-    "Budget": "compensate.budget",
+    "Budget": "run.budget",
     "Calibration": "text.settings",
     "CompensatedLinear": "layer.linear",
     "EoraLabError": "errors",

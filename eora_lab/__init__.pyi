@@ -3,7 +3,6 @@ from eora_lab.calibrate.statistics import output_energy as output_energy
 from eora_lab.calibrate.stream import collect_statistics as collect_statistics
 from eora_lab.compensate import LowRank as LowRank
 from eora_lab.compensate import solve as solve
-from eora_lab.compensate.budget import Budget as Budget
 from eora_lab.environment import versions as versions
 from eora_lab.errors import EoraLabError as EoraLabError
 from eora_lab.layer.linear import CompensatedLinear as CompensatedLinear
@@ -13,6 +12,7 @@ from eora_lab.model.generate import generate as generate
 from eora_lab.model.load import load_model as load_model
 from eora_lab.model.structure import block_linears as block_linears
 from eora_lab.run.adapters import Adapters as Adapters
+from eora_lab.run.budget import Budget as Budget
 from eora_lab.run.folder import load_run as load_run
 from eora_lab.run.pipeline import compress_model as compress_model
 from eora_lab.run.plugins import load_plugin as load_plugin

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import numbers
+import re
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 T = typing.TypeVar("T")
+NO_MEMORY = re.compile("out of memory|(can't|cannot) allocate memory|not enough memory", re.IGNORECASE)  # torch's words
 WORDS = {
     int: "a whole number",
     float: "a number",
@@ -26,6 +28,29 @@ class EoraLabError(Exception):
     """A wrong input, a missing file or an unusable model. The command line prints it as one line."""
 
 
+class MachineError(EoraLabError):
+    """Not the input but the machine failed: no memory, no network, data that is not there. It may work another time."""
+
+
+class WriteError(MachineError):
+    """A file cannot be written: the disk is full, or refuses."""
+
+
+def machine_error(error: BaseException) -> MachineError | None:
+    """An error as one of the machine, if that is what it comes from, however it was wrapped; else None."""
+    cause: BaseException | None = error
+    while cause is not None:
+        message = str(error) if isinstance(error, EoraLabError) else ""
+        if isinstance(cause, MachineError):
+            return type(cause)(message)
+        if isinstance(cause, MemoryError) or (isinstance(cause, RuntimeError) and NO_MEMORY.search(str(cause))):
+            return MachineError(f"out of memory: {message or one_line(cause)}")
+        if isinstance(cause, OSError) and cause.errno:
+            return MachineError(message or ": ".join(filter(None, (str(cause.filename or ""), cause.strerror))))
+        cause = cause.__cause__
+    return None
+
+
 @contextmanager
 def naming(what: str) -> Iterator[None]:
     """Begin the message of an error raised within by what it is about, such as a layer."""
@@ -35,7 +60,7 @@ def naming(what: str) -> Iterator[None]:
         raise EoraLabError(f"{what}: {error}") from error
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """The message of another library's error, in one line of at most 300 characters."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 
@@ -50,6 +75,13 @@ def meant(name: object, known: Iterable[str]) -> str:
     """The end of a message about an unknown name: which one may be meant. Empty when none is near."""
     near = difflib.get_close_matches(str(name), known, 1)
     return f" (did you mean {near[0]}?)" if near else ""
+
+
+def at_least(lowest: int, **numbers: int | None) -> None:
+    """Raise EoraLabError for a whole number below the lowest, by its name. None stands for no limit."""
+    for name, value in numbers.items():
+        if value is not None and as_setting(int, value, name) < lowest:
+            raise EoraLabError(f"{name} must be {lowest} or more, not {value}")
 
 
 @typing.dataclass_transform(frozen_default=True)

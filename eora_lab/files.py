@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from eora_lab.errors import EoraLabError, as_setting, one_line
+from eora_lab.errors import EoraLabError, WriteError, as_setting, one_line
 
 LOCK = ".lock"  # in a folder that one process at a time may work in
 PARTIAL = ".*.partial"  # what a process that was killed may leave
@@ -31,10 +31,37 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(partial)
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        raise EoraLabError(f"cannot write {path}: {error}") from error
+        raise WriteError(f"cannot write {path}: {error}") from error
     finally:
         if partial.exists():
             partial.unlink()
+
+
+def check_place(path: Path, suffixes: Sequence[str] | None = None) -> None:
+    """What can be known to be wrong with the place of an output before there is one. Raises EoraLabError.
+
+    suffixes: that the name of a file may have; None: the output is a folder.
+    """
+    above = path.parents if suffixes is not None else (path, *path.parents)
+    if file := next((one for one in above if one.exists() and not one.is_dir()), None):
+        raise EoraLabError(f"cannot write {path}: {file} is a file, not a folder")
+    if suffixes is None:
+        return
+    if path.is_dir() or not path.name:
+        raise EoraLabError(f"cannot write {path}: it is a folder; give the name of a file in it")
+    if path.suffix not in suffixes:
+        raise EoraLabError(f"cannot write {path}: the name must end in {', '.join(filter(None, suffixes))}")
+
+
+def check_table(path: Path, columns: Iterable[str]) -> None:
+    """Raise EoraLabError when there is a file that is no table with these columns: it is somebody else's."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return
+    head = content if path.suffix == ".parquet" else b"\n".join(content.splitlines()[:5])
+    if content and not all(column.encode() in head for column in columns):
+        raise EoraLabError(f"{path} holds something else, which would be lost: choose another name, or delete it")
 
 
 def write_json(path: Path, data: object) -> None:
@@ -100,7 +127,7 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
             entry.chmod(mode & (0o777 if entry.is_dir() else 0o666))
         os.replace(partial, path)
     except (OSError, SafetensorError) as error:
-        raise EoraLabError(f"cannot write {path}: {error}") from error
+        raise WriteError(f"cannot write {path}: {error}") from error
     finally:
         if partial and partial.exists():
             shutil.rmtree(partial, ignore_errors=True)
@@ -114,7 +141,7 @@ def digest(data: object) -> str:
 def add_tensor(found: Any, name: str, tensor: Tensor) -> None:
     """Add a tensor to a hash of hashlib: its name, type, size and bytes."""
     found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-    found.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+    found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def file_digest(path: Path) -> str:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eora_lab import EoraLabError
-from eora_lab.compensate.budget import Budget, LayerSpectrum, allocate_ranks
+from eora_lab.run.budget import Budget, LayerSpectrum, allocate_ranks
 
 
 def layer(seed: int, out_features: int, in_features: int, signal: float = 1.0) -> LayerSpectrum:

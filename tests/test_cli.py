@@ -1,13 +1,19 @@
 """The command line as users meet it: help, results, exit codes, one-line errors."""
 
+import io
 import json
 import re
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from eora_lab.cli import COMMANDS, main
+from eora_lab.cli import main
+from eora_lab.cli.commands import COMMANDS
+from eora_lab.compensate import SOLVERS
+from tests.tiny import CELL, TEXT
 
 TEXTS = (
     "--calibration.source text.txt --calibration.nsamples 4 --calibration.seqlen 32 --evaluation.perplexity text.txt"
@@ -98,19 +104,207 @@ def test_models(capsys):
     assert "smollm2-135m" in capsys.readouterr().out
 
 
+def test_help_needs_neither_torch_nor_transformers():
+    code = """
+import sys
+from eora_lab.cli import main
+from eora_lab.cli.commands import COMMANDS
+for arguments in ([], *([command] for command in COMMANDS), ["adapter", "solve"]):
+    try:
+        main([*arguments, "--help"])
+    except SystemExit as stop:
+        assert stop.code == 0
+sys.exit(f"imported: {heavy}" if (heavy := {"torch", "transformers", "numpy", "pandas"} & set(sys.modules)) else 0)
+"""
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+GRIDS = {"text": {"source": "wikipedia"}, "model": {"model": "absent"}, "task": {"tasks": ["arc_eazy"]}}
+GRIDS |= {"method": {"method": "eroa"}, "good": {}}
+
+
+@pytest.fixture
+def unloadable(workplace):
+    """The workplace with a model whose weights cannot be read: who tries says so."""
+    (workplace / "model/model.safetensors").write_bytes(b"no weights")
+    for name, grid in GRIDS.items():
+        (workplace / f"{name}.yaml").write_text(json.dumps(CELL | grid))
+    (workplace / "notes.md").write_text("my notes")
+    (workplace / "notes.csv").write_text("day,note\n1,mine\n")
+    return workplace
+
+
+EVALUATE = ["evaluate", "model", "--perplexity", "text.txt"]
+COMPRESS = ["compress", "run", *SMALL, *TEXTS]
+COMPARE = ["compare", *SMALL, *TEXTS]
+SWEEP = ["sweep", "good.yaml", "--store", "store"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "model", "--perplexity", "wikipedia"], "unknown source 'wikipedia'"),
+        (["evaluate", "model", "--perplexity", "pydoc:hedlout"], "pydoc has no split 'hedlout'"),
+        (["evaluate", "model", "--against", "absent"], "no model 'absent'"),
+        (["evaluate", "model", "--backend", "tilse"], "unknown backend 'tilse'"),
+        (["evaluate", "model", "--tasks", "arc_eazy"], "did you mean arc_easy"),
+        (["evaluate", "model", "--limit", "0"], "limit must be 1 or more, not 0"),
+        (["evaluate", "model", "--num-fewshot", "-1"], "num_fewshot must be 0 or more, not -1"),
+        (["evaluate", "model", "--batch-size", "0"], "batch_size must be 1 or more, not 0"),
+        (["evaluate", "model", "--windows", "0"], "windows must be 1 or more, not 0"),
+        (["evaluate", "model", "--window-length", "1"], "window_length must be 2 or more, not 1"),
+        (["generate", "model", "The", "--backend", "tilse"], "unknown backend 'tilse'"),
+        ([*COMPRESS, "--method", "eroa"], "did you mean eora?"),
+        ([*COMPRESS, "--compressor", "gtpq"], "did you mean gptq?"),
+        ([*COMPRESS, "--model", "absent"], "no model 'absent'"),
+        ([*COMPRESS, "--calibration.source", "wikipedia"], "unknown source 'wikipedia'"),
+        ([*COMPRESS, "--evaluation.perplexity", "wikipedia"], "unknown source 'wikipedia'"),
+        ([*COMPRESS, "--calibration.nsamples", "0"], "nsamples must be 1 or more, not 0"),
+        ([*COMPRESS, "--calibration.seqlen", "-4"], "seqlen must be 1 or more, not -4"),
+        (["compress", "text.txt", *SMALL, *TEXTS], "text.txt is a file"),
+        (["compress", "text.txt/run", *SMALL, *TEXTS], "text.txt is a file"),
+        (["compress", "model", *SMALL, *TEXTS], "not empty and holds no run"),
+        (["compensate", "checkpoint", "run", "--model", "model", "--format", "gtpq"], "unknown format 'gtpq'"),
+        (["export", "run", "out", "--format", "gtpq"], "unknown format 'gtpq'"),
+        ([*COMPARE, "--method", "eroa"], "unknown method 'eroa'"),
+        ([*COMPARE, "--model", "absent"], "no model 'absent'"),
+        ([*COMPARE, "--calibration.source", "wikipedia"], "unknown source 'wikipedia'"),
+        ([*COMPARE, "--figure", "f.jpg"], "the name must end in .png, .svg"),
+        ([*COMPARE, "--figure", "text.txt/f.png"], "text.txt is a file"),
+        ([*COMPARE, "--figure", "model"], "it is a folder"),
+        ([*COMPARE, "--figure", "notes.png"], "notes.csv holds something else"),
+        ([*COMPARE, "--store", "model"], "model is no result store (it holds config.json)"),
+        ([*SWEEP, "--store", "text.txt/store"], "text.txt is a file"),
+        ([*SWEEP, "--store", "model"], "model is no result store"),
+        ([*SWEEP, "--export", "t.xlsx"], "the name must end in .parquet"),
+        ([*SWEEP, "--export", "notes.md"], "notes.md holds something else"),
+        ([*SWEEP, "--figure", "f.jpg"], "the name must end in .png, .svg"),
+        ([*SWEEP, "--model", "absent"], "no model 'absent'"),
+        ([*SWEEP, "--batch-size", "0"], "batch_size must be 1 or more, not 0"),
+        (["sweep", "rnak", "--store", "store"], "cannot read the grid rnak"),
+        (["sweep", "text.yaml", "--store", "store"], "unknown source 'wikipedia'"),
+        (["sweep", "model.yaml", "--store", "store"], "no model 'absent'"),
+        (["sweep", "task.yaml", "--store", "store"], "did you mean arc_easy"),
+        (["sweep", "method.yaml", "--store", "store"], "did you mean eora?"),
+        (["paper", "T99", "--model", "model"], "T99 cannot be run here"),
+        (["paper", "T2", "--model", "absent"], "no model 'absent'"),
+        (["paper", "T2", "--model", "model", "--figure", "f.jpg"], "the name must end in .png, .svg"),
+        (["evaluate", "model", "--plugin", "absent.py"], "no plugin absent.py"),
+        (["bench", "--shapes", "4096"], "'4096' is no shape of a layer"),
+    ],
+)
+def test_a_slip_is_found_before_a_model_is_loaded(unloadable, capsys, arguments, message):
+    if "arc_eazy" in arguments or "task.yaml" in arguments:
+        pytest.importorskip("lm_eval", reason="lm-eval is the extra `eval`")
+    before = {path: path.read_bytes() for path in unloadable.rglob("*") if path.is_file()}
+    assert main(arguments) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eora-lab: ")]
+    assert message in line
+    assert {path: path.read_bytes() for path in unloadable.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("arguments", [["evaluate", "model", "--perplexity"], [*COMPRESS, "--calibration.source"]])
+def test_a_mirror_that_is_no_folder_is_named_before_a_model_is_loaded(unloadable, monkeypatch, capsys, arguments):
+    monkeypatch.setenv("EORA_LAB_DATA", "nowhere")
+    assert main([*arguments, "wikitext2:test"]) == 1
+    assert "EORA_LAB_DATA is nowhere, which is not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module", ["tyro", "torch._C", "torch", "transformers.models.llama.modeling_llama"])
+def test_ctrl_c_is_one_line_at_any_moment(workplace, module):
+    """Also while modules are imported: -X importtime tells when one was."""
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "eora_lab.cli",
+        "evaluate",
+        "model",
+        "--perplexity",
+        "text.txt",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if line.rpartition("|")[2].strip() == module:
+            process.send_signal(signal.SIGINT)
+            break
+    lines = [line for line in process.stderr.read().splitlines() if not line.startswith("import time:")]
+    assert (lines, process.wait()) == (["eora-lab: stopped"], 130)
+
+
+def test_sigterm_ends_quietly(workplace):
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "eora_lab.cli",
+        "evaluate",
+        "model",
+        "--perplexity",
+        "text.txt",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    next(line for line in process.stderr if line.rpartition("|")[2].strip() == "tyro")
+    process.terminate()
+    lines = [line for line in process.stderr.read().splitlines() if not line.startswith("import time:")]
+    assert (lines, process.wait()) == ([], 143)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["models"]])
+def test_a_reader_that_has_seen_enough_is_no_error(arguments):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "eora_lab.cli", *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    process.stdout.close()
+    assert process.stderr.read() == "" and process.wait() == 141
+
+
+def test_what_a_terminal_cannot_show_is_escaped(workplace, monkeypatch):
+    Path("€.txt").write_text(TEXT)
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(io.BytesIO(), encoding="latin-1"))
+    assert main(["evaluate", "model", "--perplexity", "€.txt", "--windows", "1", "--window-length", "8"]) == 0
+    assert r"tokens of \u20ac.txt" in sys.stdout.buffer.getvalue().decode("latin-1")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (MemoryError("no room for S"), "eora-lab: out of memory: no room for S"),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+            "eora-lab: out of memory: [enforce",
+        ),
+        (PermissionError(13, "Permission denied", "/etc/secret"), "eora-lab: /etc/secret: Permission denied"),
+    ],
+)
+def test_what_the_machine_fails_at_is_one_line(workplace, monkeypatch, capsys, error, line):
+    def failing(residual, statistics, rank):
+        raise error
+
+    monkeypatch.setitem(SOLVERS, "failing", failing)
+    assert main([*COMPRESS, "--method", "failing"]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith(line)
+
+
+def test_a_bug_shows_where_it_is(workplace, monkeypatch):
+    monkeypatch.setitem(SOLVERS, "failing", lambda residual, statistics, rank: residual.no_such_name)
+    with pytest.raises(AttributeError):
+        main([*COMPRESS, "--method", "failing"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["evaluate", "absent"], "no model 'absent'"),
-        (["evaluate", "model", "--perplexity", "wikipedia"], "unknown source 'wikipedia'"),
         (["evaluate", "model", "--perplexity", "text.txt", "--window-length", "9000"], "one window needs 9000"),
         (["compress", "run", *SMALL, *TEXTS, "--bits", "9"], "bits must be between 2 and 8"),
         (["compress", "run", *SMALL, *TEXTS, "--group-size", "0"], "group size must be 1 or more"),
         (["compress", "run", *SMALL, *TEXTS, "--sparsity", "2:4"], "gptq does not prune"),
         (["compare", *SMALL, *TEXTS, "--compressor", "wanda"], "wanda needs a sparsity"),
         (["compress", "run", *SMALL, *TEXTS, "--rank", "400"], "rank 400 is larger than"),
-        (["compress", "model", *SMALL, *TEXTS], "not empty and holds no run"),
-        (["compress", "text.txt/run", *SMALL, *TEXTS], "cannot write"),
         (
             ["compress", "run", *SMALL, *TEXTS, "--budget.objective", "relative", "--budget.only", "x{9}"],
             "no layer matches",

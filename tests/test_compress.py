@@ -9,7 +9,7 @@ from eora_lab import EoraLabError
 from eora_lab.compress import COMPRESSORS, PRUNERS, rtn, tagged_state_dict, weight_from_state_dict
 from eora_lab.compress.grid import Grid
 from eora_lab.compress.grid_weight import zero_points
-from eora_lab.run.recipe import taken
+from eora_lab.run.fit import taken
 from tests.layers import statistics_of, weight_of
 
 GRIDS = [name for name, compressor in COMPRESSORS.items() if "bits" in taken(compressor, {"bits": 4})]

@@ -18,11 +18,11 @@ from eora_lab import (
     perplexity,
 )
 from eora_lab.calibrate.statistics import output_energy
-from eora_lab.compensate.budget import Budget
 from eora_lab.compress import COMPRESSORS, PRUNERS
 from eora_lab.finetune.settings import Training
 from eora_lab.layer.linear import CompensatedLinear
 from eora_lab.model.structure import decoder_blocks
+from eora_lab.run.budget import Budget
 from eora_lab.run.ranks import plan_ranks
 from eora_lab.run.recipe import Recipe
 from tests.tiny import CONFIGS, SMALL, compress, logits, tiny_model, tiny_tokens

@@ -295,9 +295,8 @@ def test_an_installed_package_is_loaded_by_every_command(tmp_path):
     (site / "theirs-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
     (site / "theirs-1.0.dist-info" / "entry_points.txt").write_text("[eora_lab.plugins]\ntheirs = theirs\n")
     (site / "theirs.py").write_text(SOLVER.replace("mine", "theirs").replace("POWER", "0.5"))
-    code = (
-        "from eora_lab.cli import with_plugins; with_plugins([]); from eora_lab import Recipe; Recipe(method='theirs')"
-    )
+    code = "from eora_lab.cli.commands import with_plugins; with_plugins([])\n"
+    code += "from eora_lab import Recipe; Recipe(method='theirs')"
     environment = ENVIRONMENT | {"PYTHONPATH": f"{ENVIRONMENT['PYTHONPATH']}:{site}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from eora_lab import EoraLabError, collect_statistics, load_model, load_run
 from eora_lab.cli import main
-from eora_lab.compensate.budget import Budget
 from eora_lab.compress import QUANTISERS
 from eora_lab.files import locked
 from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.run.budget import Budget
 from eora_lab.run.folder import load_original
 from eora_lab.run.ranks import plan_ranks
 from eora_lab.run.recipe import Recipe

@@ -19,12 +19,14 @@ import torch
 
 from eora_lab import EoraLabError, calibration_batches, load_model, perplexity, token_windows
 from eora_lab.cli import main
-from eora_lab.compensate.budget import Budget
+from eora_lab.compensate import SOLVERS, svd
+from eora_lab.errors import MachineError, WriteError
 from eora_lab.experiment.cache import ContentCache
 from eora_lab.experiment.cells import Cell
 from eora_lab.experiment.estimate import work
 from eora_lab.experiment.store import ResultStore
 from eora_lab.experiment.sweep import expand, highest_ranks, named_grids, on_model, plan, read_grid, sweep
+from eora_lab.run.budget import Budget
 from eora_lab.run.recipe import BaseSettings
 from tests.tiny import CELL, TEXT, compress, moe_model, tiny_model, tiny_tokenizer, tiny_tokens
 
@@ -81,6 +83,12 @@ def test_the_named_grids_are_well_formed():
         ({"bits": "three"}, "bits must be a whole number, not 'three'"),
         ({"source": 124}, "needs quotes in YAML"),
         ({"bits": []}, "empty"),
+        ({"limit": 0}, "limit must be 1 or more, not 0"),
+        ({"num_fewshot": -1}, "num_fewshot must be 0 or more, not -1"),
+        ({"windows": -2}, "windows must be 1 or more, not -2"),
+        ({"window_length": 1}, "window_length must be 2 or more, not 1"),
+        ({"nsamples": 0}, "nsamples must be 1 or more, not 0"),
+        ({"seqlen": 32.5}, "seqlen must be a whole number, not 32.5"),
         (["rtn"], "mapping"),
     ],
 )
@@ -236,6 +244,67 @@ def test_a_failing_cell_is_recorded_and_the_others_run(workplace):
     assert quiet_sweep(grid, "store")["status"].tolist().count("done") == 2
 
 
+@pytest.mark.parametrize("error", [MemoryError("none left"), OSError(28, "No space left on device"), MachineError("x")])
+def test_what_the_machine_failed_is_not_kept(workplace, monkeypatch, capsys, error):
+    """And is run again; what failed for reasons of its own is not."""
+    troubles = [error, ValueError("a singular matrix")]
+
+    def solver(residual, statistics, rank):
+        if troubles:
+            raise EoraLabError("the solver gave up") from troubles.pop(0)
+        return svd(residual, statistics, rank)
+
+    monkeypatch.setitem(SOLVERS, "troubled", solver)
+    grid = SMALL | {"method": "troubled", "rank": 4, "seed": [0, 1, 2]}  # each seed has statistics of its own
+    frame = quiet_sweep(grid, "store")
+    told = re.compile(r"(\d) cells? failed: .*the solver gave up")
+    assert sorted(frame["status"]) == ["done", "failed"]
+    assert sum(map(int, told.findall(capsys.readouterr().err))) == 2
+    left = plan(expand(grid), ResultStore("store"))
+    assert (left.failed, len(left.todo)) == (1, 1)
+    assert sorted(quiet_sweep(grid, "store")["status"]) == ["done", "done", "failed"]
+    assert told.findall(capsys.readouterr().err) == ["1"]  # before
+
+
+def test_a_store_that_cannot_be_written_stops_a_sweep(workplace, monkeypatch, capsys):
+    def solver(residual, statistics, rank):
+        raise WriteError("cannot write store/cache: No space left on device")
+
+    monkeypatch.setitem(SOLVERS, "full", solver)
+    Path("grid.yaml").write_text(json.dumps(SMALL | {"method": "full", "seed": [0, 1]}))
+    assert main(["sweep", "grid.yaml", "--store", "store"]) == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("eora-lab: ") and last.endswith("cannot write store/cache: No space left on device")
+    assert not list(Path("store").glob("*.json"))
+
+
+def test_failed_cells_show_in_the_exit_code_with_each_reason_once(workplace, capsys):
+    grid = SMALL | {"method": ["svd", "eora"], "rank": [4, 500]}
+    Path("grid.yaml").write_text(json.dumps(grid))
+    for arguments in ([], ["--retry-failed"], []):  # fails, again, and stays failed
+        assert main(["sweep", "grid.yaml", "--store", "store", *arguments]) == 3
+        found = re.findall(r"^(\d+) cells? failed: (.*)", capsys.readouterr().err, re.M)
+        assert found == [("2", "rank 500 is larger than any layer allows: at most 64")]
+    assert main(["sweep", "grid.yaml", "--store", "store", "--dry-run"]) == 0
+    captured = capsys.readouterr()
+    assert "2 failed before" in captured.out and "rank 500 is larger" in captured.err
+    Path("grid.yaml").write_text(json.dumps(grid | {"rank": [500, 501]}))  # no cell is done
+    assert main(["sweep", "grid.yaml", "--store", "other", "--figure", "f.png"]) == 3
+
+
+def test_data_that_is_missing_is_asked_for_again(workplace, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("EORA_LAB_DATA", str(workplace))
+    Path("grid.yaml").write_text(json.dumps(SMALL | {"method": "none", "source": ["text.txt", "wikitext2:test"]}))
+    assert main(["sweep", "grid.yaml", "--store", "store"]) == 3
+    assert "1 cell failed: no data for Salesforce/wikitext" in capsys.readouterr().err
+    assert [cell["status"] for cell in ResultStore("store").cells()] == ["done"]
+    place = Path("Salesforce/wikitext/wikitext-2-raw-v1/test-00000-of-00001.parquet")
+    place.parent.mkdir(parents=True)
+    pandas.DataFrame({"text": [TEXT]}).to_parquet(place)
+    assert main(["sweep", "grid.yaml", "--store", "store"]) == 0
+
+
 def test_a_sweep_killed_three_times_ends_like_an_undisturbed_one(workplace):
     quiet_sweep(GRID, "undisturbed")
     assert len(contents(Path("undisturbed"))) == 24
@@ -325,10 +394,26 @@ def test_files_that_cannot_be_trusted_are_set_aside(workplace, damage):
     assert contents(Path("store")) == before
 
 
+@pytest.mark.parametrize("name", ["model", "run", "adapter"])
+def test_a_folder_of_something_else_is_no_store(workplace, name):
+    """Its files would be taken for damaged cells, and moved."""
+    for folder, file in (("run", "config.json"), ("adapter", "adapter_config.json")):
+        Path(folder).mkdir()
+        Path(folder, file).write_text("{}")
+    with pytest.raises(EoraLabError, match=f"{name} is no result store"):
+        ResultStore(name)
+
+
+def test_other_files_in_a_store_stay_where_they_are(workplace):
+    store = ResultStore("store")
+    Path("store/notes.json").write_text("{}")
+    assert list(store.cells()) == [] and Path("store/notes.json").exists()
+
+
 def test_two_damaged_files_of_one_name_are_both_kept(workplace):
     store = ResultStore("store")
     for text in ("one", "two"):
-        Path("store/x.json").write_text(text)
+        Path(f"store/{'0' * 24}.json").write_text(text)
         with pytest.warns(UserWarning, match="cannot be used"):
             list(store.cells())
     assert {path.read_text() for path in Path("store/aside").iterdir()} == {"one", "two"}
@@ -397,8 +482,13 @@ def test_exports_hold_the_same_table(workplace):
     assert pandas.read_csv("table.csv")["rank"].tolist() == frame["rank"].tolist()
     assert Path("table.md").read_text().count("\n") == 2 + len(frame)
     assert "\\begin{tabular}" in Path("table.tex").read_text()
+    for suffix in ("parquet", "csv", "md", "tex"):
+        store.export(f"table.{suffix}")  # its own are written again
     with pytest.raises(EoraLabError, match=r"must end in .parquet"):
         store.export("table.xlsx")
+    Path("table.md").write_text("my notes")
+    with pytest.raises(EoraLabError, match=r"table.md holds something else"):
+        store.export("table.md")
 
 
 def test_the_command(workplace, capsys):

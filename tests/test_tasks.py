@@ -128,6 +128,55 @@ def test_tokens_beyond_the_embedding_are_one_clear_line(mirror):
         evaluate_tasks(tiny_model("llama"), tokenizer, ["arc_easy"], 2)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"limit": 0}, "limit must be 1 or more, not 0"),
+        ({"limit": -1}, "limit must be 1 or more, not -1"),
+        ({"num_fewshot": -1}, "num_fewshot must be 0 or more, not -1"),
+        ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
+        ({"batch_size": "auto"}, "batch_size must be a whole number, not 'auto'"),
+    ],
+)
+def test_numbers_out_of_range_are_one_clear_line(arguments, message):
+    with pytest.raises(EoraLabError, match=message):
+        evaluate_tasks(tiny_model("llama"), tiny_tokenizer(), ["arc_easy"], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("task", "lacking", "message"),
+    [
+        ("arc_easy", ("bos_token", "eos_token"), "neither a start nor an end token"),
+        ("gsm8k", ("eos_token",), "gsm8k writes up to 256 tokens, and the tokenizer has no end token"),
+        ("gsm8k", (), "gsm8k writes up to 256 tokens, and the model takes 128 in all"),
+    ],
+)
+def test_a_task_that_does_not_fit_is_one_clear_line(mirror, task, lacking, message):
+    tokenizer = tiny_tokenizer()
+    for name in lacking:
+        setattr(tokenizer, name, None)
+    with pytest.raises(EoraLabError, match=message):
+        evaluate_tasks(tiny_model("llama"), tokenizer, [task], 2, 0)
+
+
+@pytest.mark.parametrize("lacking", ["bos_token", "eos_token"])
+def test_one_of_the_tokens_is_enough_for_multiple_choice(mirror, lacking):
+    tokenizer = tiny_tokenizer()
+    setattr(tokenizer, lacking, None)
+    model = tiny_model("llama")
+    assert evaluate_tasks(model, tokenizer, ["arc_easy"], 4) == evaluate_tasks(model, tiny_tokenizer(), ["arc_easy"], 4)
+
+
+def test_questions_longer_than_the_context_are_told(mirror):
+    model = tiny_model("llama")
+    model.config.max_position_embeddings = 24  # "Question: Which is 0?\nAnswer: one" has 33
+    with pytest.warns(UserWarning, match=r"arc_easy: 8 requests are longer than the 24 tokens"):
+        evaluate_tasks(model, tiny_tokenizer(), ["arc_easy"], 2)
+    model.config.max_position_embeddings = 3  # " one" has 4
+    with pytest.raises(EoraLabError, match="an answer has 4 tokens, and the model takes at most 3"):
+        evaluate_tasks(model, tiny_tokenizer(), ["arc_easy"], 2)
+
+
 def test_lm_eval_missing_is_one_clear_line():
     code = """
 import sys

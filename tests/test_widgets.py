@@ -11,12 +11,12 @@ import torch
 from eora_lab import Adapters, EoraLabError, calibration_batches, collect_statistics, solve_adapter
 from eora_lab.calibrate.statistics import output_energy
 from eora_lab.compensate import solve
-from eora_lab.compensate.budget import Budget, allocate_ranks, factor_bytes, predicted_error
 from eora_lab.experiment.cells import Cell
 from eora_lab.experiment.store import ResultStore
 from eora_lab.experiment.sweep import expand, plan, run_plan, sweep
 from eora_lab.measure.explore import Exploration
 from eora_lab.model.generate import generate
+from eora_lab.run.budget import Budget, allocate_ranks, factor_bytes, predicted_error
 from eora_lab.run.ranks import layer_spectra
 from eora_lab.run.recipe import Recipe
 from tests.tiny import TEXT, compress, tiny_model, tiny_tokenizer

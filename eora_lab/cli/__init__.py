@@ -1,91 +1,33 @@
-"""The command line, `eora-lab`: one command a file."""
+"""The command line, `eora-lab`: one command a file.
+
+This file imports next to nothing, so that `main` is there to catch a Ctrl-C while the rest is imported.
+"""
 
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable
-from importlib import metadata
-from typing import Any
 
-import tyro
-
-from eora_lab.cli.adapter import Adapter
-from eora_lab.cli.bench import Bench
-from eora_lab.cli.chat import Chat
-from eora_lab.cli.compare import Compare
-from eora_lab.cli.compensate import Compensate
-from eora_lab.cli.compress import Compress
-from eora_lab.cli.demo import Demo
-from eora_lab.cli.evaluate import Evaluate
-from eora_lab.cli.export import Export
-from eora_lab.cli.finetune import Finetune
-from eora_lab.cli.generate import Generate
-from eora_lab.cli.models import Models
-from eora_lab.cli.paper import Paper
-from eora_lab.cli.sweep import Sweep
-from eora_lab.errors import EoraLabError
-
-PLUGINS = "eora_lab.plugins"  # the entry points of installed ones
-COMMANDS: dict[str, Callable[..., Any]] = {
-    "demo": Demo,
-    "compare": Compare,
-    "compress": Compress,
-    "compensate": Compensate,
-    "evaluate": Evaluate,
-    "generate": Generate,
-    "export": Export,
-    "chat": Chat,
-    "adapter": Adapter,
-    "finetune": Finetune,
-    "sweep": Sweep,
-    "paper": Paper,
-    "models": Models,
-    "bench": Bench,
-}
+STOPPED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # as shells count
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command. Exit codes: 0 done, 1 the input cannot be used (one line says why), 2 wrong usage, 130 stopped."""
+    """Run a command. Exit codes: 0 done, 1 the input cannot be used or the machine failed (one line says why),
+    2 wrong usage, 3 cells of a sweep failed, 130 stopped, 143 terminated."""
     os.environ.setdefault("MPLBACKEND", "agg")  # figures go to files, no window opens
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for what the terminal's encoding lacks
-    arguments = sys.argv[1:] if arguments is None else arguments
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # half-written files go on the way out
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or file that cannot show a letter gets its number
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        arguments = with_plugins(arguments)
-        command = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="eora-lab",
-            description="Compress large language models without training, and compensate the error. "
-            "Start with `eora-lab demo`; `eora-lab COMMAND --help` tells the rest. "
-            "--plugin FILE.py, in every command and as often as you like, adds methods, texts and formats of yours.",
-            args=arguments,
-        )
-        command.run()
-    except EoraLabError as error:
-        print(f"eora-lab: {error}", file=sys.stderr)
-        return 1
+        try:
+            from eora_lab.cli.commands import run
+
+            return run(sys.argv[1:] if arguments is None else arguments)
+        finally:
+            sys.stdout.flush()
     except KeyboardInterrupt:
         print("eora-lab: stopped", file=sys.stderr)
-        return 130
-    return 0
-
-
-def with_plugins(arguments: list[str]) -> list[str]:
-    """Load the plugins of installed packages and those of --plugin, and return the other arguments.
-
-    It comes before anything is parsed: settings are checked when they are parsed, and may name what a plugin adds.
-    """
-    files, rest = [], []
-    left = iter(arguments)
-    for one in left:
-        if one == "--plugin" or one.startswith("--plugin="):
-            files.append(one.partition("=")[2] or next(left, ""))
-        else:
-            rest.append(one)
-    if files or metadata.entry_points(group=PLUGINS):
-        from eora_lab.run.plugins import load_installed, load_plugin
-
-        load_installed()
-        for file in files:
-            load_plugin(file)
-    return rest
+        return STOPPED
+    except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
+        return BROKEN_PIPE

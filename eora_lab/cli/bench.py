@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from eora_lab.experiment.bench_solver import SHAPES, bench
+SHAPES = ("1024x1024", "4096x4096", "14336x4096", "4096x14336")
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,8 @@ class Bench:
     """seed of the synthetic layers"""
 
     def run(self) -> None:
+        from eora_lab.experiment.bench_solver import bench
+
         columns = "{:>12} {:>9} {:>12} {:>8}  {:>15} {:>14}"
         print(columns.format("out x in", "ours s", "reference s", "ratio", "loss/reference", "loss/residual"))
         for row in bench(self.shapes, self.rank, self.seed):

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from eora_lab.cli.early import check_cells, check_figure
 from eora_lab.cli.options import axes, say_start
 from eora_lab.run.recipe import Recipe
 from eora_lab.text.settings import Calibration, Evaluation
@@ -40,11 +41,16 @@ class Compare:
         from eora_lab.experiment.compare import compare, format_row, header
         from eora_lab.experiment.store import ResultStore
         from eora_lab.experiment.sweep import expand
+        from eora_lab.files import check_table, write_atomically
 
+        check_figure(self.figure)
+        if self.figure:
+            check_table(self.figure.with_suffix(".csv"), ("model", "text", "base", "method"))
         judged = {"model": self.model} | asdict(self.evaluation)
         several = asdict(self.recipe) | {"budget": self.budget}
         several = {name: list(value) if isinstance(value, tuple) else value for name, value in several.items()}
         cells = expand([judged | {"compressor": "dense"}, judged | asdict(self.calibration) | several])
+        check_cells(cells)
         texts, calibration = list(self.evaluation.perplexity), self.calibration
         print(
             f"{self.model}, {' and '.join(several['inputs'])} inputs: {calibration.nsamples} x {calibration.seqlen} "
@@ -62,7 +68,6 @@ class Compare:
             say_start(kept["result"].get("bos", "") if kept else "")
         if self.figure:
             from eora_lab.experiment.compare import table
-            from eora_lab.files import write_atomically
             from eora_lab.plots import plot_comparison, save
 
             frame, numbers = table(rows, self.model), self.figure.with_suffix(".csv")

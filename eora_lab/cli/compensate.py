@@ -7,8 +7,9 @@ from typing import Annotated
 import tyro
 
 from eora_lab.cli.compress import run_pass
-from eora_lab.compensate.budget import Budget
-from eora_lab.model.load import Dtype
+from eora_lab.cli.early import check_inputs, check_run_folder
+from eora_lab.model import Dtype
+from eora_lab.run.budget import Budget
 from eora_lab.run.recipe import PassSettings, PathSettings, Recipe
 from eora_lab.text.settings import Calibration, Evaluation
 
@@ -49,6 +50,9 @@ class Compensate:
         readers = {name: one.read for name, one in FORMATS.items() if one.read}
         if self.format not in readers:
             raise unknown("format", self.format, readers)
+        check_run_folder(self.output)
+        judged = self.evaluation.perplexity if self.evaluate else ()
+        check_inputs(self.model, (self.calibration.text, *judged))
         checkpoint = readers[self.format](self.checkpoint)
         recipe = Recipe(**checkpoint.settings(), **asdict(self.path), **asdict(self.measured))
         model, tokenizer = load_model(self.model, dtype=self.dtype, device=self.device)

@@ -8,16 +8,17 @@ from typing import Annotated
 
 import tyro
 
+from eora_lab.cli.early import check_inputs, check_run_folder
 from eora_lab.cli.options import say_start
-from eora_lab.compensate.budget import Budget
-from eora_lab.model.load import Dtype
+from eora_lab.model import Dtype
+from eora_lab.run.budget import Budget
 from eora_lab.run.recipe import Recipe
 from eora_lab.text.settings import Calibration, Evaluation
 
 COVERED = 0.95  # share of the decoder's weights; with less, the model is not as small as its bits say
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Compress:
     """Compress a model, compensate it, and keep the result in a run folder.
 
@@ -29,7 +30,7 @@ class Compress:
     """run folder to write"""
     model: str = "smollm2-135m"
     """embedded model, hub id, or folder"""
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")] = field(default_factory=Recipe)
+    recipe: Annotated[Recipe, tyro.conf.arg(name="")]  # no default: to make one needs torch, and help does not
     budget: Budget = field(default_factory=Budget)
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -43,6 +44,9 @@ class Compress:
     def run(self) -> None:
         from eora_lab.model.load import load_model
 
+        check_run_folder(self.output)
+        judged = self.evaluation.perplexity if self.evaluate else ()
+        check_inputs(self.model, (self.calibration.text, *judged))
         model, tokenizer = load_model(self.model, dtype=self.dtype, device=self.device)
         run_pass(
             model,

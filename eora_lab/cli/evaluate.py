@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from eora_lab.cli.early import check_inputs
 from eora_lab.cli.options import Loading, say_start
 from eora_lab.text.settings import Evaluation
 
@@ -36,6 +37,11 @@ class Evaluate:
     loading: Annotated[Loading, tyro.conf.arg(name="")] = field(default_factory=Loading)
 
     def run(self) -> None:
+        from eora_lab.measure.tasks import check_tasks
+
+        for model in filter(None, (self.model, self.against)):
+            check_inputs(model, self.evaluation.perplexity)
+        check_tasks(self.tasks, self.limit, self.num_fewshot, self.batch_size)
         first = self.measure(self.model, self.loading, self.adapter)
         if self.against is None:
             return

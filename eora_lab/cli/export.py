@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from eora_lab.model.load import Dtype
+from eora_lab.model import Dtype
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
-from eora_lab.model.load import Dtype
+from eora_lab.model import Dtype
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,10 @@ class Loading:
 
     def load(self, name: str) -> tuple:
         """(model, tokenizer) of a model or a run folder."""
+        from eora_lab.layer.backends import check_backend
         from eora_lab.run.folder import load_model_or_run
 
+        check_backend(self.backend)
         return load_model_or_run(name, self.dtype, self.device, self.backend, self.base)
 
 

@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from eora_lab.cli.early import check_cells, check_figure
+from eora_lab.cli.sweep import CELLS_FAILED
+
 
 @dataclass(frozen=True)
 class Paper:
@@ -34,17 +37,24 @@ class Paper:
     device: str = "cpu"
     """cpu or cuda"""
 
-    def run(self) -> None:
+    def run(self) -> int:
         from eora_lab.experiment.paper_runs import both_sides, measured, rivalry, table_rows
         from eora_lab.experiment.store import ResultStore
-        from eora_lab.experiment.sweep import expand, plan, sweep
+        from eora_lab.experiment.sweep import expand, plan, sweep, tell_failures
 
+        check_figure(self.figure)
         rows = table_rows(self.table, self.model, self.scale, self.published, self.released)
-        store, cells = ResultStore(self.store), expand([cell for row in rows for cell in row.cells.values()])
+        cells, code = expand([cell for row in rows for cell in row.cells.values()]), 0
+        check_cells(cells)
+        store = ResultStore(self.store)
         if self.dry_run:
-            print(plan(cells, store, device=self.device))
+            left = plan(cells, store, device=self.device)
+            print(left)
+            tell_failures(left.reasons)
         else:
-            sweep(cells, store, device=self.device)
+            frame = sweep(cells, store, device=self.device)
+            done = 0 if frame.empty else sum(frame["status"] == "done")
+            code = 0 if done == len(cells) else CELLS_FAILED
         print(f"{self.table}: the paper's figures (its model) beside those measured here ({self.model}, {self.scale}):")
         print(measured(rows, store).to_string(index=False, na_rep=""))
         intervals = rivalry(rows, store)
@@ -59,3 +69,4 @@ class Paper:
             if intervals:
                 written += save(plot_intervals(intervals), self.figure.with_name(f"{self.figure.stem}-intervals"))
             print(*(f"wrote {path}" for path in written), sep="\n")
+        return code

@@ -6,6 +6,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+from eora_lab.cli.early import check_cells, check_figure
+
+CELLS_FAILED = 3  # exit code
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -15,6 +19,9 @@ class Sweep:
     Settings are those of a recipe (see `eora-lab compress --help`) and model, dtype, only, source, nsamples, seqlen,
     share, first, seed, perplexity (texts), windows, window_length, tasks, limit, num_fewshot. `compressor: dense` is
     the model as it is.
+
+    Exit code 3 when cells failed, now or before. Those that the machine failed (no memory, data that is not there) are
+    run again the next time, others with --retry-failed.
     """
 
     grid: Annotated[Path, tyro.conf.Positional]
@@ -45,17 +52,24 @@ class Sweep:
     device: str = "cpu"
     """cpu or cuda"""
 
-    def run(self) -> None:
+    def run(self) -> int:
         from eora_lab.errors import EoraLabError
-        from eora_lab.experiment.store import ResultStore, scores
-        from eora_lab.experiment.sweep import expand, on_model, plan, read_grid, sweep
+        from eora_lab.experiment.store import ResultStore, check_export, scores
+        from eora_lab.experiment.sweep import expand, on_model, plan, read_grid, sweep, tell_failures
         from eora_lab.measure.intervals import paired
 
-        grid, store = read_grid(self.grid), ResultStore(self.store)
+        check_figure(self.figure)
+        for path in self.export:
+            check_export(path)
+        grid, code = read_grid(self.grid), 0
         if self.model is not None:
             grid = on_model(grid, self.model)
+        check_cells(expand(grid))
+        store = ResultStore(self.store)
         if self.dry_run:
-            print(plan(expand(grid), store, self.retry_failed, self.device))
+            left = plan(expand(grid), store, self.retry_failed, self.device)
+            print(left)
+            tell_failures(left.reasons)
         else:
             frame = sweep(
                 grid,
@@ -67,10 +81,13 @@ class Sweep:
                 self.batch_size,
                 self.device,
             )
+            done = 0 if frame.empty else sum(frame["status"] == "done")
+            code = 0 if done == len(expand(grid)) else CELLS_FAILED
             shown = ("perplexity", "bos")  # whether they vary or not
             varied = [name for name in frame if frame[name].map(str).nunique() > 1 or name.startswith(shown)]
-            print(frame[[name for name in varied if not name.startswith("cost")]].to_string(index=False))
-            if self.figure:
+            if varied:
+                print(frame[[name for name in varied if not name.startswith("cost")]].to_string(index=False))
+            if self.figure and done:
                 from eora_lab.plots import plot_sweep, save
 
                 print(*(f"wrote {path}" for path in save(plot_sweep(frame), self.figure)), sep="\n")
@@ -87,3 +104,4 @@ class Sweep:
         for path in self.export:
             store.export(path)
             print(f"wrote {path}")
+        return code

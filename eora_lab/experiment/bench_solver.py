@@ -1,5 +1,6 @@
 """Time `eora` beside the reference algorithm, on layers of real sizes, and judge both losses in float64."""
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,8 +12,7 @@ from torch import Tensor
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.compensate import LowRank, solve
 from eora_lab.compress import rtn
-
-SHAPES = ("1024x1024", "4096x4096", "14336x4096", "4096x14336")
+from eora_lab.errors import EoraLabError
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,14 @@ def loss(R: Float[Tensor, "out in"], S: Float[Tensor, "in in"], answer: LowRank 
 
 
 @torch.no_grad()
-def bench(shapes: tuple[str, ...] = SHAPES, rank: int = 128, seed: int = 0, repeats: int = 3) -> Iterator[Timing]:
-    """Time both on shapes "OUTxIN": ours the median of several runs, the reference once, as it takes minutes."""
+def bench(shapes: tuple[str, ...], rank: int = 128, seed: int = 0, repeats: int = 3) -> Iterator[Timing]:
+    """Time both on shapes "OUTxIN": ours the median of several runs, the reference once, as it takes minutes.
+
+    Raises EoraLabError for a shape that is none.
+    """
+    for shape in shapes:
+        if not re.fullmatch("[1-9][0-9]*x[1-9][0-9]*", shape):
+            raise EoraLabError(f"{shape!r} is no shape of a layer: write OUTxIN, such as 4096x4096")
     for shape in shapes:
         out_features, in_features = map(int, shape.split("x"))
         R, statistics = layer(out_features, in_features, seed)

@@ -12,17 +12,18 @@ import torch
 from torch import nn
 
 from eora_lab.calibrate.statistics import InputStatistics
-from eora_lab.compensate.budget import Budget
 from eora_lab.environment import peak_memory
-from eora_lab.errors import EoraLabError, settings, unknown
+from eora_lab.errors import EoraLabError, at_least, settings, unknown
 from eora_lab.experiment.cache import ContentCache, SharedSteps
 from eora_lab.experiment.code import code_digest
 from eora_lab.files import digest
 from eora_lab.measure.evaluate import window_losses
+from eora_lab.model import Dtype
 from eora_lab.model.digest import model_digest
-from eora_lab.model.load import Dtype, load_model
+from eora_lab.model.load import load_model
 from eora_lab.model.start import start_text
 from eora_lab.model.structure import block_linears
+from eora_lab.run.budget import Budget
 from eora_lab.run.pipeline import compress_model, tokens_digest
 from eora_lab.run.recipe import PathSettings, Recipe
 from eora_lab.run.report import Report
@@ -53,7 +54,9 @@ class Cell:
     num_fewshot: int | None = None  # None: as the task says
 
     def check(self) -> None:
-        """Raise EoraLabError where settings do not go together."""
+        """Raise EoraLabError where settings do not go together, or a number is out of range."""
+        at_least(1, limit=self.limit)
+        at_least(0, num_fewshot=self.num_fewshot)
         if self.base_source and not self.shared:
             raise EoraLabError(
                 'a base_source needs inputs="original" and one round: else compressor and solver see the same inputs'

@@ -1,6 +1,6 @@
 """Run one cell and keep what it gave."""
 
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, WriteError, machine_error
 from eora_lab.experiment.cache import ContentCache
 from eora_lab.experiment.cells import Cell, run_cell
 from eora_lab.experiment.identity import Identities
@@ -19,11 +19,17 @@ def run_and_keep(
 ) -> str:
     """Run a cell and keep its result, or its error, in the store. Returns the error, empty when there was none.
 
-    Only what says nothing about the cell stops a sweep: Ctrl-C, and a store that cannot be written.
+    Where the machine failed (`machine_error`), nothing is kept: that says nothing about the cell, which is run again
+    the next time. Only Ctrl-C stops a sweep, and a store that cannot be written: WriteError.
     """
     try:
         result, cost = run_cell(cell, cache, highest, batch_size, device, progress)
     except Exception as error:
+        failure = machine_error(error)
+        if isinstance(failure, WriteError):
+            raise failure from error
+        if failure:
+            return str(failure)
         message = str(error) if isinstance(error, EoraLabError) else f"{type(error).__name__}: {error}"
         store.put(cell.config(), identities.of(cell), error=message or type(error).__name__)
         return message

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, WriteError, one_line
 from eora_lab.experiment.cache import ContentCache
 from eora_lab.experiment.cells import Cell
 from eora_lab.experiment.identity import Identities, differences
@@ -21,7 +21,7 @@ def run_on_ray(
 
     folder:  of the store; on a cluster, one that all its machines see.
     address: of a running cluster; None starts one of `workers` processes here, and stops it at the end.
-    Raises EoraLabError when Ray is not installed or the cluster does not answer.
+    Raises EoraLabError when Ray is not installed, the cluster does not answer, or the store cannot be written.
     """
     try:
         import ray
@@ -36,21 +36,20 @@ def run_on_ray(
             raise EoraLabError(f"no Ray cluster answers at {address}: {error}") from error
 
     folder = folder.resolve()
-    store = ResultStore(folder)
-
     remote = ray.remote(num_cpus=1, num_gpus=int(device.startswith("cuda")), max_retries=RETRIES)(run_one)
     try:
         plugins = [str(path) for path in plugin_files()]
-        waiting = {remote.remote(c.config(), highest, folder, batch_size, device, plugins): c for c, highest in jobs}
+        waiting = [remote.remote(c.config(), highest, folder, batch_size, device, plugins) for c, highest in jobs]
         while waiting:
-            (ready, *_), _ = ray.wait(list(waiting), num_returns=1)
-            cell = waiting.pop(ready)
+            (ready, *_), waiting = ray.wait(waiting, num_returns=1)
             try:
                 yield ray.get(ready)
-            except ray.exceptions.RayError as error:  # the worker died every time, most likely for lack of memory
-                message = f"the worker died {RETRIES + 1} times: {type(error).__name__}"
-                store.put(cell.config(), Identities().of(cell), error=message)
-                yield message
+            except ray.exceptions.RayTaskError as error:  # of the task itself: the cell keeps its own
+                if isinstance(error.cause, WriteError):
+                    raise error.cause from None
+                yield one_line(error.cause)
+            except ray.exceptions.RayError as error:  # not kept: the worker died every time, mostly for lack of memory
+                yield f"the worker died {RETRIES + 1} times ({type(error).__name__}): use fewer --workers"
     finally:
         if ours:
             ray.shutdown()

@@ -16,13 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from eora_lab.environment import environment
 from eora_lab.errors import EoraLabError
-from eora_lab.files import digest, set_aside, write_atomically, write_json
+from eora_lab.files import check_place, check_table, digest, set_aside, write_atomically, write_json
 from eora_lab.measure.intervals import Outcomes
 
 if TYPE_CHECKING:
     import pandas
 
 OLDER, FORMAT = "eora-lab cell 1", "eora-lab cell 2"
+CELL = f"{'[0-9a-f]' * 24}.json"  # the name of a cell's file
+FOREIGN = ("config.json", "adapter_config.json", "finetune.json", "*.safetensors", "*.gguf")  # no store has these
 SUFFIXES = (".parquet", ".csv", ".md", ".tex")
 
 
@@ -31,11 +33,14 @@ class ResultStore:
 
     A configuration is a flat dict of JSON values, the settings that a result depends on by name; an identity says what
     models, texts and code these names stood for (`eora_lab.experiment.identity`).
-    Raises EoraLabError when the folder cannot be made.
+    Raises EoraLabError when the folder cannot be made, or is that of a model, an adapter or a run.
     """
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
+        check_place(self.folder)
+        if other := next((path.name for name in FOREIGN for path in self.folder.glob(name)), None):
+            raise EoraLabError(f"{folder} is no result store (it holds {other}): choose another folder")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -66,7 +71,7 @@ class ResultStore:
     def cells(self) -> Iterator[dict]:
         """Every cell that can be trusted, by file name."""
         self._older = 0
-        for path in sorted(self.folder.glob("*.json")):
+        for path in sorted(self.folder.glob(CELL)):
             if cell := self._read(path):
                 yield cell
         if self._older:
@@ -83,10 +88,9 @@ class ResultStore:
         return pandas.DataFrame([row(cell) for cell in self.cells()])
 
     def export(self, path: Path | str) -> None:
-        """Write the frame as .parquet, .csv, .md or .tex. Raises EoraLabError for any other name."""
+        """Write the frame as .parquet, .csv, .md or .tex. Raises EoraLabError as `check_export`."""
+        check_export(path)
         path, frame = Path(path), self.frame()
-        if path.suffix not in SUFFIXES:
-            raise EoraLabError(f"cannot export to {path.name}: the name must end in {', '.join(SUFFIXES)}")
         writers = {
             ".parquet": lambda to: frame.to_parquet(to, index=False),
             ".csv": lambda to: frame.to_csv(to, index=False),
@@ -115,6 +119,12 @@ class ResultStore:
             return cell
         set_aside(path, self.folder / "aside", reason)
         return None
+
+
+def check_export(path: Path | str) -> None:
+    """Raise EoraLabError for a name that a store's table cannot have, or that another file has."""
+    check_place(Path(path), SUFFIXES)
+    check_table(Path(path), ("model", "dtype", "status", "error"))
 
 
 def row(cell: dict) -> dict:

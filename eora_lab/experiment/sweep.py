@@ -1,12 +1,14 @@
 """Run a grid of experiments into a result store: every cell once, whatever fails or is killed on the way."""
 
 import itertools
+import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, at_least
 from eora_lab.experiment.cache import ContentCache
 from eora_lab.experiment.cells import DENSE, MEASURED, Cell, load
 from eora_lab.experiment.estimate import check_memory, model_shape, seconds
@@ -66,7 +68,9 @@ def read_grid(path: Path | str) -> Ablation:
 
 
 def on_model(grid: Ablation, model: str) -> Ablation:
-    """The same grid for another model."""
+    """The same grid for another model. Raises EoraLabError when it is no grid."""
+    if not all(isinstance(part, Mapping) for part in (grid if isinstance(grid, list) else [grid])):
+        raise EoraLabError(FORM)
     return [dict(part) | {"model": model} for part in (grid if isinstance(grid, list) else [grid])]
 
 
@@ -98,6 +102,7 @@ class Plan:
     seconds: float | None
     basis: str  # what the seconds rest on
     memory: int | None  # bytes
+    reasons: tuple[str, ...] = ()  # of those that failed
 
     def __str__(self) -> str:
         total = len(self.todo) + self.done + self.failed
@@ -119,7 +124,7 @@ def plan(
     model_shape.cache_clear()  # a folder may hold another model by now
     identities = Identities()
     todo: list[Cell] = []
-    kept: list[str] = []
+    kept: list[dict] = []
     changed: list[list[str]] = []
     for cell in cells:
         found = store.get(cell.config())
@@ -128,12 +133,20 @@ def plan(
             todo.append(cell)
             changed += [other] if other else []
         else:
-            kept.append(found["status"])
+            kept.append(found)
     todo.sort(key=_kinship)
     time, basis = seconds(todo, list(store.cells()), device)
     what = tuple(sorted({name for names in changed for name in names}))
     memory = check_memory(todo, device, workers)
-    return Plan(todo, kept.count("done"), kept.count("failed"), len(changed), what, time, basis, memory)
+    reasons = tuple(one["error"] for one in kept if one["status"] == "failed")
+    done = len(kept) - len(reasons)
+    return Plan(todo, done, len(reasons), len(changed), what, time, basis, memory, reasons)
+
+
+def tell_failures(reasons: Iterable[str]) -> None:
+    """Print to stderr why cells failed: each reason once, with its count, the commonest first."""
+    for reason, count in Counter(reasons).most_common():
+        print(f"{count} cell{'s' if count > 1 else ''} failed: {reason}", file=sys.stderr)
 
 
 def _kinship(cell: Cell) -> tuple:
@@ -157,30 +170,34 @@ def sweep(
 ) -> "pandas.DataFrame":
     """Run the cells of a grid that a store does not have yet. Returns the rows of the grid's cells.
 
-    A cell that raises is kept with its error and the sweep goes on. Stopped in any way, it goes on where it was when it
-    is called again; at most the cells that were running are run anew.
+    A cell that raises is kept with its error and the sweep goes on; one that the machine failed (no memory, no data) is
+    not kept, and has no row. Stopped in any way, a sweep goes on where it was when it is called again; at most the
+    cells that were running are run anew.
 
     engine:   "local": one cell after another, here. "ray": one cell a task, on `workers` processes of this machine, or
               on the cluster at `address`, which must see the same store folder.
     announce: is handed the plan before the first cell runs.
-    Raises EoraLabError when the grid cannot be understood, and before anything runs when the memory is too small.
+    Why cells failed, now or before, goes to stderr.
+    Raises EoraLabError when the grid cannot be understood, before anything runs when the memory is too small, and
+    when the store cannot be written.
     """
     from tqdm.auto import tqdm
 
     store = store if isinstance(store, ResultStore) else ResultStore(store)
     if engine not in ("local", "ray"):
         raise EoraLabError(f"unknown engine {engine!r}; known: local, ray")
+    at_least(1, workers=workers, batch_size=batch_size)
     cells = expand(grid)
     left = plan(cells, store, retry_failed, device, workers if engine == "ray" and not address else 1)
     announce(left)
     with tqdm(total=len(left.todo), desc="sweep", unit="cell", disable=not left.todo) as bar:
-        failed = 0
+        reasons = list(left.reasons)
         for error in run_plan(left, cells, store, engine, workers, address, batch_size, device, progress=True):
-            failed += bool(error)
             bar.update()
             if error:
-                bar.set_postfix_str(f"{failed} failed")
-                bar.write(f"failed: {error}")
+                reasons.append(error)
+                bar.set_postfix_str(f"{len(reasons) - left.failed} failed")
+    tell_failures(reasons)
     return rows(cells, store)
 
 

@@ -10,6 +10,7 @@ from eora_lab.compensate import LowRank, solve
 from eora_lab.compress import residual
 from eora_lab.errors import EoraLabError
 from eora_lab.model.structure import block_linears
+from eora_lab.run.fit import Steps
 from eora_lab.run.recipe import Recipe
 
 
@@ -59,7 +60,7 @@ class Exploration:
     def residual(self, layer: str) -> Float[Tensor, "out in"]:
         """R = W - W^."""
         if layer not in self._residuals:
-            compressed = self.recipe.compress(self.weight(layer), self.statistics[layer])
+            compressed = Steps(self.recipe).compress(layer, self.weight(layer), self.statistics[layer])
             self._residuals[layer] = residual(self._linears[layer].weight, compressed)
         return self._residuals[layer]
 

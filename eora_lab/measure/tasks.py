@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from torch import nn
 
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, MachineError, at_least
 from eora_lab.layer.linear import unpacked
 from eora_lab.measure.intervals import Interval, paired_bootstrap
 from eora_lab.measure.own_tasks import OWN_TASKS
@@ -74,30 +74,24 @@ def evaluate_tasks(
 
     limit:       the first so many questions of every task (of each of the 57 of mmlu); None: all.
     num_fewshot: worked examples before a question; None: as many as the task says.
-    Raises EoraLabError: lm-eval is not installed, an unknown task, data found neither in the mirror nor on the hub, or
-    tokens that the model cannot take (see `check_tokens`).
+    Warns when questions are longer than the model's context, and are cut.
+    Raises EoraLabError: lm-eval is not installed, an unknown task, data found neither in the mirror nor on the hub, a
+    number out of range, a task that does not fit the model's context or tokenizer, or tokens that the model cannot
+    take (see `check_tokens`).
     """
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-    except ImportError as error:
-        raise EoraLabError(
-            f'tasks need lm-eval, which is not installed ({error}): pip install "eora-lab[eval]"'
-        ) from error
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    check_tasks(tasks, limit, num_fewshot, batch_size)
+    import lm_eval
+
+    from eora_lab.measure.harness import Harness
+
     manager = _manager()
-    known = {*manager.all_tasks, *OWN_TASKS}
-    for name in tasks:
-        if name not in known:
-            near = difflib.get_close_matches(name, sorted(known), 3)
-            hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise EoraLabError(f"no task {name!r} in lm-eval or here{hint}")
+    harness = Harness(model, tokenizer, batch_size)
     with _mirror_before_hub(num_fewshot):
         members = {name: manager.load([copy.deepcopy(OWN_TASKS.get(name, name))])["tasks"] for name in tasks}
     leaves = {leaf: task for loaded in members.values() for leaf, task in loaded.items()}
     with unpacked(model), _checked(model):
         found = lm_eval.simple_evaluate(
-            HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size),
+            harness,
             tasks=list(leaves.values()),
             task_manager=manager,
             num_fewshot=num_fewshot,
@@ -108,6 +102,7 @@ def evaluate_tasks(
             torch_random_seed=seed,
             fewshot_random_seed=seed,
         )
+    harness.warn_if_cut(", ".join(tasks))
     single = {leaf: _result(leaf, task, found) for leaf, task in leaves.items()}
     return {name: _pool(name, [single[leaf] for leaf in loaded]) for name, loaded in members.items()}
 
@@ -123,11 +118,32 @@ def _checked(model: nn.Module) -> Iterator[None]:
         hook.remove()
 
 
+def check_tasks(
+    tasks: Sequence[str], limit: int | None = None, num_fewshot: int | None = None, batch_size: int = 8
+) -> None:
+    """What can be known to be wrong before a model is loaded: raises EoraLabError as `evaluate_tasks` does."""
+    at_least(1, limit=limit, batch_size=batch_size)
+    at_least(0, num_fewshot=num_fewshot)
+    if not tasks:
+        return
+    known = {*_manager().all_tasks, *OWN_TASKS}
+    for name in tasks:
+        if name not in known:
+            near = difflib.get_close_matches(name, sorted(known), 3)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise EoraLabError(f"no task {name!r} in lm-eval or here{hint}")
+
+
 @lru_cache(maxsize=1)
 def _manager():
     """lm-eval's index of its thousands of task files, which takes seconds to make."""
-    from lm_eval.tasks import TaskManager
-
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise EoraLabError(
+            f'tasks need lm-eval, which is not installed ({error}): pip install "eora-lab[eval]"'
+        ) from error
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return TaskManager()
 
 
@@ -204,7 +220,7 @@ def _mirror_before_hub(num_fewshot: int | None) -> Iterator[None]:
                 return original(task, dataset_kwargs, **rest)
             except Exception as error:
                 path = MIRROR_NAMES.get(task.DATASET_PATH, task.DATASET_PATH)
-                raise EoraLabError(
+                raise MachineError(
                     f"no data for the task {task.config.task}: neither the mirror nor the hub gave {task.DATASET_PATH} "
                     f"({unreachable or type(error).__name__}); set EORA_LAB_DATA to a folder with "
                     f"{path}/{task.DATASET_NAME or 'default'}/<split>-*.parquet, or allow network access to the hub"
@@ -235,7 +251,7 @@ def _from_mirror(task, num_fewshot: int | None) -> bool:
         needed.append(config.fewshot_config.split or config.training_split or config.validation_split)
     for split in needed:
         if split and split not in splits:
-            raise EoraLabError(
+            raise MachineError(
                 f"the mirror has no {split} split of {path} ({task.DATASET_NAME or 'default'}), which the task "
                 f"{config.task} needs: add {split}-*.parquet there, or unset EORA_LAB_DATA to ask the hub"
             )

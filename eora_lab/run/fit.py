@@ -1,16 +1,27 @@
 """One layer: compress its weight, compensate the error. The pass, the rank plan and sweeps all go through here."""
 
+import inspect
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 
 from jaxtyping import Float
 from torch import Tensor
 
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
-from eora_lab.compensate import LowRank
-from eora_lab.compress import Compressed, residual
+from eora_lab.compensate import LowRank, solve
+from eora_lab.compensate.shrinkage import solve_shrunk
+from eora_lab.compress import COMPRESSORS, Compressed, Grid, residual
 from eora_lab.run.recipe import Recipe
+
+
+def taken(compressor: Callable, given: dict) -> dict:
+    """The settings that a compressor's signature names; **grid stands for the fields of `Grid`."""
+    names = set()
+    for parameter in inspect.signature(compressor).parameters.values():
+        rest = parameter.kind is inspect.Parameter.VAR_KEYWORD
+        names |= {field.name for field in fields(Grid)} if rest else {parameter.name}
+    return {name: value for name, value in given.items() if name in names}
 
 
 class Steps:
@@ -26,13 +37,18 @@ class Steps:
 
     def compress(self, name: str, weight: Float[Tensor, "out in"], statistics: InputStatistics) -> Compressed:
         """W^ of the layer of that name. weight: float32."""
-        return self.recipe.compress(weight, statistics) if self.weights is None else self.weights[name]
+        if self.weights is not None:
+            return self.weights[name]
+        compressor = COMPRESSORS[self.recipe.compressor]
+        return compressor(weight, statistics, **taken(compressor, self.recipe.base_settings()))
 
     def compensate(
         self, name: str, error: Float[Tensor, "out in"], statistics: InputStatistics, rank: int
     ) -> tuple[LowRank, float]:
         """The answer to R = W - W^, and the shrinkage that was chosen."""
-        return self.recipe.compensate(error, statistics, rank)
+        if self.recipe.shrink:
+            return solve_shrunk(self.recipe.method, error, statistics, rank)
+        return solve(self.recipe.method, error, statistics, rank), 0.0
 
 
 @dataclass

@@ -18,7 +18,6 @@ from eora_lab.calibrate.contract import Contract, check_blocks
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.calibrate.stream import BlockStream, collect_statistics
 from eora_lab.compensate import SOLVERS, LowRank
-from eora_lab.compensate.budget import Budget
 from eora_lab.compensate.eora import eora
 from eora_lab.compensate.factors import store_factors
 from eora_lab.compress import residual, tagged_state_dict
@@ -27,6 +26,7 @@ from eora_lab.errors import EoraLabError, naming
 from eora_lab.layer.linear import CompensatedLinear, backends_in_use
 from eora_lab.model.digest import model_digest
 from eora_lab.model.structure import block_linears, decoder, decoder_blocks, linear_at, linears, matrices, model_name
+from eora_lab.run.budget import Budget
 from eora_lab.run.fit import Steps, fit_layer
 from eora_lab.run.folder import RunFolder, open_folder
 from eora_lab.run.ranks import given_ranks, spread

@@ -7,10 +7,10 @@ from torch import nn
 
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.compensate import solve
-from eora_lab.compensate.budget import Budget, LayerSpectrum, allocate_ranks
 from eora_lab.compress import residual
 from eora_lab.errors import EoraLabError, as_setting, naming
 from eora_lab.model.structure import block_linears, linear_at
+from eora_lab.run.budget import Budget, LayerSpectrum, allocate_ranks
 from eora_lab.run.fit import Steps
 from eora_lab.run.recipe import Recipe
 

@@ -1,23 +1,16 @@
-"""What to do to a model: the settings of a compression pass, checked when they are made."""
+"""What to do to a model: the settings of a compression pass, checked when they are made.
 
-import inspect
-from collections.abc import Callable, Container, Mapping
+This file does not import torch, nor what needs it before a recipe is made: commands show these settings.
+"""
+
+from collections.abc import Container, Mapping
 from dataclasses import fields
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from jaxtyping import Float
-from torch import Tensor, nn
-
-from eora_lab.calibrate.statistics import InputStatistics
-from eora_lab.compensate import SOLVERS, LowRank, solve
-from eora_lab.compensate.factors import check_factor_bits
-from eora_lab.compensate.shrinkage import solve_shrunk
-from eora_lab.compress import COMPRESSORS, PRUNERS, Compressed
-from eora_lab.compress.grid import Grid, ScaleDtype, ZeroPoint, check_grid
-from eora_lab.compress.sparsity import Sparsity
 from eora_lab.errors import EoraLabError, meant, settings, unknown
-from eora_lab.layer.linear import compensated
-from eora_lab.model.structure import block_linears, check_experts
+
+if TYPE_CHECKING:
+    import torch
 
 
 @settings
@@ -34,9 +27,9 @@ class BaseSettings:
     """symmetric grids (zero point in the middle)"""
     mse: bool = False
     """shrink every grid as far as that lowers the squared error of its weights"""
-    zero_point: ZeroPoint = "float"
+    zero_point: Literal["float", "integer"] = "float"
     """of asymmetric grids: float keeps each group's smallest and largest weight; integer keeps zero weights zero"""
-    scale_dtype: ScaleDtype = "float32"
+    scale_dtype: Literal["float32", "float16"] = "float32"
     """type of a grid's scale and offset; float16 saves half a bit a weight at groups of 64"""
     sparsity: str = ""
     """what a pruner leaves: n of every m inputs such as 2:4, or the share that goes, such as 0.5"""
@@ -95,6 +88,9 @@ class Recipe(PassSettings, PathSettings, BaseSettings):
             )
 
     def _check_base(self) -> None:
+        from eora_lab.compress import COMPRESSORS, PRUNERS, Sparsity
+        from eora_lab.compress.grid import check_grid
+
         if self.compressor not in COMPRESSORS:
             raise unknown("compressor", self.compressor, COMPRESSORS)
         if self.prunes != bool(self.sparsity):
@@ -109,6 +105,9 @@ class Recipe(PassSettings, PathSettings, BaseSettings):
             check_grid(1, self.bits, self.group_size)
 
     def _check_path(self) -> None:
+        from eora_lab.compensate import SOLVERS
+        from eora_lab.compensate.factors import check_factor_bits
+
         if self.method not in SOLVERS:
             raise unknown("method", self.method, SOLVERS)
         if self.rank < 0:
@@ -120,6 +119,8 @@ class Recipe(PassSettings, PathSettings, BaseSettings):
     @property
     def prunes(self) -> bool:
         """Whether the compressor drops weights."""
+        from eora_lab.compress import PRUNERS
+
         return self.compressor in PRUNERS
 
     @property
@@ -139,13 +140,17 @@ class Recipe(PassSettings, PathSettings, BaseSettings):
         return {field.name: getattr(self, field.name) for field in fields(BaseSettings)}
 
     def check_fit(
-        self, model: nn.Module, ranks: Mapping[str, int] | None = None, given: Container[str] | None = None
+        self, model: "torch.nn.Module", ranks: Mapping[str, int] | None = None, given: Container[str] | None = None
     ) -> None:
         """Raise EoraLabError when a setting does not fit a layer of the model.
 
         ranks: module name -> rank, where they are not the recipe's own.
         given: the layers that come compressed, so that the compressor and its grid do not matter.
         """
+        from eora_lab.compress import Sparsity
+        from eora_lab.layer.linear import compensated
+        from eora_lab.model.structure import block_linears, check_experts
+
         if compensated(model):
             raise EoraLabError("this model is compressed already: load the original one")
         check_experts(model)
@@ -162,33 +167,13 @@ class Recipe(PassSettings, PathSettings, BaseSettings):
         if self.method != "none" and ranks is None and self.rank > highest:
             raise EoraLabError(f"rank {self.rank} is larger than any layer allows: at most {highest}")
 
-    def ranks(self, model: nn.Module) -> dict[str, int]:
+    def ranks(self, model: "torch.nn.Module") -> dict[str, int]:
         """Module name -> rank of every linear in the decoder blocks."""
+        from eora_lab.model.structure import block_linears
+
         return {name: min(self.rank, highest_rank(linear)) for name, linear in block_linears(model).items()}
 
-    def compress(self, weight: Float[Tensor, "out in"], statistics: InputStatistics) -> Compressed:
-        """Compress one weight (float32) with these settings."""
-        compressor = COMPRESSORS[self.compressor]
-        return compressor(weight, statistics, **taken(compressor, self.base_settings()))
 
-    def compensate(
-        self, residual: Float[Tensor, "out in"], statistics: InputStatistics, rank: int
-    ) -> tuple[LowRank, float]:
-        """Compensate one residual with these settings. Returns the answer and the shrinkage that was chosen."""
-        if self.shrink:
-            return solve_shrunk(self.method, residual, statistics, rank)
-        return solve(self.method, residual, statistics, rank), 0.0
-
-
-def taken(compressor: Callable, given: dict) -> dict:
-    """The settings that a compressor's signature names; **grid stands for the fields of `Grid`."""
-    names = set()
-    for parameter in inspect.signature(compressor).parameters.values():
-        rest = parameter.kind is inspect.Parameter.VAR_KEYWORD
-        names |= {field.name for field in fields(Grid)} if rest else {parameter.name}
-    return {name: value for name, value in given.items() if name in names}
-
-
-def highest_rank(linear: nn.Linear) -> int:
+def highest_rank(linear: "torch.nn.Linear") -> int:
     """The rank at which a low-rank path can be any matrix of the layer's shape."""
     return min(linear.in_features, linear.out_features)

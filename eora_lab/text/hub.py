@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, MachineError
 
 PROBE_SECONDS = 5.0
 KINDS = {str: "text", int: "a whole number", list: "a list", dict: "an object"}
@@ -39,16 +39,17 @@ def texts(
         limit: at most this many rows, from the start.
 
     Raises:
-        EoraLabError: neither place has the split, a file is damaged, a column is missing, or a row holds another type.
+        MachineError: neither place has the split, or a file is damaged.
+        EoraLabError: a column is missing, EORA_LAB_DATA is no folder, or a row holds another type.
     """
     files, missing = _mirror_files(dataset, (config, *mirror_configs), split)
     found = _read_parquet(files, limit) if files else None
     if found is None and _mirror_only.get():
-        raise EoraLabError(f"no data for {dataset} in the mirror: {missing}")
+        raise MachineError(f"no data for {dataset} in the mirror: {missing}")
     if found is None:
         found, reason = _from_hub(hub_id or dataset, config, split, data_file, limit)
     if found is None:
-        raise EoraLabError(
+        raise MachineError(
             f"no data for {dataset} (config {config}, split {split}): {missing}, and the hub gave none ({reason}); "
             f"set EORA_LAB_DATA to a folder with {dataset}/{config}/{split}-*.parquet, "
             "or allow network access to the hub"
@@ -88,7 +89,7 @@ def _place(files: list[Path], index: int) -> str:
 
 @contextmanager
 def mirror_only() -> Iterator[None]:
-    """Ask no hub inside: what the mirror lacks raises EoraLabError at once."""
+    """Ask no hub inside: what the mirror lacks raises MachineError at once."""
     token = _mirror_only.set(True)
     try:
         yield
@@ -99,21 +100,27 @@ def mirror_only() -> Iterator[None]:
 def mirrored(dataset: str, config: str) -> dict[str, list[dict]]:
     """Every split of a configuration that the mirror has, by name; empty when it has none.
 
-    Raises EoraLabError when a file is damaged.
+    Raises EoraLabError when a file is damaged, or EORA_LAB_DATA is no folder.
     """
-    root = os.environ.get("EORA_LAB_DATA")
-    files = sorted((Path(root).expanduser() / dataset / config).glob("*-*.parquet")) if root else []
+    root = mirror()
+    files = sorted((root / dataset / config).glob("*-*.parquet")) if root else []
     names = dict.fromkeys(file.name.partition("-")[0] for file in files)
     return {name: _read_parquet([f for f in files if f.name.partition("-")[0] == name], None) for name in names}
 
 
+def mirror() -> Path | None:
+    """The folder of the mirror; None where there is none. Raises EoraLabError when EORA_LAB_DATA is no folder."""
+    root = os.environ.get("EORA_LAB_DATA")
+    if root and not Path(root).expanduser().is_dir():
+        raise EoraLabError(f"EORA_LAB_DATA is {root}, which is not a folder: give one, or unset it to ask the hub")
+    return Path(root).expanduser() if root else None
+
+
 def _mirror_files(dataset: str, configs: Sequence[str], split: str) -> tuple[list[Path], str]:
     """The mirror's files of the split, and what to say if there are none."""
-    if not os.environ.get("EORA_LAB_DATA"):
+    root = mirror()
+    if root is None:
         return [], "EORA_LAB_DATA is not set"
-    root = Path(os.environ["EORA_LAB_DATA"]).expanduser()
-    if not root.is_dir():
-        return [], f"EORA_LAB_DATA is {root}, which is not a folder"
     splits: dict[str, None] = {}  # a set in the order seen
     for config in configs:
         files = sorted((root / dataset).glob(f"{config}/*-*.parquet"))
@@ -133,7 +140,7 @@ def _read_parquet(files: list[Path], limit: int | None) -> list[dict]:
         table = pyarrow.dataset.dataset([str(file) for file in files], format="parquet")
         return (table.to_table() if limit is None else table.head(limit)).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
-        raise EoraLabError(f"cannot read {files[0].parent}: {_line(error)}; fetch its files again") from error
+        raise MachineError(f"cannot read {files[0].parent}: {_line(error)}; fetch its files again") from error
 
 
 def _from_hub(

@@ -1,11 +1,14 @@
-"""Which texts, how many tokens: the settings that commands, cells and notebooks share."""
+"""Which texts, how many tokens: the settings that commands, cells and notebooks share.
 
-from jaxtyping import Int
-from torch import Tensor, nn
+This file does not import torch: commands show these settings before anything is computed.
+"""
 
-from eora_lab.errors import EoraLabError, settings
-from eora_lab.text.read import with_column
-from eora_lab.text.tokens import calibration_batches, token_windows
+from typing import TYPE_CHECKING
+
+from eora_lab.errors import EoraLabError, at_least, settings
+
+if TYPE_CHECKING:
+    import torch
 
 
 @settings
@@ -31,18 +34,21 @@ class Calibration:
 
     def check(self) -> None:
         """Raise EoraLabError when a number is out of range."""
-        if min(self.nsamples, self.seqlen) < 1:
-            raise EoraLabError(f"nsamples and seqlen must be 1 or more, not {self.nsamples} and {self.seqlen}")
+        at_least(1, nsamples=self.nsamples, seqlen=self.seqlen)
         if not 0 < self.share < 1:
             raise EoraLabError(f"share must lie between 0 and 1, not {self.share}")
 
     @property
     def text(self) -> str:
         """The source with its column."""
+        from eora_lab.text.read import with_column
+
         return with_column(self.source, self.column) if self.column else self.source
 
-    def batches(self, model: nn.Module, tokenizer) -> Int[Tensor, "nsamples seqlen"]:
-        """Token ids. model: the uncompressed one, which the source "self" samples from."""
+    def batches(self, model: "torch.nn.Module", tokenizer) -> "torch.Tensor":
+        """Token ids (nsamples, seqlen). model: the uncompressed one, which the source "self" samples from."""
+        from eora_lab.text.tokens import calibration_batches, token_windows
+
         if self.column is not None and self.text == self.source:
             raise EoraLabError(f"the column is {self.column!r}, but {self.source} names no file without a column")
         if self.first:
@@ -65,11 +71,11 @@ class Evaluation:
 
     def check(self) -> None:
         """Raise EoraLabError when a number is out of range."""
-        if (self.windows is not None and self.windows < 1) or self.window_length < 2:
-            raise EoraLabError(
-                f"windows must be 1 or more and window_length 2 or more, not {self.windows} and {self.window_length}"
-            )
+        at_least(1, windows=self.windows)
+        at_least(2, window_length=self.window_length)
 
-    def tokens(self, tokenizer) -> dict[str, Int[Tensor, "windows window_length"]]:
-        """Text -> token ids."""
+    def tokens(self, tokenizer) -> "dict[str, torch.Tensor]":
+        """Text -> token ids (windows, window_length)."""
+        from eora_lab.text.tokens import token_windows
+
         return {text: token_windows(tokenizer, text, self.windows, self.window_length) for text in self.perplexity}

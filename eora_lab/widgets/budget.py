@@ -4,8 +4,8 @@ from functools import lru_cache
 
 import ipywidgets
 
-from eora_lab.compensate.budget import Budget, LayerSpectrum, allocate_ranks, factor_bytes, predicted_error
 from eora_lab.plots import plot_budget, plot_ranks, rank_grid
+from eora_lab.run.budget import Budget, LayerSpectrum, allocate_ranks, factor_bytes, predicted_error
 from eora_lab.widgets.figure import LiveFigure
 
 OBJECTIVES = ("uniform", "relative", "absolute")

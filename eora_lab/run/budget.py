@@ -1,21 +1,24 @@
-"""Spend a parameter budget where it removes most output error: a rank for every layer, from the eigenvalues alone."""
+"""Spend a parameter budget where it removes most output error: a rank for every layer, from the eigenvalues alone.
+
+This file does not import torch: commands show the settings of a budget before anything is computed.
+"""
 
 import heapq
 import re
 from dataclasses import dataclass
-from typing import Literal
-
-from jaxtyping import Float
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from eora_lab.errors import EoraLabError, settings
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class LayerSpectrum:
     """What the budget needs to know of a layer."""
 
-    spectrum: Float[Tensor, " eigenvalues"]  # loss that each rank removes, descending
+    spectrum: "torch.Tensor"  # (eigenvalues,), the loss that each rank removes, descending
     signal: float  # E|W x|², what relative errors are relative to
     out_features: int
     in_features: int

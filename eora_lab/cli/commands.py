@@ -1,0 +1,89 @@
+"""All commands: the arguments are parsed into one of them, which then runs."""
+
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+import tyro
+
+from eora_lab.cli.adapter import Adapter
+from eora_lab.cli.bench import Bench
+from eora_lab.cli.chat import Chat
+from eora_lab.cli.compare import Compare
+from eora_lab.cli.compensate import Compensate
+from eora_lab.cli.compress import Compress
+from eora_lab.cli.demo import Demo
+from eora_lab.cli.evaluate import Evaluate
+from eora_lab.cli.export import Export
+from eora_lab.cli.finetune import Finetune
+from eora_lab.cli.generate import Generate
+from eora_lab.cli.models import Models
+from eora_lab.cli.paper import Paper
+from eora_lab.cli.sweep import Sweep
+from eora_lab.errors import EoraLabError, machine_error
+
+PLUGINS = "eora_lab.plugins"  # the entry points of installed ones
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "demo": Demo,
+    "compare": Compare,
+    "compress": Compress,
+    "compensate": Compensate,
+    "evaluate": Evaluate,
+    "generate": Generate,
+    "export": Export,
+    "chat": Chat,
+    "adapter": Adapter,
+    "finetune": Finetune,
+    "sweep": Sweep,
+    "paper": Paper,
+    "models": Models,
+    "bench": Bench,
+}
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command, and print what is wrong in one line. Returns the exit code."""
+    try:
+        command = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="eora-lab",
+            description="Compress large language models without training, and compensate the error. "
+            "Start with `eora-lab demo`; `eora-lab COMMAND --help` tells the rest. "
+            "--plugin FILE.py, in every command and as often as you like, adds methods, texts and formats of yours. "
+            "Exit codes: 0 done, 1 the input cannot be used or the machine failed (one line says why), 2 wrong usage, "
+            "3 cells of a sweep failed, 130 stopped.",
+            args=with_plugins(arguments),
+        )
+        return command.run() or 0
+    except EoraLabError as error:
+        print(f"eora-lab: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        raise
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not (failure := machine_error(error)):
+            raise
+        print(f"eora-lab: {failure}", file=sys.stderr)
+        return 1
+
+
+def with_plugins(arguments: list[str]) -> list[str]:
+    """Load the plugins of installed packages and those of --plugin, and return the other arguments.
+
+    It comes before anything is parsed: settings are checked when they are parsed, and may name what a plugin adds.
+    """
+    files, rest = [], []
+    left = iter(arguments)
+    for one in left:
+        if one == "--plugin" or one.startswith("--plugin="):
+            files.append(one.partition("=")[2] or next(left, ""))
+        else:
+            rest.append(one)
+    if files or metadata.entry_points(group=PLUGINS):
+        from eora_lab.run.plugins import load_installed, load_plugin
+
+        load_installed()
+        for file in files:
+            load_plugin(file)
+    return rest

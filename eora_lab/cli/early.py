@@ -1,0 +1,60 @@
+"""What can be known to be wrong before a model is loaded. Everything here raises EoraLabError."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from eora_lab.errors import EoraLabError, MachineError
+
+if TYPE_CHECKING:
+    from eora_lab.experiment.cells import Cell
+
+FIGURES = (".png", ".svg", "")  # both are written, whichever is named
+
+
+def check_figure(path: Path | None) -> None:
+    """The name of a figure: one that can be written."""
+    from eora_lab.files import check_place
+
+    if path is not None:
+        check_place(path, FIGURES)
+
+
+def check_run_folder(path: Path) -> None:
+    """The folder of a run: an empty one, none yet, or a run's."""
+    from eora_lab.files import check_place
+    from eora_lab.run.folder import is_run
+
+    check_place(path)
+    if path.exists() and any(path.iterdir()) and not is_run(path):
+        raise EoraLabError(f"{path} is not empty and holds no run: choose another output folder")
+
+
+def check_inputs(model: str, texts: Iterable[str]) -> None:
+    """The name of a model, and texts, which are read."""
+    from eora_lab.model.load import check_name
+    from eora_lab.text.read import text_digest
+
+    check_name(model)
+    for text in dict.fromkeys(texts):
+        text_digest(text)
+
+
+def check_cells(cells: Sequence["Cell"]) -> None:
+    """The names of models, texts and tasks that cells have. Data that is not here is left to the cells."""
+    from eora_lab.measure.tasks import check_tasks
+    from eora_lab.model.load import check_name
+    from eora_lab.text.hub import mirror_only
+    from eora_lab.text.read import text_digest
+
+    for model in dict.fromkeys(cell.model for cell in cells):
+        check_name(model)
+    texts = [text for cell in cells for text in cell.evaluation.perplexity]
+    texts += [text for cell in cells if cell.recipe for text in (cell.calibration.text, cell.base_source) if text]
+    with mirror_only():
+        for text in dict.fromkeys(texts):
+            try:
+                text_digest(text)
+            except MachineError:
+                continue
+    check_tasks(list(dict.fromkeys(task for cell in cells for task in cell.tasks)))
