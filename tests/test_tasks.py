@@ -135,7 +135,6 @@ def test_tokens_beyond_the_embedding_are_one_clear_line(mirror):
         ({"limit": -1}, "limit must be 1 or more, not -1"),
         ({"num_fewshot": -1}, "num_fewshot must be 0 or more, not -1"),
         ({"batch_size": 0}, "batch_size must be 1 or more, not 0"),
-        ({"batch_size": "auto"}, "batch_size must be a whole number, not 'auto'"),
     ],
 )
 def test_numbers_out_of_range_are_one_clear_line(arguments, message):
