@@ -78,9 +78,11 @@ def model_of(kind: str) -> transformers.PreTrainedModel:
         pytest.skip(f"the installed transformers has no {name}")
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, name)(**copy.deepcopy(settings)))
-    for parameter in model.requires_grad_(False).parameters():
+    for name, parameter in model.requires_grad_(False).named_parameters():
         if parameter.ndim == 2:
             parameter.normal_(0, 0.1)
+        elif name.endswith("correct_output_scale"):  # of Gemma 3n, zero at first
+            parameter.fill_(1)
     return model.float().eval()
 
 
