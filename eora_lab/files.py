@@ -113,11 +113,16 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     write_atomically(path, write)
 
 
-def write_folder(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a folder beside `path`, then move it there. Raises EoraLabError when `path` is taken."""
+def check_empty(path: Path) -> None:
+    """Raise EoraLabError unless a folder can be written there: there is none yet, or an empty one."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise EoraLabError(f"{path} is not an empty folder: choose another output folder")
-    partial = None
+
+
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a folder beside `path`, then move it there. Raises EoraLabError when `path` is taken."""
+    check_empty(path)
+    path, partial = path.resolve(), None  # a link to a folder stays one
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))

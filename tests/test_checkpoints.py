@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from eora_lab import EoraLabError, load_model, load_run
 from eora_lab.cli import main
-from eora_lab.compress import rtn
+from eora_lab.compress import GridWeight, rtn
 from eora_lab.formats.dense import write_dense
 from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, write_checkpoint
 from eora_lab.layer.linear import CompensatedLinear
@@ -141,13 +142,18 @@ def test_zeros_of_a_pruned_weight_stay_zeros(original, tmp_path):
         assert torch.equal(GptqCheckpoint(tmp_path / "v2")[name].dense().half(), dense)
 
 
-def shuffle_channels(folder) -> None:
-    """Make a checkpoint one with desc_act: every linear's groups take channels from all over."""
-    tensors = load_file(folder / "model.safetensors")
-    for i, key in enumerate(k for k in tensors if k.endswith("g_idx")):
-        tensors[key] = tensors[key][torch.randperm(len(tensors[key]), generator=torch.Generator().manual_seed(i))]
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    edit_json(folder / "quantize_config.json", desc_act=True)
+def shuffled(weight: torch.Tensor) -> GridWeight:
+    """Rounded to nearest in groups that take channels from all over, as with desc_act."""
+    order = torch.randperm(weight.shape[1], generator=torch.Generator().manual_seed(0))
+    rounded, back = rtn(weight[:, order], None, bits=4, sym=True, **GRID), order.argsort()
+    return replace(rounded, codes=rounded.codes[:, back], g_idx=(back // 32).to(torch.int32))
+
+
+def edit_both(folder, **changes) -> None:
+    """Change what a checkpoint says of itself, wherever it says so."""
+    edit_json(folder / "quantize_config.json", **changes)
+    quantization = json.loads((folder / "quantize_config.json").read_text())
+    edit_json(folder / "config.json", quantization_config=quantization)
 
 
 def edit_json(path, **changes) -> None:
@@ -155,8 +161,12 @@ def edit_json(path, **changes) -> None:
 
 
 def test_act_order_survives_run_folder_and_export(original, tmp_path):
-    shuffle_channels(tmp_path / "gptq")
-    checkpoint = GptqCheckpoint(tmp_path / "gptq")
+    model, tokenizer = load_model(original)
+    weights = {name: shuffled(m.weight) for name, m in model.named_modules() if name.endswith("_proj")}
+    compress(model, tiny_tokens(), weights=weights, **PASS)
+    write_checkpoint(tmp_path / "shuffled", model, tokenizer, torch.float32)
+    checkpoint = GptqCheckpoint(tmp_path / "shuffled")
+    assert all(torch.equal(checkpoint[name].dense(), weights[name].dense()) for name in weights)
     model, tokenizer = load_model(original)
     report = compress(model, tiny_tokens(), weights=checkpoint, **PASS, folder=tmp_path / "run")
     assert modules_of(model)["model.layers.0.mlp.up_proj"].compressed.g_idx is not None
@@ -266,10 +276,20 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
         (lambda f: (f / "config.json").write_text("{"), "cannot read .*config.json"),
         (lambda f: (f / "quantize_config.json").write_text("[1]"), "it is no JSON object"),
         (
-            lambda f: edit_json(f / "quantize_config.json", bits=3),
+            lambda f: edit_both(f, bits=3),
             r"qweight .*: the checkpoint is damaged, or",
         ),
-        (lambda f: edit_json(f / "quantize_config.json", checkpoint_format="exl2"), "'exl2' is not read"),
+        (
+            lambda f: edit_json(f / "quantize_config.json", bits=3),
+            "bits is 3 in quantize_config.json and 4 in co",
+        ),
+        (lambda f: edit_json(f / "config.json", quantization_config="gptq"), "quantization_config in .* must be an ob"),
+        (
+            lambda f: (split(f), edit_json(f / "model.safetensors.index.json", weight_map={Q_PROJ: None})),
+            f"weight_map must name a file for {Q_PROJ}, not None",
+        ),
+        (lambda f: edit_both(f, checkpoint_format="gptq_v2", format="gptq_v2"), "set it to gptq in the configuration"),
+        (lambda f: edit_both(f, checkpoint_format="exl2", format="exl2"), "'exl2' is not read"),
         (lambda f: drop(f, f"{Q_PROJ}.scales"), rf"lacks {Q_PROJ}\.scales"),
         (lambda f: drop(f, f"{Q_PROJ}.qweight"), rf"lacks the tensor {Q_PROJ}\.weight"),
         (lambda f: drop(f, "model.norm.weight"), r"lacks the tensor model\.norm\.weight of .*model"),
@@ -350,6 +370,28 @@ def test_weights_of_another_model_are_told_by_their_distance(original, tmp_path)
         compress(model, tiny_tokens(), weights={"lm_head": checkpoint[Q_PROJ]}, **PASS)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_grids_one_step_off_are_told_by_their_distance(bits, original, tmp_path):
+    """Asymmetric zero points in the wrong format, which nothing in the file contradicts."""
+    make_checkpoint(original, tmp_path / "right", "gptq_v2", bits=bits, sym=False)
+    compress(load_model(original)[0], tiny_tokens(), weights=GptqCheckpoint(tmp_path / "right"), **PASS)
+    edit_both(tmp_path / "right", checkpoint_format="gptq", format="gptq")
+    with pytest.raises(
+        EoraLabError, match=r"comes compressed, but [+-][01]\.\d\d steps of its grid .*checkpoint_format"
+    ):
+        compress(load_model(original)[0], tiny_tokens(), weights=GptqCheckpoint(tmp_path / "right"), **PASS)
+
+
+def test_another_layer_of_four_bits_is_told_by_the_steps_of_its_grid(original, tmp_path):
+    """Half of another layer mixed in: nearer than zero is, and still far more than rounding explains."""
+    checkpoint, (model, _) = GptqCheckpoint(tmp_path / "gptq"), load_model(original)
+    with torch.no_grad():
+        weight, other = (model.get_submodule(name).weight for name in (Q_PROJ, Q_PROJ.replace("0", "1")))
+        weight.add_(0.7 * other)
+    with pytest.raises(EoraLabError, match=r"q_proj comes compressed, but 0\.\d\d times .* \d\.\d steps of its grid"):
+        compress(model, tiny_tokens(), weights=checkpoint, **PASS)
+
+
 def test_folders_that_are_no_checkpoint(original, tmp_path):
     with pytest.raises(EoraLabError, match=r"neither quantize_config.* nor a quantization_config"):
         GptqCheckpoint(original)
@@ -374,6 +416,20 @@ def test_exports_that_are_refused_leave_nothing_behind(original, tmp_path):
         write_dense(tmp_path / "out", model, tokenizer)
     assert {path.name for path in tmp_path.iterdir()} == {"model", "gptq"}
     write_dense(tmp_path / "out", model, tokenizer, torch.bfloat16)
+
+
+def test_an_output_that_is_taken_is_named_before_anything_is_loaded(original, tmp_path, capsys):
+    assert main(["export", str(tmp_path / "no_run"), str(original)]) == 1
+    assert "model is not an empty folder: choose another" in capsys.readouterr().err
+
+
+def test_an_empty_folder_may_be_a_link(original, tmp_path):
+    model, tokenizer = load_model(original)
+    compress(model, tiny_tokens(), bits=4, group_size=32, **PASS)
+    (tmp_path / "place").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "place", target_is_directory=True)
+    write_dense(tmp_path / "link", model, tokenizer)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "place" / "config.json").exists()
 
 
 def test_layers_of_several_grids_are_refused(original, tmp_path):

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from eora_lab import EoraLabError
 from eora_lab.compress import GridWeight, rtn
-from eora_lab.formats.gptq import BITS, FORMATS, GptqConfig, from_words, read_linear, to_words, write_linear
+from eora_lab.formats.gptq import from_words, read_linear, to_words, write_linear
+from eora_lab.formats.gptq_config import BITS, FORMATS, GptqConfig
 
 # 3 bits: (word, bit of the word, bits, first bit of the code) of every piece of the 32 codes in three words
 THREE = {j: [(0, 3 * j, 3, 0)] for j in range(10)}
@@ -147,6 +148,7 @@ def test_a_scale_of_zero_is_a_group_of_zeros():
         {"bits": 4, "group_size": 128, "sym": True, "desc_act": False, "quant_method": "gptq"},
         {"bits": 4, "group_size": 128, "method": "gptq", "format": "gptq", "meta": {}, "dynamic": {"-:.*down.*": {}}},
         {"wbits": 4, "groupsize": 128, "true_sequential": True, "model_file_base_name": "gptq_model-4bit-128g"},
+        {"bits": 4, "wbits": 4, "group_size": 128, "damp_percent": 0.01, "rotation": None, "lm_head": False},
         {"w_bit": 4, "q_group_size": 128, "checkpoint_format": "GPTQ", "is_marlin_format": False, "pack_dtype": None},
     ],
 )
@@ -171,6 +173,16 @@ def test_a_configuration_reads_back():
         ({"group_size": "many"}, "group_size must be"),
         ({"pack_dtype": "int16"}, "pack_dtype 'int16' is not read"),
         ({"dynamic": {"+:.*q_proj": {"bits": 8}}}, "settings of their own"),
+        ({"dynamic": [{"bits": 8}]}, r"dynamic must be an object, not \[\{'bits': 8\}\]"),
+        ({"bits": "4"}, "folder: bits must be a whole number, not '4'"),
+        ({"bits": True}, "bits must be a whole number, not True"),
+        ({"group_size": "128"}, "group_size must be a whole number, not '128'"),
+        ({"sym": "true"}, "sym must be true or false, not 'true'"),
+        ({"desc_act": 1}, "desc_act must be true or false, not 1"),
+        ({"quant_method": 4}, "quant_method must be text, not 4"),
+        ({"wbits": 3}, "folder: wbits is 3, but bits 4: correct the wrong one"),
+        ({"format": "gptq_v2", "checkpoint_format": "gptq"}, "format is 'gptq_v2', but checkpoint_format 'gptq'"),
+        ({"rotation": "hadamard"}, r"rotation \('hadamard'\) is not known here, and may change what the values mean"),
     ],
 )
 def test_configurations_that_are_not_read(change, message):
@@ -201,6 +213,39 @@ def test_damaged_tensors_are_named(key, change, message):
     tensors = {key: tensor for key, tensor in tensors.items() if tensor is not None}
     with pytest.raises(EoraLabError, match=message):
         read_linear(tensors, GptqConfig(3, 16, True, True), "layer")
+
+
+def test_a_g_idx_of_zeros_is_none_where_groups_are_neighbours():
+    """exllama's sign for "no index"."""
+    weight = weight_of(4, 4, sym=True, shuffled=False)
+    tensors = write_linear(weight, "gptq", "layer")
+    tensors["g_idx"] = torch.zeros(64, dtype=torch.int32)
+    assert torch.equal(read_linear(tensors, GptqConfig(4, 16, True, False), "layer").dense(), weight.dense())
+    with pytest.raises(EoraLabError, match=r"layer\.g_idx is all zeros though desc_act is true and there are 4 groups"):
+        read_linear(tensors, GptqConfig(4, 16, True, True), "layer")
+
+
+def test_a_g_idx_that_contradicts_the_configuration():
+    tensors = write_linear(weight_of(4, 4, sym=True, shuffled=True), "gptq", "layer")
+    with pytest.raises(EoraLabError, match=r"layer\.g_idx has groups that are no neighbours, though desc_act is false"):
+        read_linear(tensors, GptqConfig(4, 16, True, False), "layer")
+    tensors["g_idx"][0] = (tensors["g_idx"][0] + 1) % 4
+    with pytest.raises(EoraLabError, match=r"layer\.g_idx has groups of other sizes than group_size 16"):
+        read_linear(tensors, GptqConfig(4, 16, True, True), "layer")
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize(("written", "said"), [("gptq_v2", "gptq"), ("gptq", "gptq_v2")])
+def test_symmetric_zero_points_tell_the_format(bits, written, said):
+    tensors = write_linear(weight_of(bits, 4, sym=True, shuffled=False), written, "layer")
+    with pytest.raises(EoraLabError, match=rf"layer: every zero point is .*set it to {written} in the configuration"):
+        read_linear(tensors, GptqConfig(bits, 16, True, False, said), "layer")
+
+
+def test_zero_points_that_symmetric_grids_do_not_have():
+    tensors = write_linear(weight_of(4, 4, sym=False, shuffled=False), "gptq_v2", "layer")
+    with pytest.raises(EoraLabError, match=r"layer\.qzeros has zero points other than 8, .*set sym to false"):
+        read_linear(tensors, GptqConfig(4, 16, True, False, "gptq_v2"), "layer")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """`eora-lab adapter`: export, check and solve PEFT adapters."""
 
-from dataclasses import asdict, dataclass, field
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,11 +27,15 @@ class Export:
 
     def run(self) -> None:
         from eora_lab.formats.peft import write_adapter
-        from eora_lab.run.folder import read_config, run_factors
+        from eora_lab.run.folder import read_config
+        from eora_lab.run.stored import check_output, run_factors, run_made_for
 
         factors = run_factors(self.run_folder)
-        write_adapter(self.output, factors, read_config(self.run_folder)["settings"]["model"], self.universal)
-        print(f"wrote {self.output}: try  eora-lab adapter check {self.output}")
+        made_for = run_made_for(self.run_folder, {"export": self.universal})
+        check_output(self.output, made_for)
+        model = read_config(self.run_folder)["settings"]["model"]
+        write_adapter(self.output, factors, model, self.universal, made_for)
+        print(f"wrote {self.output}: try  {shlex.join(['eora-lab', 'adapter', 'check', str(self.output)])}")
 
 
 @dataclass(frozen=True)
@@ -39,31 +45,45 @@ class Check:
     path: Annotated[Path, tyro.conf.Positional]
     """adapter folder"""
     model: str | None = None
-    """its base model in full precision: embedded model, hub id, or folder; by default what the adapter names"""
+    """its base model: embedded model, hub id, or folder, which may be a GPTQ checkpoint; or the run folder that it is
+    to be used with; by default what the adapter names"""
     fix: Path | None = None
     """write a universal adapter, which all of them load alike, to this folder"""
 
     def run(self) -> None:
         from eora_lab.errors import EoraLabError
-        from eora_lab.formats.adapter_check import check_adapter, fix_adapter
+        from eora_lab.files import digest, file_digest
+        from eora_lab.formats.adapter_check import Finding, check_adapter, fix_adapter
+        from eora_lab.formats.adapter_config import names_another
+        from eora_lab.formats.made_for import WEIGHTS, MadeFor, read_made_for
         from eora_lab.formats.peft import read_files, write_adapter
-        from eora_lab.model.load import load_skeleton
-        from eora_lab.model.structure import block_linears
+        from eora_lab.run.folder import is_run, read_config
+        from eora_lab.run.stored import belongs_elsewhere, check_output, shapes_of
 
         tensors, config = read_files(self.path)
         name = self.model or config.get("base_model_name_or_path")
         if not name:
             raise EoraLabError(f"{self.path} names no base model: give it with --model")
+        made_for = read_made_for(self.path) or MadeFor("", "", "")
+        fixed = replace(made_for, work=digest({"fix": file_digest(self.path / WEIGHTS)}))
+        if self.fix:
+            check_output(self.fix, fixed)
         try:
-            linears = block_linears(load_skeleton(name))
+            shapes = shapes_of(name)
         except EoraLabError as error:
             raise EoraLabError(f"the base model of {self.path} is needed (--model names another): {error}") from error
-        shapes = {module: (linear.out_features, linear.in_features) for module, linear in linears.items()}
+        model = read_config(name)["settings"]["model"] if is_run(Path(name)) else name
+        if not made_for.weights and (named := names_another(config, model)):
+            print(f"eora-lab: {self.path} names {named} as its base model, not {model}", file=sys.stderr)
         findings = check_adapter(tensors, config, shapes)
+        if other := belongs_elsewhere(made_for, name):
+            findings.append(Finding("any", other))
         for finding in findings:
             print(finding)
         if self.fix:
-            write_adapter(self.fix, fix_adapter(tensors, config, shapes), name, universal=True)
+            if other:
+                raise EoraLabError(f"{self.path} {other}")
+            write_adapter(self.fix, fix_adapter(tensors, config, shapes), model, universal=True, made_for=fixed)
             print(f"wrote {self.fix}, at rank {read_files(self.fix)[1]['r']} in every layer")
         elif findings:
             raise EoraLabError(f"{len(findings)} problems in {self.path}: --fix FOLDER writes an adapter without them")
@@ -95,16 +115,20 @@ class Solve:
         from eora_lab.model.start import start_text
         from eora_lab.model.structure import model_name
         from eora_lab.run.folder import load_original, load_run
+        from eora_lab.run.stored import check_output, run_made_for
         from eora_lab.run.task_adapter import solve_adapter
 
         recipe = Recipe(**asdict(self.path), **asdict(self.measured))
+        made_for = run_made_for(self.run_folder, {"solve": asdict(recipe), "calibration": asdict(self.calibration)})
+        check_output(self.output, made_for)
         original = load_original(self.run_folder, self.device, self.base)
         model, tokenizer, _ = load_run(self.run_folder, next(original.parameters()).dtype, self.device, model=self.base)
         say_start(start_text(tokenizer))
         batches = self.calibration.batches(original, tokenizer)
         factors = solve_adapter(model, original, batches, recipe)
-        write_adapter(self.output, factors, model_name(model))
-        print(f"wrote {self.output}: try  eora-lab chat {self.run_folder} --adapter {self.output.name}={self.output}")
+        write_adapter(self.output, factors, model_name(model), made_for=made_for)
+        chat = ["eora-lab", "chat", str(self.run_folder), "--adapter", f"{self.output.name}={self.output}"]
+        print(f"wrote {self.output}: try  {shlex.join(chat)}")
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """`eora-lab compress`."""
 
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -92,4 +93,4 @@ def run_pass(
     print(report)
     if report.coverage is not None and report.coverage < COVERED:
         print(f"warning: only {report.coverage_line()}", file=sys.stderr)
-    print(f"wrote {output}: try  eora-lab generate {output} 'The capital of France is'")
+    print(f"wrote {output}: try  {shlex.join(['eora-lab', 'generate', str(output), 'The capital of France is'])}")

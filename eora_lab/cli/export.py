@@ -33,12 +33,14 @@ class Export:
         import torch
 
         from eora_lab.errors import unknown
+        from eora_lab.files import check_empty
         from eora_lab.formats import FORMATS
         from eora_lab.run.folder import load_run
 
         written = {name: one.write for name, one in FORMATS.items() if one.write}
         if self.format not in written:
             raise unknown("format", self.format, written)
+        check_empty(self.output)
         model, tokenizer, _ = load_run(self.run_folder, model=self.base)
         what = written[self.format](self.output, model, tokenizer, getattr(torch, self.dtype))
         print(f"wrote {self.output}: {what}; the low-rank path alone is in {self.run_folder / 'adapter'}")

@@ -1,5 +1,6 @@
 """`eora-lab finetune`."""
 
+import shlex
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -63,7 +64,8 @@ class Finetune:
             quarter = train[-max(1, len(train) // 4) :]
             losses = train[0], sum(quarter) / len(quarter), judged[0], judged[-1]
             rows.append((init, *(f"{value:.4f}" for value in losses)))
-            print(f"wrote {folder}: try  eora-lab evaluate {self.run_folder} --adapter {folder}", flush=True)
+            hint = shlex.join(["eora-lab", "evaluate", str(self.run_folder), "--adapter", str(folder)])
+            print(f"wrote {folder}: try  {hint}", flush=True)
         texts = ", ".join(self.evaluation.perplexity)
         print(f"loss in nats a token; held-out: {len(held_out)} x {held_out.shape[1]} of {texts}")
         for row in rows:

@@ -15,7 +15,7 @@ from eora_lab.finetune.settings import Init, Training
 from eora_lab.finetune.trainer import train
 from eora_lab.formats.peft import Factors, write_adapter
 from eora_lab.model.structure import model_name
-from eora_lab.run.adapters import use_only
+from eora_lab.run.adapters import made_for, use_only
 from eora_lab.run.recipe import Recipe
 from eora_lab.run.task_adapter import solve_adapter
 from eora_lab.text.batches import Batches, as_tokens
@@ -63,7 +63,7 @@ def finetune(
                 sequences = -(-CALIBRATION_TOKENS // tokens.shape[1])
                 start = solve_adapter(model, original, tokens[:sequences], Recipe(method=init, rank=rank))
             factors, log = train(model, start, rank, tokens, held_out, folder, training, seed, checkpoint)
-            write_adapter(folder, factors, model_name(model))
+            write_adapter(folder, factors, model_name(model), made_for=made_for(model, "finetune"))
             write_json(folder / "log.json", log)
     use_only(model, folder)
     return log

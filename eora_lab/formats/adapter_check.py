@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from eora_lab.errors import EoraLabError
+from eora_lab.formats.adapter_config import not_plain
 from eora_lab.formats.peft import (
     SERVED_RANKS,
     Factors,
     adapter_factors,
     by_pattern,
+    key_of,
+    match_names,
     pairs,
     peft_scaling,
     scaling,
@@ -47,6 +50,7 @@ def check_adapter(tensors: dict[str, Tensor], config: dict, shapes: Shapes) -> l
     ranks = {module: len(halves["A"]) for module, halves in complete.items()}
     findings = [
         *_damage(found, unknown, names, shapes),
+        *_keys(found, tensors),
         *_features(config),
         *_peft(config, ranks),
         *_vllm(config, ranks),
@@ -80,12 +84,6 @@ def fix_adapter(tensors: dict[str, Tensor], config: dict, shapes: Shapes) -> Fac
     return mended | empty
 
 
-def match_names(modules, shapes: Shapes) -> dict[str, str]:
-    """Adapter's module name -> the model's. They may differ in case, for GPTQModel writes lower case."""
-    lower = {name.lower(): name for name in shapes}
-    return {m: m if m in shapes else lower[m.lower()] for m in modules if m in shapes or m.lower() in lower}
-
-
 def _damage(found: dict, unknown: list[str], names: dict[str, str], shapes: Shapes):
     if unknown:
         yield "any", f"{_some(unknown)} is no lora_A or lora_B matrix of a layer"
@@ -109,7 +107,15 @@ def _damage(found: dict, unknown: list[str], names: dict[str, str], shapes: Shap
             yield "any", f"{module}: lora_A has rank {len(halves['A'])}, lora_B {halves['B'].shape[1]}"
 
 
+def _keys(found: dict, tensors: dict[str, Tensor]):
+    keys = [key_of(module, half) for module, halves in found.items() for half in halves]
+    if respelt := [key for key in keys if key not in tensors]:
+        yield "any", f"looks for {_some(respelt)}, which has another key here"
+
+
 def _features(config: dict):
+    for problem in not_plain(config):
+        yield "any", problem
     if config.get("modules_to_save"):
         yield "vllm", "refuses modules_to_save"
     if config.get("use_dora"):

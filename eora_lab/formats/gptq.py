@@ -9,9 +9,6 @@ W^ = (q - z) * s[g_idx]. Codes form one little-endian stream of bits, cut into 3
 can lie across two words. Format "gptq" stores z - 1, "gptq_v2" stores z.
 """
 
-from dataclasses import dataclass
-from importlib import metadata
-
 import torch
 from jaxtyping import Int32, UInt8
 from torch import Tensor
@@ -20,68 +17,9 @@ from eora_lab.compress import GridWeight
 from eora_lab.compress.grid_weight import zero_points
 from eora_lab.compress.packing import pack, unpack
 from eora_lab.errors import EoraLabError
+from eora_lab.formats.gptq_config import BITS, GptqConfig
 
-BITS = (2, 3, 4, 8)
-FORMATS = ("gptq", "gptq_v2")
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
-
-
-@dataclass(frozen=True)
-class GptqConfig:
-    """What a checkpoint says of itself, in quantize_config.json and in config.json's quantization_config."""
-
-    bits: int
-    group_size: int  # input channels; -1: all
-    sym: bool
-    desc_act: bool
-    checkpoint_format: str = "gptq"
-
-    @classmethod
-    def from_dict(cls, data: dict, where: str) -> "GptqConfig":
-        """Read today's keys or older spellings. Raises EoraLabError on a method or format that is not GPTQ's."""
-
-        def find(*keys: str, default=None):
-            return next((data[key] for key in keys if data.get(key) is not None), default)
-
-        method = str(find("quant_method", "method", default="gptq")).lower()
-        checkpoint_format = str(find("checkpoint_format", "format", default="gptq")).lower()
-        if data.get("is_marlin_format"):
-            checkpoint_format = "marlin"
-        bits, group_size = find("bits", "wbits", "w_bit"), find("group_size", "groupsize", "q_group_size")
-        if method != "gptq":
-            raise EoraLabError(f"{where}: quant_method {method!r} is not read, only gptq")
-        if checkpoint_format not in FORMATS:
-            raise EoraLabError(f"{where}: checkpoint_format {checkpoint_format!r} is not read, only gptq and gptq_v2")
-        if bits not in BITS:
-            raise EoraLabError(f"{where}: bits must be one of 2, 3, 4 and 8, not {bits}")
-        if not isinstance(group_size, int) or (group_size < 1 and group_size != -1):
-            raise EoraLabError(f"{where}: group_size must be a positive number or -1, not {group_size}")
-        if str(data.get("pack_dtype") or "int32") != "int32":
-            raise EoraLabError(f"{where}: pack_dtype {data['pack_dtype']!r} is not read, only int32")
-        if any(settings and not key.startswith("-:") for key, settings in (data.get("dynamic") or {}).items()):
-            raise EoraLabError(f"{where}: layers with settings of their own (dynamic) are not read")
-        sym, desc_act = bool(find("sym", default=True)), bool(find("desc_act", default=False))
-        return cls(bits, group_size, sym, desc_act, checkpoint_format)
-
-    def to_dict(self) -> dict:
-        """For both JSON files. Older loaders know checkpoint_format and quant_method, newer ones format and method."""
-        return {
-            "bits": self.bits,
-            "group_size": self.group_size,
-            "sym": self.sym,
-            "desc_act": self.desc_act,
-            "lm_head": False,
-            "quant_method": "gptq",
-            "method": "gptq",
-            "checkpoint_format": self.checkpoint_format,
-            "format": self.checkpoint_format,
-            "pack_dtype": "int32",
-            "meta": {"quantizer": [f"eora_lab:{metadata.version('eora-lab')}"]},
-        }
-
-    def __str__(self) -> str:
-        kind = f"{self.checkpoint_format}, {self.bits} bits, groups of {self.group_size}"
-        return f"{kind}, sym={self.sym}, desc_act={self.desc_act}"
 
 
 def to_words(codes: UInt8[Tensor, "rows columns"], bits: int) -> Int32[Tensor, "rows words"]:
@@ -125,15 +63,70 @@ def read_linear(tensors: dict[str, Tensor], config: GptqConfig, name: str) -> Gr
             raise EoraLabError(f"{name}.{key} is {tuple(tensor.shape)}, not {shape}: {damaged}")
     if not torch.isfinite(scales).all():
         raise EoraLabError(f"{name}.scales has NaN or Inf: {damaged}")
-    if g_idx.min() < 0 or g_idx.max() >= groups:
-        raise EoraLabError(f"{name}.g_idx names groups beyond the {groups} there are: {damaged}")
+    offsets = read_zeros(qzeros, config)
+    check_zeros(offsets, config, name)
     return GridWeight(
         codes=from_words(qweight.T, bits),
         scales=(scales if scales.dtype == torch.float16 else scales.float()).T.contiguous(),
-        offsets=read_zeros(qzeros, config).T.contiguous(),
+        offsets=offsets.T.contiguous(),
         bits=bits,
         group_size=min(group_size, in_features),
-        g_idx=None if torch.equal(g_idx, neighbours) else g_idx,
+        g_idx=read_index(g_idx, neighbours, config, name),
+    )
+
+
+def read_index(
+    g_idx: Int32[Tensor, " in"], neighbours: Int32[Tensor, " in"], config: GptqConfig, name: str
+) -> Int32[Tensor, " in"] | None:
+    """The group of every input channel; None: neighbours share one. Raises EoraLabError on what no quantiser makes.
+
+    Without desc_act, a g_idx of zeros stands for "no index": the tools that write it pack groups of neighbours, and the
+    kernels for such files (exllama, marlin) never read the field. That is certain, for a layer whose channels all are
+    of the first group would have no use for the grids of the others. With desc_act the order is lost.
+    """
+    groups = int(neighbours[-1]) + 1
+    if torch.equal(g_idx, neighbours):
+        return None
+    if groups > 1 and not g_idx.any():
+        if not config.desc_act:
+            return None
+        raise EoraLabError(
+            f"{name}.g_idx is all zeros though desc_act is true and there are {groups} groups: the order of the "
+            "channels is lost; quantise again, or set desc_act to false if it was made without"
+        )
+    if g_idx.min() < 0 or g_idx.max() >= groups:
+        raise EoraLabError(
+            f"{name}.g_idx names groups beyond the {groups} there are: the checkpoint is damaged, or its configuration "
+            "is that of another"
+        )
+    if not torch.equal(g_idx.bincount(minlength=groups), neighbours.bincount()):
+        raise EoraLabError(
+            f"{name}.g_idx has groups of other sizes than group_size {config.group_size}: correct group_size in the "
+            "configuration, or copy or download the checkpoint again"
+        )
+    if not config.desc_act:
+        raise EoraLabError(
+            f"{name}.g_idx has groups that are no neighbours, though desc_act is false: some loaders ignore it then; "
+            "set desc_act to true in the configuration if it was made so"
+        )
+    return g_idx
+
+
+def check_zeros(offsets: UInt8[Tensor, "groups out"], config: GptqConfig, name: str) -> None:
+    """Raise EoraLabError where zero points contradict `sym`, whose grids have theirs in the middle."""
+    middle = 2 ** (config.bits - 1)
+    if not config.sym or (offsets == middle).all():
+        return
+    other = "gptq_v2" if config.checkpoint_format == "gptq" else "gptq"
+    shift = 1 if config.checkpoint_format == "gptq" else -1
+    if (offsets == middle + shift).all():
+        raise EoraLabError(
+            f"{name}: every zero point is {middle + shift}, and {middle} with sym true: checkpoint_format is not "
+            f"{config.checkpoint_format}, set it to {other} in the configuration (checkpoint_format: {other})"
+        )
+    raise EoraLabError(
+        f"{name}.qzeros has zero points other than {middle}, which sym true rules out: set sym to false in the "
+        "configuration if the grids are asymmetric, else copy or download the checkpoint again"
     )
 
 

@@ -10,10 +10,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from eora_lab.compress import GridWeight
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, naming
 from eora_lab.formats.checkpoint import Checkpoint
 from eora_lab.formats.dense import dense_tensors, write_model_folder
-from eora_lab.formats.gptq import TENSORS, GptqConfig, read_linear, write_linear
+from eora_lab.formats.gptq import TENSORS, read_linear, write_linear
+from eora_lab.formats.gptq_config import GptqConfig, stated
 from eora_lab.layer.linear import compensated
 from eora_lab.model.structure import block_linears, model_name
 
@@ -32,17 +33,14 @@ class GptqCheckpoint(Checkpoint):
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
         self.model_config = self._read_json("config.json")
-        config = self._read_json("quantize_config.json") or self.model_config.get("quantization_config")
-        if not config:
-            raise EoraLabError(
-                f"{folder} is no GPTQ checkpoint: it has neither quantize_config.json nor a quantization_config in "
-                "config.json"
-            )
-        self.config = GptqConfig.from_dict(config, str(folder))
+        self.config = self._read_config()
         self._files = self._read_headers()
         self._names = sorted(key.removesuffix(".qweight") for key in self._files if key.endswith(".qweight"))
         if not self._names:
-            raise EoraLabError(f"{folder} is no GPTQ checkpoint: no tensor in it is named qweight")
+            raise EoraLabError(
+                f"{folder} is no GPTQ checkpoint: no tensor in it is named qweight; if its weights are dense, delete "
+                "quantization_config from its config.json, and quantize_config.json, and use it as a model"
+            )
 
     def __contains__(self, name: object) -> bool:
         return f"{name}.qweight" in self._files
@@ -110,6 +108,28 @@ class GptqCheckpoint(Checkpoint):
             if not (ours.to(theirs) - theirs).norm() <= ROUNDING * theirs.norm():
                 raise EoraLabError(f"{self.folder} was not made from {original}: the values of {key} differ")
 
+    def _read_config(self) -> GptqConfig:
+        """What quantize_config.json and config.json say; each may leave out what the other says."""
+        inner = self.model_config.get("quantization_config")
+        if inner is not None and not isinstance(inner, dict):
+            raise EoraLabError(f"{self.folder}: quantization_config in config.json must be an object, not {inner!r}")
+        alone = self._read_json("quantize_config.json")
+        if not (alone or inner):
+            raise EoraLabError(
+                f"{self.folder} is no GPTQ checkpoint: it has neither quantize_config.json nor a quantization_config "
+                "in config.json"
+            )
+        with naming(str(self.folder)):
+            first, second = stated(alone), stated(inner or {})
+            for key in first.keys() & second.keys():
+                if first[key] != second[key]:
+                    raise EoraLabError(
+                        f"{key} is {first[key]!r} in quantize_config.json and {second[key]!r} in config.json: correct "
+                        "the wrong one"
+                    )
+        said = {key: value for key, value in alone.items() if value is not None}
+        return GptqConfig.from_dict((inner or {}) | said, str(self.folder))
+
     def _read_json(self, name: str) -> dict:
         """A JSON file of the folder; empty if there is none."""
         path = self.folder / name
@@ -129,6 +149,9 @@ class GptqCheckpoint(Checkpoint):
             weight_map = self._read_json(index.name).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise EoraLabError(f"{index} has no weight_map: copy or download it again")
+            for key, name in weight_map.items():
+                if not isinstance(name, str):
+                    raise EoraLabError(f"{index}: weight_map must name a file for {key}, not {name!r}")
             listed |= weight_map
         names = set(listed.values()) if indices else {path.name for path in self.folder.glob("*.safetensors")}
         if not names:

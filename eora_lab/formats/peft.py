@@ -4,34 +4,43 @@ Ragged: each layer at its own rank, the exact form. Universal: every layer padde
 that know one rank and one scaling only.
 """
 
-import json
 import math
 import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from eora_lab.compensate import LowRank
 from eora_lab.errors import EoraLabError
 from eora_lab.files import write_json, write_safetensors
+from eora_lab.formats.adapter_config import CONFIG, not_plain, read_config
+from eora_lab.formats.made_for import WEIGHTS, MadeFor
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank can be
-KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+ROUNDING = 0.01  # share of |B A| that casting factors to 16 bits may change; 0.0005 is usual
 
 Factors = dict[str, tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]]  # module name -> (A, B)
 
 
-def write_adapter(folder: Path | str, factors: Factors, base_model: str, universal: bool = False) -> None:
+def write_adapter(
+    folder: Path | str, factors: Factors, base_model: str, universal: bool = False, made_for: MadeFor | None = None
+) -> None:
     """Write an adapter folder, in float16, whose scaling is 1 in every loader: r = lora_alpha.
 
     Ragged: r is the highest rank, rank_pattern and alpha_pattern name the layers of other ranks, and layers of rank 0
     are left out. Universal: r is the next rank that vLLM serves, every layer of `factors` is padded with zeros to it,
     and both patterns are empty; pass all linears of the decoder blocks, those of rank 0 too.
-    Raises EoraLabError when there is nothing to write, or when the rank is above what a universal adapter can have.
+    made_for: which compressed weights it belongs to, and no others.
+    Raises EoraLabError when there is nothing to write, when the rank is above what a universal adapter can have, and
+    when factors do not fit float16.
     """
     folder, ranks = Path(folder), {module: len(A) for module, (A, _) in factors.items()}
     highest = max(ranks.values(), default=0)
@@ -63,9 +72,8 @@ def write_adapter(folder: Path | str, factors: Factors, base_model: str, univers
     }
     tensors = {}
     for module, (A, B) in kept.items():
-        tensors[f"base_model.model.{module}.lora_A.weight"] = A.half()
-        tensors[f"base_model.model.{module}.lora_B.weight"] = B.half()
-    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"})
+        tensors[key_of(module, "A")], tensors[key_of(module, "B")] = in_half(A, B, module)
+    write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"} | (made_for.metadata() if made_for else {}))
     write_json(folder / CONFIG, config)
 
 
@@ -83,49 +91,91 @@ def pad(
     return F.pad(A, (0, 0, 0, rank - len(A))), F.pad(B, (0, rank - B.shape[1]))
 
 
+def in_half(
+    A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"], module: str
+) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+    """The factors in float16: as they are, or balanced where that would overflow or round small numbers away.
+
+    Raises EoraLabError when B A does not survive either.
+    """
+    balanced = LowRank(A.float(), B.float(), A.new_empty(0)).balanced()
+    for a, b in ((A, B), (balanced.A, balanced.B)):
+        change, norm = product_norm(A, B, a.half(), b.half()), product_norm(A, B)
+        if change <= ROUNDING * norm:
+            return a.half(), b.half()
+    raise EoraLabError(f"{module}: its factors do not fit float16, B A would change by {change:.2g} and is {norm:.2g}")
+
+
+def product_norm(
+    A: Float[Tensor, "rank in"],
+    B: Float[Tensor, "out rank"],
+    a: Float[Tensor, "rank in"] | None = None,
+    b: Float[Tensor, "out rank"] | None = None,
+) -> float:
+    """|B A - b a|, by the Gram matrices of [B b] and [A -a], so that no product of the layer's size is formed."""
+    left, right = B.double(), A.double()
+    if a is not None and b is not None:
+        left, right = torch.cat([left, b.double()], 1), torch.cat([right, -a.double()])
+    return ((left.T @ left) * (right @ right.T)).sum().clamp_min(0).sqrt().item()
+
+
 def read_files(folder: Path | str) -> tuple[dict[str, Tensor], dict]:
     """(tensors, config) of an adapter folder as they stand. Raises EoraLabError when a file is missing or damaged."""
     folder = Path(folder)
-    try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        hint = f": give {folder / 'adapter'}" if (folder / "adapter" / CONFIG).exists() else ""
-        raise EoraLabError(f"{folder}: no adapter, {CONFIG} is missing{hint}") from error
-    except (OSError, ValueError) as error:
-        raise EoraLabError(f"{folder}: {CONFIG} cannot be read ({error})") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise EoraLabError(f"{folder}: {CONFIG} is not that of a LoRA adapter (peft_type LORA)")
-    for key in ("r", "lora_alpha"):
-        value = config.get(key)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise EoraLabError(f"{folder}: {key} in {CONFIG} must be a number above 0, not {value!r}")
-    for key in ("rank_pattern", "alpha_pattern"):
-        pattern = config.get(key) or {}
-        if not isinstance(pattern, dict) or not all(isinstance(v, int | float) and v > 0 for v in pattern.values()):
-            raise EoraLabError(f"{folder}: {key} in {CONFIG} must name numbers above 0")
-        try:
-            re.compile("|".join(pattern))
-        except re.error as error:
-            raise EoraLabError(f"{folder}: {key} in {CONFIG} has a name that is no pattern ({error})") from error
+    config = read_config(folder)
     if not (folder / WEIGHTS).exists():
         pickled = "; pickled weights (.bin) are refused" if (folder / "adapter_model.bin").exists() else ""
         raise EoraLabError(f"{folder}: {WEIGHTS} is missing{pickled}")
     try:
-        return load_file(folder / WEIGHTS), config
-    except (OSError, SafetensorError) as error:
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise EoraLabError(f"{folder}: {WEIGHTS} cannot be read ({error}): copy or download it again") from error
+    for key, tensor in tensors.items():
+        if KEY.fullmatch(key) and tensor.dtype not in DTYPES:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise EoraLabError(f"{folder}: {key} is {kind}, which is not read: save the adapter in float16 or float32")
+    return tensors, config
 
 
 def pairs(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Module name -> {"A": ..., "B": ...} (one may be missing), and the keys that are neither."""
+    """Module name -> {"A": ..., "B": ...} (one may be missing), and the keys that are neither.
+
+    Raises EoraLabError when a half is there twice, under the names of several adapters.
+    """
     found: dict[str, dict[str, Tensor]] = {}
     unknown = []
     for key, tensor in tensors.items():
-        if (match := KEY.fullmatch(key)) and tensor.ndim == 2:
-            found.setdefault(match[1], {})[match[2]] = tensor
-        else:
+        if not (match := KEY.fullmatch(key)) or tensor.ndim != 2:
             unknown.append(key)
+        elif match[2] in found.setdefault(match[1], {}):
+            raise EoraLabError(f"the adapter holds lora_{match[2]} of {match[1]} twice: save one adapter alone")
+        else:
+            found[match[1]][match[2]] = tensor
     return found, unknown
+
+
+def key_of(module: str, half: str) -> str:
+    """The key that every loader knows. `pairs` also reads those of a state_dict, with the adapter's name in them."""
+    return f"base_model.model.{module}.lora_{half}.weight"
+
+
+def match_names(modules: Iterable[str], known: Collection[str]) -> dict[str, str]:
+    """Adapter's module name -> the model's; those that the model lacks are left out.
+
+    They may differ in case, for GPTQModel writes lower case, and by `language_model`, which a model that also sees has.
+    Raises EoraLabError where two are one module of the model.
+    """
+
+    def plain(name: str) -> str:
+        return ".".join(part for part in name.lower().split(".") if part != "language_model")
+
+    spelt = {plain(name): name for name in known}
+    names = {m: m if m in known else spelt[plain(m)] for m in modules if m in known or plain(m) in spelt}
+    first: dict[str, str] = {}
+    for module, name in names.items():
+        if first.setdefault(name, module) != module:
+            raise EoraLabError(f"{first[name]} and {module} are both {name} of the model")
+    return names
 
 
 def by_pattern(config: dict, field: str, default: str, module: str) -> int | float:
@@ -158,11 +208,10 @@ def peft_scaling(config: dict, module: str) -> float:
 def adapter_factors(tensors: dict[str, Tensor], config: dict) -> Factors:
     """Module name -> (A, B), the scaling multiplied into B.
 
-    Raises EoraLabError when the adapter is more than such products (DoRA, saved modules), or a half is missing.
+    Raises EoraLabError when the adapter is more than such products (see `not_plain`), or a half is missing.
     """
-    if config.get("use_dora") or config.get("modules_to_save"):
-        what = "DoRA" if config.get("use_dora") else "modules_to_save"
-        raise EoraLabError(f"the adapter uses {what}, which is no low-rank product beside a weight")
+    for problem in not_plain(config):
+        raise EoraLabError(problem)
     found, unknown = pairs(tensors)
     if unknown:
         raise EoraLabError(f"the adapter holds {unknown[0]}, which is no lora_A or lora_B matrix")
@@ -175,10 +224,11 @@ def adapter_factors(tensors: dict[str, Tensor], config: dict) -> Factors:
         A, B = halves["A"], halves["B"]
         if len(A) != B.shape[1]:
             raise EoraLabError(f"{module}: lora_A has rank {len(A)}, lora_B {B.shape[1]}")
-        if not (A.isfinite().all() and B.isfinite().all()):
-            raise EoraLabError(f"{module}: NaN or Inf in its factors")
         factor = scaling(config, module)
-        factors[module] = A, B if factor == 1 else B.float() * factor
+        scaled = B if factor == 1 else B.float() * factor
+        if not (A.isfinite().all() and scaled.isfinite().all()):
+            raise EoraLabError(f"{module}: NaN or Inf in its factors")
+        factors[module] = A, scaled
     return factors
 
 

@@ -87,10 +87,13 @@ class CompensatedLinear(PackedLayer):
         """W^ as the matrix product sees it, by default in the dtype of the layer."""
         return self.compressed.dense(dtype or self.lora_A.dtype)
 
+    def stored_weight(self) -> dict[str, Tensor]:
+        """What a file must hold of W^."""
+        return {name: getattr(self, name) for name in self._packed} | self.whole
+
     def stored(self) -> dict[str, Tensor]:
         """All that a file must hold."""
-        packed = {name: getattr(self, name) for name in self._packed}
-        return packed | self.whole | self.factors.state_dict()
+        return self.stored_weight() | self.factors.state_dict()
 
     @classmethod
     def from_stored(cls, tensors: dict[str, Tensor], old: nn.Linear, backend: str = AUTO) -> "CompensatedLinear":

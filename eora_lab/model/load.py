@@ -57,17 +57,17 @@ def load_model(
     return model.requires_grad_(False).eval(), tokenizer
 
 
-def load_skeleton(name: str | Path) -> torch.nn.Module:
+def load_skeleton(name: str | Path, quantised: bool = False) -> torch.nn.Module:
     """The modules of a model without its weights, which are not fetched: on torch's meta device.
 
-    `name` and errors as for `load_model`.
+    `name` and errors as for `load_model`. quantised: it may be so, and its modules are those of its original.
     """
     import transformers
 
-    path = local_path(str(name), weights=False)
+    path = local_path(str(name), weights=False, quantised=quantised)
     if path.is_file():  # a GGUF file tells its structure only when it is read
         return load_model(name)[0]
-    config = _read_config(path, str(name))
+    config = _read_config(path, str(name), quantised)
     try:
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)
@@ -83,10 +83,11 @@ def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return getattr(torch, text)
 
 
-def local_path(name: str, fetch: bool = True, weights: bool = True) -> Path:
+def local_path(name: str, fetch: bool = True, weights: bool = True, quantised: bool = False) -> Path:
     """The folder or GGUF file that `name` stands for; what is not on this machine is fetched first, if it may be.
 
-    weights: else they are not fetched, and may be missing.
+    weights:   else they are not fetched, and may be missing.
+    quantised: a model of the hub may be so.
     Raises EoraLabError when it leads nowhere.
     """
     if name in EMBEDDED:
@@ -104,7 +105,7 @@ def local_path(name: str, fetch: bool = True, weights: bool = True) -> Path:
             raise EoraLabError(f"{name} holds several GGUF files: name one of {', '.join(g.name for g in ggufs)}")
         return ggufs[0]
     if HUB_ID.fullmatch(name):
-        return _fetch_from_hub(name, fetch, weights)
+        return _fetch_from_hub(name, fetch, weights, quantised)
     raise EoraLabError(
         f"no model {name!r}: it is no folder or .gguf file here, no embedded model ({', '.join(EMBEDDED)}), "
         "and no hub id (owner/name)"
@@ -117,7 +118,7 @@ def check_name(name: str) -> None:
         local_path(name)
 
 
-def _fetch_from_hub(name: str, fetch: bool, weights: bool) -> Path:
+def _fetch_from_hub(name: str, fetch: bool, weights: bool, quantised: bool) -> Path:
     """Download what is read and nothing else, so no pickle and no code; the config is judged before the weights.
 
     fetch: else only what was downloaded before counts.
@@ -130,7 +131,7 @@ def _fetch_from_hub(name: str, fetch: bool, weights: bool) -> Path:
     try:
         download = partial(huggingface_hub.snapshot_download, name, ignore_patterns=other, local_files_only=not fetch)
         folder = Path(download(allow_patterns=small))
-        _read_config(folder, name)
+        _read_config(folder, name, quantised)
         return Path(download(allow_patterns=["*.safetensors"])) if weights else folder
     except EoraLabError:
         raise
@@ -149,7 +150,7 @@ def _refuse_adapter(folder: Path) -> None:
         raise EoraLabError(f"{folder} holds an adapter: load its base model from a folder of its own")
 
 
-def _read_config(folder: Path, name: str):
+def _read_config(folder: Path, name: str, quantised: bool = False):
     """The transformers configuration of a decoder-only model. Raises EoraLabError for any other."""
     import transformers
 
@@ -176,7 +177,8 @@ def _read_config(folder: Path, name: str):
     if not decoder or config.is_encoder_decoder or type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
         raise EoraLabError(f"{name} is a {kind} model: EoRA Lab needs a decoder-only language model (such as a Llama)")
     if getattr(config, "quantization_config", None):
-        _refuse_quantised(folder, name)
+        if not quantised:
+            _refuse_quantised(folder, name)
     elif hasattr(config, "quantization_config"):  # empty: transformers stumbles over it
         del config.quantization_config
     return config

@@ -1,15 +1,22 @@
 """Several low-rank adapters on one compressed model, switched in place: the packed weights are held once."""
 
-from collections.abc import Mapping
+import hashlib
+import warnings
+from collections.abc import Iterable, Mapping
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eora_lab.compensate.factors import StoredFactors
-from eora_lab.errors import EoraLabError
-from eora_lab.formats.peft import Factors, read_adapter
+from eora_lab.errors import EoraLabError, naming
+from eora_lab.files import digest
+from eora_lab.formats.adapter_config import names_another
+from eora_lab.formats.made_for import MadeFor, read_made_for
+from eora_lab.formats.peft import Factors, in_half, match_names, read_adapter
 from eora_lab.layer.linear import CompensatedLinear, compensated
+from eora_lab.model.structure import model_name
 
 OWN, OFF = "own", "off"  # the low-rank path that the model came with, and none at all
 
@@ -20,8 +27,8 @@ class Adapters:
     model:   from `load_run` or `compress_model`.
     folders: name -> PEFT adapter folder. The path that the model came with is called "own".
 
-    Raises EoraLabError when the model is not compressed, a folder cannot be read or does not fit the model's layers,
-    or a name is taken.
+    Raises EoraLabError when the model is not compressed, a folder cannot be read, belongs to other compressed weights
+    or does not fit the model's layers, or a name is taken. Warns of an adapter that names another base model.
     """
 
     def __init__(self, model: nn.Module, folders: Mapping[str, Path | str] | None = None):
@@ -31,11 +38,28 @@ class Adapters:
             self._factors[OWN] = {name: layer.factors for name, layer in self._layers.items()}
         self.active: str | None = next(iter(self._factors), None)
         for name, folder in (folders or {}).items():
-            factors = read_adapter(folder)[0]
-            try:
+            factors, config = read_adapter(folder)
+            with naming(str(folder)):
+                self._check_base(folder, config)
                 self.add(name, factors)
-            except EoraLabError as error:
-                raise EoraLabError(f"{folder}: {error}") from error
+
+    def _check_base(self, folder: Path | str, config: dict) -> None:
+        """Raise EoraLabError when an adapter belongs to other compressed weights. One that does not say may warn."""
+        here, made_for = model_name(self.model), read_made_for(folder)
+        if made_for is None or not made_for.weights:
+            if named := names_another(config, here):
+                message = f"{folder} names {named} as its base model, and this is a compression of {here}"
+                warnings.warn(message, stacklevel=4)
+        elif made_for.weights != self._weights:
+            raise EoraLabError(
+                f"made for other compressed weights (of {config.get('base_model_name_or_path')}, W^ "
+                f"{made_for.weights[:8]}) than these (of {here or 'a model in memory'}, W^ {self._weights[:8]}): "
+                "use it with the run that it was made for"
+            )
+
+    @cached_property
+    def _weights(self) -> str:
+        return weights_digest(self.model)
 
     def add(self, name: str, factors: Factors) -> None:
         """One more adapter, such as `solve_adapter` returns. Raises EoraLabError when it or its name does not do."""
@@ -88,13 +112,48 @@ def compensated_layers(model: nn.Module) -> dict[str, CompensatedLinear]:
 
 def stored_factors(layers: Mapping[str, CompensatedLinear], factors: Factors) -> dict[str, StoredFactors]:
     """A path for every layer, of rank 0 where `factors` has none. Raises EoraLabError where a pair does not fit."""
-    if strangers := factors.keys() - layers.keys():
-        raise EoraLabError(f"made for another model: there is no compressed layer {min(strangers)} here")
+    names = match_names(factors, layers)
+    if strangers := factors.keys() - names.keys():
+        raise EoraLabError(
+            f"there is no compressed layer {min(strangers)} here: the adapter was made for another model, or changes a "
+            "layer that stays as it is (embeddings, lm_head)"
+        )
+    given = {name: factors[module] for module, name in names.items()}
     stored = {}
     for name, layer in layers.items():
-        A, B = factors.get(name) or (torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0))
+        A, B = given.get(name) or (torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0))
         if (A.shape[1], len(B)) != (layer.in_features, layer.out_features):
             here = f"{layer.out_features}x{layer.in_features}"
             raise EoraLabError(f"made for another model: {name} is {here} here, {len(B)}x{A.shape[1]} in the adapter")
+        if layer.lora_A.dtype == torch.float16:
+            A, B = in_half(A, B, name)
         stored[name] = StoredFactors(A, B)
     return stored
+
+
+def made_for(model: nn.Module, work: object, base: str | None = None) -> MadeFor:
+    """What an adapter for a compressed model belongs to.
+
+    work: JSON value that says how the adapter is made.
+    base: digest of the model that was compressed; by default of the files that it was loaded from.
+    """
+    files, _ = getattr(model, "eora_lab_origin", ("", ""))
+    return MadeFor(weights_digest(model), files if base is None else base, digest(work))
+
+
+def weights_digest(model: nn.Module) -> str:
+    """A hash of W^ of all compressed layers."""
+    return stored_digest((name, layer.stored_weight()) for name, layer in compensated_layers(model).items())
+
+
+def stored_digest(layers: Iterable[tuple[str, Mapping[str, Tensor]]]) -> str:
+    """The same from module names and what files hold of their W^."""
+    found = {}
+    for name, tensors in layers:
+        one = hashlib.sha256()
+        for key in sorted(tensors):
+            tensor = tensors[key].detach().cpu().contiguous()
+            one.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            one.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+        found[name] = one.hexdigest()
+    return digest(found)

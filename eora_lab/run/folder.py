@@ -29,6 +29,7 @@ from eora_lab.layer.linear import CompensatedLinear, compensated, use_backend
 from eora_lab.model.digest import TENSORS, files_digest, tensors_digest
 from eora_lab.model.load import as_dtype, load_model, local_path
 from eora_lab.model.structure import linear_at
+from eora_lab.run.adapters import made_for
 from eora_lab.run.report import LayerReport, Report, layer_report
 
 CONFIG = "config.json"
@@ -86,7 +87,8 @@ class RunFolder:
         layers = compensated(model)
         if any(module.rank for module in layers.values()):
             factors = {name: module.factors.dense() for name, module in layers.items()}
-            peft.write_adapter(self.path / "adapter", factors, str(self.settings["model"]))
+            belongs = made_for(model, "run", str(self.settings.get("weights", "")))
+            peft.write_adapter(self.path / "adapter", factors, str(self.settings["model"]), made_for=belongs)
         write_report(self.path, report)
 
 
@@ -235,21 +237,6 @@ def _load_base(path: Path, dtype: torch.dtype | str, device: str, model: Path | 
             f"({hint})"
         )
     return base.to(as_dtype(dtype)), tokenizer
-
-
-def run_factors(path: Path | str) -> peft.Factors:
-    """The low-rank path of a finished run, a pair for every compressed layer: of rank 0 where there is none.
-
-    Raises EoraLabError when the folder is no run, is not finished, is damaged, or has no low-rank path at all.
-    """
-    report = read_report(path)
-    if not any(layer.rank for layer in report.layers):
-        raise EoraLabError(f"{path} has no low-rank path: it was made with --method none or rank 0")
-    factors, _ = peft.read_adapter(Path(path) / "adapter")
-    empty = {
-        layer.name: (torch.zeros(0, layer.in_features), torch.zeros(layer.out_features, 0)) for layer in report.layers
-    }
-    return empty | factors
 
 
 def read_report(path: Path | str) -> Report:

@@ -20,15 +20,15 @@ from eora_lab.calibrate.stream import BlockStream, collect_statistics
 from eora_lab.compensate import SOLVERS, LowRank
 from eora_lab.compensate.eora import eora
 from eora_lab.compensate.factors import store_factors
-from eora_lab.compress import residual, tagged_state_dict
 from eora_lab.environment import peak_memory
 from eora_lab.errors import EoraLabError, naming
 from eora_lab.layer.linear import CompensatedLinear, backends_in_use
 from eora_lab.model.digest import model_digest
-from eora_lab.model.structure import block_linears, decoder, decoder_blocks, linear_at, linears, matrices, model_name
+from eora_lab.model.structure import decoder, decoder_blocks, linear_at, linears, matrices, model_name
 from eora_lab.run.budget import Budget
 from eora_lab.run.fit import Steps, fit_layer
 from eora_lab.run.folder import RunFolder, open_folder
+from eora_lab.run.given import check_given
 from eora_lab.run.ranks import given_ranks, spread
 from eora_lab.run.recipe import Recipe
 from eora_lab.run.report import LayerReport, Report
@@ -214,36 +214,6 @@ def spectrum_summary(low_rank: LowRank, shape: torch.Size, error_energy: float |
         return {}
     ranks = sorted({2**k for k in range(16)} | {low_rank.rank})
     return {r: spectrum[:r].sum().item() / total if total else 1.0 for r in ranks if 0 < r <= len(spectrum)}
-
-
-def check_given(model: nn.Module, weights: Mapping, progress: bool = True) -> str:
-    """A digest of weights that came compressed.
-
-    Raises EoraLabError when one belongs to no linear, is of another shape, or cannot be a compression of that linear:
-    when it is further from W than zero is. (Unrelated weights of the same size are sqrt(2) |W| away; round to nearest
-    in 2 bits about |W| / 2.)
-    """
-    from tqdm.auto import tqdm
-
-    modules, digest = block_linears(model), hashlib.sha256()
-    for name in tqdm(weights, desc="compressed weights", unit="layer", disable=not progress, leave=False):
-        if name not in modules:
-            raise EoraLabError(f"{name} comes compressed, but is no linear in the decoder blocks of this model")
-        given, weight = weights[name], modules[name].weight
-        if given.shape != weight.shape:
-            raise EoraLabError(
-                f"{name} comes compressed as {tuple(given.shape)}, but is {tuple(weight.shape)} in this model: "
-                "it is not the original model"
-            )
-        distance, norm = residual(weight, given).norm(), weight.float().norm()
-        if not distance <= norm:
-            raise EoraLabError(
-                f"{name} comes compressed, but {distance / norm:.2f} times the weight's norm away from it: "
-                "this is not the model that it was made from"
-            )
-        for tensor in tagged_state_dict(given).values():
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def identity(model: nn.Module, batches: Int[Tensor, "nsamples seqlen"]) -> dict[str, str]:

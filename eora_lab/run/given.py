@@ -1,0 +1,70 @@
+"""Weights that come compressed: can they be a compression of this model's?"""
+
+import hashlib
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from eora_lab.compress import Compressed, GridWeight, residual, tagged_state_dict
+from eora_lab.errors import EoraLabError
+from eora_lab.model.structure import block_linears
+
+STEPS = 1.5  # of its grid, that GPTQ's W^ may be away from W: 0.3 to 0.7 in a real model, 0.96 at the worst seen
+SHIFT = 0.5  # of a step, that W^ may be off on average: 0.01 in a real model, 1 where zero points are read one off
+
+
+def check_given(model: nn.Module, weights: Mapping, progress: bool = True) -> str:
+    """A digest of weights that came compressed.
+
+    Raises EoraLabError when one belongs to no linear, is of another shape, or cannot be a compression of that linear:
+    when it is further from W than zero is (unrelated weights of the same size are sqrt(2) |W| away), or further than
+    its own grid explains, see `steps_away`.
+    """
+    from tqdm.auto import tqdm
+
+    modules, digest = block_linears(model), hashlib.sha256()
+    for name in tqdm(weights, desc="compressed weights", unit="layer", disable=not progress, leave=False):
+        if name not in modules:
+            raise EoraLabError(f"{name} comes compressed, but is no linear in the decoder blocks of this model")
+        given, weight = weights[name], modules[name].weight
+        if given.shape != weight.shape:
+            raise EoraLabError(
+                f"{name} comes compressed as {tuple(given.shape)}, but is {tuple(weight.shape)} in this model: "
+                "it is not the original model"
+            )
+        error = residual(weight, given)
+        distance, norm = error.norm(), weight.float().norm()
+        steps, shift = steps_away(error, given)
+        if not abs(shift) <= SHIFT:
+            raise EoraLabError(
+                f"{name} comes compressed, but {shift:+.2f} steps of its grid away from the weight on average: its "
+                "zero points are read one off, so correct the format that its configuration names (checkpoint_format: "
+                "gptq or gptq_v2)"
+            )
+        if not (distance <= norm and steps <= STEPS):
+            raise EoraLabError(
+                f"{name} comes compressed, but {distance / norm:.2f} times the weight's norm away from it, {steps:.1f} "
+                f"steps of its grid where {STEPS} are the most: this is not the model that it was made from"
+            )
+        for tensor in tagged_state_dict(given).values():
+            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def steps_away(error: Float[Tensor, "out in"], given: Compressed) -> tuple[float, float]:
+    """How far W^ is from W in steps of its grid: root mean square, and on average.
+
+    In steps the bound is one for all bits, group sizes and outliers; against |W| it is about 0.5 in 4 bits and 1 in 3.
+    Rounding to nearest gives 1 / sqrt(12) = 0.29. GPTQ moves weights to make good for others, which adds to the first
+    number and not to the second; a pruner moves them further, so that the first is 0 where half of W^ and more is zero.
+    Both are 0 where there is no grid.
+    """
+    if not isinstance(given, GridWeight):
+        return 0.0, 0.0
+    group = torch.arange(given.shape[1]) // given.group_size if given.g_idx is None else given.g_idx.long()
+    error, steps, kept = error.cpu(), given.scales.cpu().float()[:, group], given.dense().cpu() != 0
+    shift = (error * steps).sum() / steps.square().sum().clamp_min(1e-30)
+    pruned = given.mask is not None or 2 * kept.sum() <= kept.numel()
+    return 0.0 if pruned else (error[kept].norm() / steps[kept].norm()).item(), shift.item()

@@ -1,0 +1,108 @@
+"""What a finished run holds, without its model: its low-rank path, its sizes, and which adapters are its own."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from eora_lab.compensate.factors import StoredFactors
+from eora_lab.errors import EoraLabError
+from eora_lab.files import digest
+from eora_lab.formats.adapter_check import Shapes
+from eora_lab.formats.made_for import MadeFor, check_folder
+from eora_lab.formats.peft import Factors
+from eora_lab.model.digest import TENSORS, files_digest
+from eora_lab.model.load import load_skeleton, local_path
+from eora_lab.model.structure import block_linears
+from eora_lab.run.adapters import stored_digest
+from eora_lab.run.folder import is_run, read_config, read_report
+
+OWN = ("adapter", "blocks")  # folders of a run
+FACTORS = ("lora_A", "lora_B")  # begin the names of the tensors that are not W^
+
+
+def run_factors(path: Path | str) -> Factors:
+    """The low-rank path of a finished run, a pair for every compressed layer: of rank 0 where there is none.
+
+    Raises EoraLabError when the folder is no run, is not finished, is damaged, or has no low-rank path at all.
+    """
+    if not any(layer.rank for layer in read_report(path).layers):
+        raise EoraLabError(f"{path} has no low-rank path: it was made with --method none or rank 0")
+    try:
+        return {name: StoredFactors.from_state_dict(tensors).dense() for name, tensors in _layers(path, factors=True)}
+    except KeyError as error:
+        raise EoraLabError(f"{path}: a file in blocks/ is damaged, it lacks {error} of a low-rank path") from error
+
+
+def run_made_for(path: Path | str, work: object) -> MadeFor:
+    """What an adapter for the compressed weights of a finished run belongs to; see `made_for`. Raises as above."""
+    base = read_config(path)["settings"]["weights"]
+    return MadeFor(stored_digest(_layers(path, factors=False)), base, digest(work))
+
+
+def check_output(folder: Path, made_for: MadeFor) -> None:
+    """Raise EoraLabError unless an adapter may be written there: see `check_folder`, and no folder of a run's own."""
+    place = folder.resolve()
+    if is_run(place) or (is_run(place.parent) and place.name in OWN):
+        raise EoraLabError(f"{folder} belongs to a run: choose another output folder")
+    check_folder(folder, made_for)
+
+
+def shapes_of(name: str) -> Shapes:
+    """Module name -> (out_features, in_features) of a run's compressed layers, or of the linears in a model's blocks.
+
+    name: run folder, or a model, which may be a GPTQ checkpoint. Raises EoraLabError when it is neither.
+    """
+    if is_run(Path(name)):
+        return {layer.name: (layer.out_features, layer.in_features) for layer in read_report(name).layers}
+    linears = block_linears(load_skeleton(name, quantised=True))
+    return {module: (linear.out_features, linear.in_features) for module, linear in linears.items()}
+
+
+def belongs_elsewhere(made_for: MadeFor, name: str) -> str | None:
+    """Why an adapter does not belong to a run, or to no compression of a model; None: it does, or nothing is known."""
+    if is_run(Path(name)) and made_for.weights:
+        here = run_made_for(name, None).weights
+        other = (
+            f"was made for other compressed weights (W^ {made_for.weights[:8]}) than those of {name} (W^ {here[:8]})"
+        )
+        return None if here == made_for.weights else other
+    if not made_for.base or made_for.base.startswith(TENSORS):
+        return None
+    try:
+        place = local_path(name, fetch=False)
+    except EoraLabError:
+        return None  # not on this machine
+    if place.is_dir() and (is_quantised(place) or not any(place.glob("*.safetensors"))):
+        return None
+    if files_digest(place) == made_for.base:
+        return None
+    return f"was made for a compression of another model than {name}: the weights differ"
+
+
+def is_quantised(folder: Path) -> bool:
+    """Whether a model's folder holds a quantised one, such as a GPTQ checkpoint."""
+    return bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("quantization_config"))
+
+
+def _layers(path: Path | str, factors: bool) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Module name and stored tensors of every compressed layer, of its low-rank path or of W^."""
+    files = sorted((Path(path) / "blocks").glob("*.safetensors"))
+    left = {layer.name for layer in read_report(path).layers}
+    for block in files:
+        try:
+            with safe_open(block, framework="pt") as file:
+                found: dict[str, dict[str, Tensor]] = {}
+                for key in file.keys():  # noqa: SIM118
+                    name = next(name for name in left if key.startswith(f"{name}."))
+                    local = key.removeprefix(f"{name}.")
+                    if local.startswith(FACTORS) == factors:
+                        found.setdefault(name, {})[local] = file.get_tensor(key)
+        except (OSError, SafetensorError, StopIteration) as error:
+            raise EoraLabError(f"{block}: incomplete, corrupt, or of another run ({error})") from error
+        left -= found.keys()
+        yield from found.items()
+    if left:
+        raise EoraLabError(f"{path}: the file in blocks/ that holds {min(left)} is missing")
