@@ -15,6 +15,9 @@ from torch import Tensor
 
 import eora_lab
 from docs.build import MODULES, build
+from docs.numbers import README, check, command, unclaimed
+from docs.records import PRINTED
+from eora_lab.cli import main
 
 ROOT = Path(__file__).parent.parent
 BY_NAME = (dict, Mapping, Callable)  # tensors in these have no one shape
@@ -97,3 +100,50 @@ def test_the_reference_is_built_and_its_links_hold(tmp_path):
             target = (path.parent / file).resolve() if file else path
             assert target in html, f"{path.name}: {link}"
             assert not anchor or anchor in anchors[target], f"{path.name}: {link}"
+
+
+def test_the_numbers_of_the_readme_are_those_recorded():
+    readme = README.read_text(encoding="utf-8")
+    assert [str(result) for result in check(readme) if result.wrong] == []
+    assert unclaimed(readme) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "changed", "wrong"),
+    [
+        ("17.85", "17.58", "demo gives 17.85"),  # a frame
+        ("-0.676 [-0.720", "-0.676 [-0.702", "T2 gives 93.02 41.0 3.5 -0.676 -0.720"),  # an interval of recorded cells
+        ("27.67 | 43.03 | 49.0 ± 2.2", "27.67 | 43.03 | 49.0 ± 2.0", "task-mix gives"),
+        ("and T10 27.", "and T10 26.", "T10 gives 27"),
+        ("| 47.03 |  | 6.47 |", "| 47.03 |  | 6.57 |", "arithmetic gives 47.03 6.47"),
+        ("21.96 s | 28 |", "21.96 s | 27 |", "arithmetic gives 0.79 21.96 28"),
+        ("| Wanda 2:4 |", "| Wanda |", "the README does not say: | Wanda 2:4 |"),
+    ],
+)
+def test_a_changed_number_is_found(said, changed, wrong):
+    readme = README.read_text(encoding="utf-8")
+    assert said in readme
+    found = [str(result) for result in check(readme.replace(said, changed)) if result.wrong]
+    assert found and any(wrong in line for line in found)
+
+
+def test_a_number_without_a_command_is_found():
+    readme = README.read_text(encoding="utf-8")
+    (found,) = unclaimed(readme + "\nThe best reaches 36.66 in the end.")
+    assert found.endswith("reaches 36.66")
+
+
+def test_what_a_command_printed_is_a_record(tmp_path):
+    readme = README.read_text(encoding="utf-8")
+    printed = "48.4 s, peak memory 1.87 GB\nperplexity on wikitext2:test: dense 36.02, compressed 37.72"
+    (tmp_path / "gptq-8.txt").write_text(printed)
+    (result,) = (one for one in check(readme, tmp_path) if one.claim.record == "gptq-8")
+    assert result.wrong and "gptq-8 gives 37.72 1.047 48.4 1.87" in str(result)
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_the_readme_has_the_command_of_every_record(name, capsys):
+    arguments = command(README.read_text(encoding="utf-8"), name)
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--help"])
+    assert stop.value.code == 0 and arguments[0] in ("compare", "compress", "bench")

@@ -1,0 +1,248 @@
+"""The measured numbers of README.md: the words around them, and how they follow from what is recorded."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pandas
+
+from docs.records import BASES, LINE, PRINTED, Numbers, compared, said
+from eora_lab.experiment.cells import Cell
+from eora_lab.experiment.paper_runs import TableRow, rivalry
+from eora_lab.experiment.store import ResultStore, row, scores
+from eora_lab.experiment.sweep import expand
+from eora_lab.measure.intervals import Interval, paired_bootstrap
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Words of the README with a format field for every number; lines and columns do not count."""
+
+    text: str
+    record: str
+    numbers: Callable[[Any], Numbers]  # from the record
+
+
+def interval(one: Interval) -> Numbers:
+    return one.difference, one.low, one.high
+
+
+SPAN = "{:+.3f} [{:+.3f}, {:+.3f}]"
+
+
+COLUMNS = ("perplexity", "error", "nbytes", "bits_per_weight")
+
+
+def of_demo() -> Iterator[Claim]:
+    yield Claim(
+        "dense none 0 {:.2f} {:.1f} {:.2f} {:.1f}",
+        "demo",
+        lambda frame: (*_demo(frame, "dense", "none", "perplexity", "nbytes", "bits_per_weight"), None),
+    )
+    for method in ("none", "svd", "act_s", "eora"):
+        path = "0" if method == "none" else "64 uniform 16-bit"
+        yield Claim(
+            f"rtn 3-bit g64 {method} {path} {{:.2f}} {{:.5f}} {{:.1f}} {{:.2f}} {{:.1f}}",
+            "demo",
+            lambda frame, method=method: (*_demo(frame, "rtn 3-bit g64", method, *COLUMNS), None),
+        )
+
+
+def _demo(frame: pandas.DataFrame, base: str, method: str, *columns: str) -> Numbers:
+    line = frame.loc[(base, method)]
+    return [line[name] / 1e6 if name == "nbytes" else line[name] for name in columns]
+
+
+T2 = {"none": "none |", "ZeroQuant-V2": "ZeroQuant-V2 (SVD) | 32", "Act-S": "Act-S | 32", "EoRA": "EoRA | 32"}
+
+
+def of_paper() -> Iterator[Claim]:
+    for base in ("GPTQ 4-bit", "GPTQ 3-bit"):
+        for method, words in T2.items():
+            spans = f"{SPAN} | {SPAN}" if method != "EoRA" else "|"
+            yield Claim(
+                f"| {base} | {words} | {{:.2f}} | {{:.1f}} ± {{:.1f}} | {spans} |",
+                "T2",
+                lambda known, base=base, method=method: _paper_row(*known, base, method),
+            )
+    yield Claim(
+        "at 3 bits it is **worse** by {:.1f} %", "T2", lambda known: [_against(*known, "GPTQ 3-bit", "Act-S", 32)]
+    )
+    yield Claim("the three are within {:.1f} % of each other", "T10", lambda known: [_spread(*known, 256)])
+    yield Claim("On two cores T2 took {:.0f} minutes", "T2", lambda known: [_minutes(*known)])
+    yield Claim("minutes and T10 {:.0f}.", "T10", lambda known: [_minutes(*known)])
+
+
+def _measured(rows: list[TableRow], store: ResultStore, base: str, method: str, rank: int) -> dict[str, dict]:
+    """Task -> its cell."""
+    for line in rows:
+        cells = {task: store.get(cell.config()) for task, cell in line.cells.items()}
+        ranks = {cell.recipe.rank for cell in line.cells.values() if cell.recipe}
+        if (line.base, line.method) == (base, method) and ranks == {rank}:
+            return {task: row(found) for task, found in cells.items() if found}
+    raise LookupError(f"{base}, {method}, {rank}")
+
+
+def _perplexity(rows: list[TableRow], store: ResultStore, base: str, method: str, rank: int) -> float:
+    return _measured(rows, store, base, method, rank)["wikitext2"]["perplexity.wikitext2:test"]
+
+
+def _paper_row(rows: list[TableRow], store: ResultStore, base: str, method: str) -> Numbers:
+    arc = _measured(rows, store, base, method, 0 if method == "none" else 32)["arc_easy"]
+    found = [_perplexity(rows, store, base, method, 0 if method == "none" else 32)]
+    found += [100 * arc["tasks.arc_easy.value"], 100 * arc["tasks.arc_easy.stderr"]]
+    rival = "no compensation" if method == "none" else method
+    for pairs in rivalry(rows, store).values() if method != "EoRA" else ():
+        found += interval(pairs[f"{base}, rank 32: against {rival}"])
+    return found
+
+
+def _against(rows: list[TableRow], store: ResultStore, base: str, rival: str, rank: int) -> float:
+    """Per cent that EoRA is worse."""
+    return 100 * (_perplexity(rows, store, base, "EoRA", rank) / _perplexity(rows, store, base, rival, rank) - 1)
+
+
+def _spread(rows: list[TableRow], store: ResultStore, rank: int) -> float:
+    found = [_perplexity(rows, store, "SparseGPT 2:4", method, rank) for method in ("ZeroQuant-V2", "Act-S", "EoRA")]
+    return 100 * (max(found) / min(found) - 1)
+
+
+def _minutes(rows: list[TableRow], store: ResultStore) -> float:
+    cells: list[Cell] = expand([cell for line in rows for cell in line.cells.values()])
+    return sum(found["cost"]["total"] for cell in cells if (found := store.get(cell.config()))) / 60
+
+
+def of_task_mix() -> Iterator[Claim]:
+    for n, words in enumerate(("WikiText-2", "ARC", "half ARC, half WikiText-2", "no path")):
+        spans = f"{SPAN} | {SPAN}" if n else "|"
+        yield Claim(
+            f"| {words} | {{:.2f}} | {{:.2f}} | {{:.1f}} ± {{:.1f}} | {spans} |",
+            "task-mix",
+            lambda cells, n=n: _mixed(cells, n),
+        )
+
+
+def _mixed(cells: list[dict], n: int) -> Numbers:
+    flat, ours, first = row(cells[n]), scores(cells[n]), scores(cells[0])
+    found = [flat["perplexity.arc:test"], flat["perplexity.wikitext2:test"]]
+    found += [100 * flat["tasks.arc_easy.value"], 100 * flat["tasks.arc_easy.stderr"]]
+    for measure in ("log perplexity arc:test", "arc_easy acc") if n else ():
+        found += interval(paired_bootstrap(first[measure], ours[measure]))
+    return found
+
+
+def of_round_to_nearest() -> Iterator[Claim]:
+    yield Claim("| full precision | | | {:.2f} | {:.2f} | 32 |", "rtn", lambda out: (compared(out, base="dense"), None))
+    for bits in (4, 3):
+        for method, rank in (("none", 0), *((m, r) for m in ("svd", "qera_approx", "eora") for r in (32, 64))):
+            reference = "{:.2f}" if method in ("none", "eora") or rank == 64 else ""
+            text = f"| RTN {bits}-bit | {method} | {rank or ''} | {{:.2f}} | {reference} | {{:.2f}} |"
+            want = {"base": f"rtn {bits}-bit g64", "method": method, "rank": rank}
+            rest = [None] if reference else []
+            yield Claim(
+                text,
+                "rtn",
+                lambda out, want=want, rest=rest: (compared(out, **want), *rest, compared(out, "bits", **want)),
+            )
+            size = bits + 1 + path_bits(rank)  # a float32 scale and offset for 64 weights
+            yield Claim(text, "arithmetic", lambda _, rest=rest, size=size: (None, *rest, size))
+    yield Claim(
+        "EoRA rank 64 on RTN 3-bit reaches {:.2f}", "rtn-compensated", lambda out: [compared(out, method="eora")]
+    )
+    yield Claim(
+        "uniform {:.2f}, relative output error minimised {:.2f}, absolute output error minimised {:.2f}",
+        "budget",
+        lambda out: [compared(out, budget=name) for name in ("uniform", "relative", "absolute")],
+    )
+    for rank in (32, 64, 128):
+        text = f"| {rank} | 16-bit | {{:.2f}} | {{:.1f}} | | {rank} | 4-bit | {{:.2f}} | {{:.1f}} |"
+        yield Claim(
+            text,
+            "factor-bits",
+            lambda out, rank=rank: [
+                compared(out, number, rank=rank, factors=bits) for bits in (16, 4) for number in ("perplexity", "MB")
+            ],
+        )
+        size = 30 * sum(rows * columns for rows, columns in SHAPES) * (4 + path_bits(rank)) / 8e6
+        yield Claim(text, "arithmetic", lambda _, size=size: (None, size, None, None))
+    yield Claim(
+        "Four bits cost {:.1f} % at rank 64",
+        "arithmetic",
+        lambda text: [percent(*text("| 64 | 16-bit | {:.2f} | 92.2 | | 64 | 4-bit | {:.2f} |"))],
+    )
+
+
+SHAPES = ((576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536))  # a block's linears
+
+
+def path_bits(rank: int) -> float:
+    """Bits a weight of a path in 16 bits."""
+    return 16 * rank * sum(map(sum, SHAPES)) / sum(rows * columns for rows, columns in SHAPES)
+
+
+def percent(one: float, other: float) -> float:
+    """That the second number is above the first."""
+    return 100 * (other / one - 1)
+
+
+def of_bases() -> Iterator[Claim]:
+    words = ("GPTQ 4-bit", "GPTQ 3-bit, integer zero points, 16-bit scales ({:.2f} bits a weight, as on disk)")
+    for name, base in zip(BASES, (*words, "Wanda 2:4", "SparseGPT 2:4", "SparseGPT 2:4 + 4-bit"), strict=True):
+        four = f"| {base} | " + "{:.2f} | " * 4
+        bits = ["bits"] if "{" in base else []
+        yield Claim(
+            four,
+            name,
+            lambda out, bits=bits: (
+                [compared(out, one, method="none", base=_base(out)) for one in bits]
+                + [compared(out, method=method, base=_base(out)) for method in ("none", "svd", "act_s", "eora")]
+            ),
+        )
+        if f"{name}-rounds" in PRINTED:
+            yield Claim(four + "{:.2f} |", f"{name}-rounds", lambda out: [None] * 4 + [compared(out, method="eora")])
+    yield Claim(
+        "there Act-S is {:.1f} % lower",
+        "arithmetic",
+        lambda text: [-percent(*text("| GPTQ 4-bit | 38.87 | 37.47 | {:.2f} | {:.2f} |")[::-1])],
+    )
+
+
+def _base(printed: str) -> str:
+    """Of the rows that are not dense."""
+    return next(one["base"] for one in LINE.finditer(printed) if one["base"] != "dense")
+
+
+def of_passes() -> Iterator[Claim]:
+    cost = r"([\d.]+) s, peak memory ([\d.]+) GB"
+    yield Claim("whole model take {:.0f} s and {:.2f} GB", "compress", lambda out: said(out, cost))
+    text = "perplexity {:.2f}, {:.3f} times that of full precision; {:.1f} s for both steps, peak memory {:.2f} GB"
+    yield Claim(text, "gptq-8", lambda out: (*_times(out), *said(out, cost)))
+    yield Claim(
+        text,
+        "arithmetic",
+        lambda known: (None, known(text)[0] / known("| full precision | | | {:.2f} |")[0], None, None),
+    )
+    for shape in ("4096 x 4096", "14336 x 4096", "4096 x 14336"):
+        words = f"| {shape} | {{:.2f}} s | {{:.2f}} s | {{:.0f}} | {{:.9f}} |"
+        numbers = rf"{shape.replace(' ', '')} +([\d.]+) +([\d.]+) +(\d+)x +([\d.]+)"
+        yield Claim(words, "bench", lambda out, numbers=numbers: said(out, numbers))
+        yield Claim(words, "arithmetic", lambda text, words=words: _ratio(*text(words)))
+
+
+def _times(printed: str) -> Numbers:
+    dense, compressed = said(printed, r"perplexity on .*: dense ([\d.]+), compressed ([\d.]+)")
+    return compressed, compressed / dense
+
+
+def _ratio(ours: float, reference: float, *_: float) -> Numbers:
+    return None, None, reference / ours, None
+
+
+CLAIMS = [*of_demo(), *of_paper(), *of_task_mix(), *of_round_to_nearest(), *of_bases(), *of_passes()]
+EXEMPT = (  # numbers that are not measured; and a time to load, which has no command
+    r"Python 3\.11 to 3\.13",
+    r"2410\.21271",
+    r"\*\* 0\.75",
+    r"Apache-2\.0",
+    r"first token take about 3\.5 s",
+)

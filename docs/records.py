@@ -1,0 +1,89 @@
+"""What the numbers of README.md follow from: recorded cells and frames, and what commands printed."""
+
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas
+
+from eora_lab.experiment.paper_runs import TableRow, table_rows
+from eora_lab.experiment.store import ResultStore
+from eora_lab.experiment.sweep import expand, read_grid
+
+ROOT = Path(__file__).parents[1]
+MEASURED = ROOT / "data" / "measured"
+
+Numbers = Sequence[float | None]  # None: a number that is not judged, as a time of the demo
+
+# --- records that are drawn as figures too -------------------------------------------------------------------------
+
+
+def demo() -> pandas.DataFrame:
+    """The table of `make demo`."""
+    return pandas.read_csv(ROOT / "figures" / "demo.csv").set_index(["base", "method"])
+
+
+def paper(table: str) -> tuple[list[TableRow], ResultStore]:
+    """A table of the paper at small scale, and the cells of it."""
+    return table_rows(table, "smollm2-135m", "small"), ResultStore(MEASURED / "paper")
+
+
+def task_mix() -> list[dict]:
+    """The cells of the ablation, in the order of the README: WikiText-2, ARC, both, no path."""
+    store = ResultStore(MEASURED / "task-mix")
+    found = [store.get(cell.config()) for cell in expand(read_grid("task-mix"))]
+    order = ("wikitext2:validation", "arc", "arc+wikitext2:validation")
+    by_source = {one["config"]["source"]: one for one in found if one and one["config"]["method"] == "eora"}
+    return [by_source[name] for name in order] + [one for one in found if one and one["config"]["method"] == "none"]
+
+
+READERS: dict[str, Callable[[], Any]] = {
+    "demo": demo,
+    "T2": lambda: paper("T2"),
+    "T10": lambda: paper("T10"),
+    "task-mix": task_mix,
+}
+
+# --- records of what commands print: how the command begins in the README, and what is put in place of what -----------
+
+OTHERS = "--method none svd act_s eora"
+THREE = (OTHERS, "--method eora --rounds 3")
+BASES = {
+    "gptq-4": "--compressor gptq --bits 4 --mse",
+    "gptq-3": "--compressor gptq --bits 3 --mse --zero-point integer --scale-dtype float16",
+    "wanda": "--compressor wanda --sparsity 2:4 --bits 16",
+    "sparsegpt": "--compressor sparsegpt --sparsity 2:4 --bits 16",
+    "sparsegpt-4": "--compressor sparsegpt --sparsity 2:4 --bits 4 --mse",
+}
+RTN = "eora-lab compare --compressor rtn --bits 4 3"
+PRINTED: dict[str, tuple] = {
+    "rtn": (RTN,),
+    "rtn-compensated": (RTN, ("--bits 4 3 --rank 32 64", "--bits 3 --method eora"), ("original", "compensated")),
+    **{name: ("eora-lab compare BASE", ("BASE", base)) for name, base in BASES.items()},
+    **{f"{name}-rounds": ("eora-lab compare BASE", ("BASE", BASES[name]), THREE) for name in BASES if name[-1] in "4t"},
+    "compress": ("eora-lab compress runs/g4",),
+    "gptq-8": ("eora-lab compress runs/gptq",),
+    "budget": ("eora-lab compare --compressor rtn --bits 3 --inputs original --method eora --budget",),
+    "factor-bits": ("eora-lab compare --compressor rtn --bits 3 --inputs original --method eora --rank",),
+    "bench": ("eora-lab bench --shapes 4096x4096 14336x4096",),
+}
+LINE = re.compile(
+    r"^(?P<base>\S.*?)\s+(?P<method>none|svd|act_s|qera_approx|eora)\s+(?P<rank>\d+)(?:\s+(?P<budget>[a-z]+)\s+"
+    r"(?P<factors>\d+)-bit)?\s+(?P<perplexity>[\d.]+)(?:\s+[\d.]+)?\s+(?P<MB>[\d.]+)\s+(?P<bits>[\d.]+)\s+[\d.]+$",
+    re.M,
+)
+
+
+def compared(printed: str, number: str = "perplexity", **settings: str | int) -> float:
+    """A number of the one row of `eora-lab compare` that has these settings; None stands for none."""
+    wanted = {name: str(value) for name, value in settings.items()}
+    (found,) = (one for one in LINE.finditer(printed) if wanted.items() <= one.groupdict().items())
+    return float(found[number])
+
+
+def said(printed: str, words: str) -> Numbers:
+    """The numbers in a printed text, by a regular expression."""
+    found = re.search(words, printed)
+    assert found, words
+    return tuple(map(float, found.groups()))
