@@ -28,6 +28,12 @@ lab: $(BIN)/eora-lab ## open JupyterLab (ARGS="..." is passed on)
 docs: $(BIN)/eora-lab ## write the package reference to build/docs
 	$(BIN)/python -m docs.build
 
+numbers: $(BIN)/eora-lab ## check the numbers of the README by what is recorded (ARGS="--measure" runs its commands, hours)
+	$(BIN)/python -m docs.numbers $(ARGS)
+
+fuzz: $(BIN)/eora-lab ## look for inputs that are silently taken wrong, some minutes (ARGS="..." is passed on)
+	$(BIN)/python -m tests.fuzz $(ARGS)
+
 lint: $(BIN)/eora-lab ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -48,5 +54,5 @@ $(BIN)/eora-lab: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help demo figures test unit lab docs lint
+.PHONY: help demo figures test unit lab docs numbers fuzz lint
 .DELETE_ON_ERROR:
