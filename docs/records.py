@@ -14,7 +14,7 @@ from eora_lab.experiment.sweep import expand, read_grid
 ROOT = Path(__file__).parents[1]
 MEASURED = ROOT / "data" / "measured"
 
-Numbers = Sequence[float | None]  # None: a number that is not judged, as a time of the demo
+Numbers = Sequence[float | None]  # None: a number that is not judged, such as a time
 
 # --- records that are drawn as figures too -------------------------------------------------------------------------
 

@@ -43,6 +43,7 @@ KINDS: dict[str, type[Kind]] = {
     "texts": Texts,
     "commands": Commands,
 }
+FOLDERS = ("a_model", "a_checkpoint", "an_adapter", "a_run", "a_store", "a_text", "a_copy")
 OUTCOMES = ("harmless", "right", "refused", "finding")
 
 
@@ -175,24 +176,23 @@ def judge(answer: Answer, sound: Answer, change: Change, expected: str, line: li
         if expected == REFUSED or (expected != OTHER and not same):
             return (
                 "finding",
-                f"{command}: {'taken' if same else 'other numbers'} without a word: {answer.numbers[-70:]}",
+                f"{command}: {'taken' if same else 'other numbers'} without a word: {' '.join(answer.numbers.split())[-70:]}",
             )
         return ("harmless" if same else "right"), ""
     if answer.code == 1:
         if not answer.error or "\n" in answer.error:
             return "finding", f"{command}: no message of one line: {answer.error[:120]!r}"
-        if not any(name in simple(answer.error) for name in map(simple, names_of(change, line)) if name):
+        if not any(name in simple(answer.error) for name in map(simple, names_of(change)) if name):
             return "finding", f"{command}: the message names nothing: {answer.error[:160]}"
     return "refused", ""
 
 
-def names_of(change: Change, line: list[str]) -> set[str]:
+def names_of(change: Change) -> set[str]:
     """Words of which a message must hold one: the file, its folder, or the setting that was changed."""
-    folders = set(re.findall(r"\ban?_\w+", " ".join(line)))
     if change.file.startswith("--"):
-        return {change.file.rpartition(".")[2], change.place} | folders
+        return {*FOLDERS, change.file.rpartition(".")[2], change.place}
     settings = [key for key in change.place.split(".") if not key.isdigit()]
-    return {change.file, *settings[-1:]} | folders if change.file.endswith("json") else {change.file} | folders
+    return {*FOLDERS, change.file, *(settings[-1:] if change.file.endswith(("json", "yaml")) else ())}
 
 
 def simple(text: str) -> str:
