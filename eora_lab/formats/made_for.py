@@ -42,7 +42,9 @@ def read_made_for(folder: Path | str) -> MadeFor | None:
             said = (file.metadata() or {}).get(KEY)
         return None if said is None else MadeFor(**{key: str(value) for key, value in json.loads(said).items()})
     except (OSError, SafetensorError, ValueError, TypeError, AttributeError) as error:
-        raise EoraLabError(f"{folder}: {WEIGHTS} cannot be read ({one_line(error)}): copy or download it again") from error
+        raise EoraLabError(
+            f"{folder}: {WEIGHTS} cannot be read ({one_line(error)}): copy or download it again"
+        ) from error
 
 
 def check_folder(folder: Path, made_for: MadeFor) -> None:
