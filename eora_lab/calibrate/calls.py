@@ -103,7 +103,7 @@ def same(one: Shaped[Tensor, "..."], other: Shaped[Tensor, "..."]) -> bool:
     return (one.dtype, one.device) == (other.dtype, other.device) and torch.equal(one, other)
 
 
-def split(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Call]:
+def split(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[Float[Tensor, "... hidden"], Call]:
     """The hidden states that block `name` is called with, and the rest. Raises EoraLabError when there are none."""
     hidden = args[0] if args else kwargs.get("hidden_states")
     if not isinstance(hidden, Tensor):
@@ -112,7 +112,7 @@ def split(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[Tensor, Call]
     return hidden, Call(args[1:], others)
 
 
-def hidden_states(name: str, output: Any) -> Tensor:
+def hidden_states(name: str, output: Any) -> Float[Tensor, "... hidden"]:
     """The hidden states in what block `name` returns. Raises EoraLabError when they are not what comes first."""
     first = output[0] if isinstance(output, tuple) and output else output
     if not isinstance(first, Tensor):

@@ -19,7 +19,7 @@ from eora_lab.calibrate.calls import BlockCalls, hidden_states
 from eora_lab.errors import EoraLabError, one_line
 from eora_lab.model.structure import block_linears, decoder_blocks, linears
 
-SEQUENCES, TOKENS = 2, 64  # two mini-batches show what one leaves behind for the other
+SEQUENCES, TOKENS = 2, 32  # two mini-batches show what one leaves behind for the other
 RUNS = 2  # a block runs more than once in a pass: to measure, and to move on
 OFFERED = ("in_features", "out_features", "bias")  # what a compressed layer has of a linear, beside the product
 
