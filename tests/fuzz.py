@@ -174,10 +174,8 @@ def judge(answer: Answer, sound: Answer, change: Change, expected: str, line: li
     if answer.code == 0:
         same = answer.numbers == sound.numbers
         if expected == REFUSED or (expected != OTHER and not same):
-            return (
-                "finding",
-                f"{command}: {'taken' if same else 'other numbers'} without a word: {' '.join(answer.numbers.split())[-70:]}",
-            )
+            how = f"{'taken' if same else 'other numbers'} without a word"
+            return "finding", f"{command}: {how}: {' '.join(answer.numbers.split())[-70:]}"
         return ("harmless" if same else "right"), ""
     if answer.code == 1:
         if not answer.error or "\n" in answer.error:
@@ -190,7 +188,7 @@ def judge(answer: Answer, sound: Answer, change: Change, expected: str, line: li
 def names_of(change: Change) -> set[str]:
     """Words of which a message must hold one: the file, its folder, or the setting that was changed."""
     if change.file.startswith("--"):
-        return {*FOLDERS, change.file.rpartition(".")[2], change.place}
+        return {*FOLDERS, change.file.rpartition(".")[2].lstrip("-"), change.place}
     settings = [key for key in change.place.split(".") if not key.isdigit()]
     return {*FOLDERS, change.file, *(settings[-1:] if change.file.endswith(("json", "yaml")) else ())}
 
