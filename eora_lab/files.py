@@ -13,6 +13,7 @@ from typing import Any
 
 import filelock
 import torch
+from jaxtyping import Shaped
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -143,7 +144,7 @@ def digest(data: object) -> str:
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def add_tensor(found: Any, name: str, tensor: Tensor) -> None:
+def add_tensor(found: Any, name: str, tensor: Shaped[Tensor, "..."]) -> None:
     """Add a tensor to a hash of hashlib: its name, type, size and bytes."""
     found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
     found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
