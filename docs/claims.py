@@ -11,7 +11,7 @@ from eora_lab.experiment.cells import Cell
 from eora_lab.experiment.paper_runs import TableRow, rivalry
 from eora_lab.experiment.store import ResultStore, row, scores
 from eora_lab.experiment.sweep import expand
-from eora_lab.measure.intervals import Interval, paired_bootstrap
+from eora_lab.measure.intervals import Interval, paired
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def _mixed(cells: list[dict], n: int) -> Numbers:
     found = [flat["perplexity.arc:test"], flat["perplexity.wikitext2:test"]]
     found += [100 * flat["tasks.arc_easy.value"], 100 * flat["tasks.arc_easy.stderr"]]
     for measure in ("log perplexity arc:test", "arc_easy acc") if n else ():
-        found += interval(paired_bootstrap(first[measure], ours[measure]))
+        found += interval(paired(first[measure], ours[measure]))
     return found
 
 

@@ -173,7 +173,7 @@ def test_a_configuration_reads_back():
         ({"group_size": "many"}, "group_size must be"),
         ({"pack_dtype": "int16"}, "pack_dtype 'int16' is not read"),
         ({"dynamic": {"+:.*q_proj": {"bits": 8}}}, "settings of their own"),
-        ({"dynamic": [{"bits": 8}]}, r"dynamic must be an object, not \[\{'bits': 8\}\]"),
+        ({"dynamic": [{"bits": 8}]}, r"dynamic must be names with values, not \[\{'bits': 8\}\]"),
         ({"bits": "4"}, "folder: bits must be a whole number, not '4'"),
         ({"bits": True}, "bits must be a whole number, not True"),
         ({"group_size": "128"}, "group_size must be a whole number, not '128'"),

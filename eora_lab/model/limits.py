@@ -7,6 +7,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from eora_lab.errors import EoraLabError
+from eora_lab.model.structure import embedding_of
 
 TABLES = ("embed_positions", "pos_encoding")  # buffers with a row a position: GPT-J, CodeGen, CTRL
 
@@ -17,8 +18,9 @@ def check_tokens(model: nn.Module, tokens: Int[Tensor, "n seqlen"], more: int = 
     more: how many tokens the model will write after them. (It need not read the last.)
     Warns as `check_length` does.
     """
-    rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    if tokens.numel():
+    embedding = embedding_of(model)[1]
+    if embedding is not None and tokens.numel():
+        rows = embedding.weight.shape[0]  # type: ignore[union-attr, index]
         for token in (int(tokens.min()), int(tokens.max())):
             if not 0 <= token < rows:
                 raise EoraLabError(
@@ -54,8 +56,8 @@ def _positions(model: nn.Module) -> Iterator[tuple[str, int]]:
 
     A learned one lies beside the token embedding. (Vision towers have some too, for patches.)
     """
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
-    home = next((name for name, module in model.named_modules() if module is embedding), "").rpartition(".")[0]
+    name, embedding = embedding_of(model)
+    home = name.rpartition(".")[0]
     for name, module in model.get_submodule(home).named_children():
         if isinstance(module, nn.Embedding) and module is not embedding and ("pos" in name or name == "wpe"):
             yield f"{home}.{name}".strip("."), module.num_embeddings - getattr(module, "offset", 0)

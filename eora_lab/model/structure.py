@@ -13,16 +13,21 @@ def decoder(model: nn.Module) -> tuple[str, nn.Module]:
 
     So a vision tower does not count, however large. It is the whole model where that names no token embedding.
     """
-    try:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return "", model
-    name = next((name for name, module in model.named_modules() if module is embedding), "")
+    name = embedding_of(model)[0]
     while name:
         name = name.rpartition(".")[0]
         if _stacks(module := model.get_submodule(name)):
             return name, module
     return "", model
+
+
+def embedding_of(model: nn.Module) -> tuple[str, nn.Module | None]:
+    """Name and module of the token embedding; no name and None where the model names none."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return "", None
+    return next((name for name, module in model.named_modules() if module is embedding), ""), embedding
 
 
 def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
