@@ -188,7 +188,9 @@ def judge(answer: Answer, sound: Answer, change: Change, expected: str, line: li
 def names_of(change: Change) -> set[str]:
     """Words of which a message must hold one: the file, its folder, or the setting that was changed."""
     if change.file.startswith("--"):
-        return {*FOLDERS, change.file.rpartition(".")[2].lstrip("-"), change.place}
+        return {*FOLDERS, change.file.rpartition(".")[2].lstrip("-"), change.place, *change.place.split(":")}
+    if change.what == "word":
+        return {*FOLDERS, change.file, "fox"}  # the name that it puts in
     settings = [key for key in change.place.split(".") if not key.isdigit()]
     return {*FOLDERS, change.file, *(settings[-1:] if change.file.endswith(("json", "yaml")) else ())}
 

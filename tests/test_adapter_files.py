@@ -107,6 +107,28 @@ def test_adapters_that_are_more_than_a_product_are_refused_by_name(change, words
     assert any(finding.loader == "any" for finding in check_adapter(*read_files(adapter), shapes()))
 
 
+@pytest.mark.parametrize(
+    ("change", "words", "found"),
+    [
+        (
+            {"layers_to_transform": 0},
+            r"layers\.1\..* has factors, and layers_to_transform in .* leaves it out",
+            "ignores",
+        ),
+        ({"layers_to_transform": ["0"]}, "layers_to_transform in .* must be numbers of layers", None),
+        ({"r": 32, "lora_alpha": 32}, "its rank is 16, and 32 by r and rank_pattern", "refuses"),
+    ],
+)
+def test_a_configuration_that_contradicts_the_factors_is_refused(change, words, found, adapter):
+    tensors, _ = read_files(adapter)
+    edit(adapter, **change)
+    with pytest.raises(EoraLabError, match=words):
+        read_adapter(adapter)
+    if found:
+        findings = check_adapter(tensors, json.loads((adapter / "adapter_config.json").read_text()), shapes())
+        assert any(finding.loader == "peft" and found in finding.problem for finding in findings)
+
+
 @pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
 def test_starts_that_leave_the_weights_alone_are_plain(start, adapter):
     edit(adapter, init_lora_weights=start, new_kind=None, another=False)

@@ -148,6 +148,7 @@ SWEEP = ["sweep", "good.yaml", "--store", "store"]
         (["evaluate", "model", "--perplexity", "pydoc:hedlout"], "pydoc has no split 'hedlout'"),
         (["evaluate", "model", "--against", "absent"], "no model 'absent'"),
         (["evaluate", "model", "--backend", "tilse"], "unknown backend 'tilse'"),
+        (["evaluate", "model", "--perplexity"], "nothing to measure"),
         (["evaluate", "model", "--tasks", "arc_eazy"], "did you mean arc_easy"),
         (["evaluate", "model", "--limit", "0"], "limit must be 1 or more, not 0"),
         (["evaluate", "model", "--num-fewshot", "-1"], "num_fewshot must be 0 or more, not -1"),

@@ -17,7 +17,6 @@ SOUND = Answer(0, "perplexity 97.1")
 LINE = ["evaluate", "a_run", "--adapter", "an_adapter"]
 
 
-@pytest.mark.xfail(strict=True, reason="findings that are open")
 def test_damaged_inputs_are_taken_right_or_refused_in_one_line():
     # in a process of its own: what checks shapes in tests would raise in place of the package
     run = [sys.executable, "-m", "tests.fuzz", "--cases", str(12 * len(KINDS))]

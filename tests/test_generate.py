@@ -70,6 +70,13 @@ def test_tokens_that_the_model_cannot_take():
         generate(model, tokenizer, "The fox", 11)
 
 
+def test_end_tokens_that_are_none():
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = "two"
+    with pytest.raises(EoraLabError, match=r"eos_token_id in generation_config\.json must be token ids, not 'two'"):
+        generate(model, tiny_tokenizer(), "The fox", 2)
+
+
 def test_a_model_that_cannot_write():
     model = tiny_model("llama")
     model.lm_head.weight.data.fill_(float("nan"))

@@ -368,7 +368,7 @@ def test_the_estimate_counts_shared_work_once(workplace):
 # --- damage --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["truncated", "edited", "foreign", "renamed", "not text"])
+@pytest.mark.parametrize("damage", ["truncated", "edited", "foreign", "renamed", "not text", "no cost"])
 def test_files_that_cannot_be_trusted_are_set_aside(workplace, damage):
     grid = SMALL | {"method": "none"}
     quiet_sweep(grid, "store")
@@ -381,6 +381,8 @@ def test_files_that_cannot_be_trusted_are_set_aside(workplace, damage):
         path.write_text(text.replace('"nbytes": ', '"nbytes": 1'))
     elif damage == "foreign":
         path.write_text('{"config": {}, "status": "done"}')
+    elif damage == "no cost":
+        path.write_text(text.replace('"cost": {', '"costs": {'))
     elif damage == "renamed":
         path = path.rename(path.with_name("0" * 24 + ".json"))
     else:

@@ -51,7 +51,7 @@ class Check:
     """write a universal adapter, which all of them load alike, to this folder"""
 
     def run(self) -> None:
-        from eora_lab.errors import EoraLabError
+        from eora_lab.errors import EoraLabError, naming
         from eora_lab.files import digest, file_digest
         from eora_lab.formats.adapter_check import Finding, check_adapter, fix_adapter
         from eora_lab.formats.adapter_config import names_another
@@ -75,7 +75,8 @@ class Check:
         model = read_config(name)["settings"]["model"] if is_run(Path(name)) else name
         if not made_for.weights and (named := names_another(config, model)):
             print(f"eora-lab: {self.path} names {named} as its base model, not {model}", file=sys.stderr)
-        findings = check_adapter(tensors, config, shapes)
+        with naming(str(self.path)):
+            findings = check_adapter(tensors, config, shapes)
         if other := belongs_elsewhere(made_for, name):
             findings.append(Finding("any", other))
         for finding in findings:
@@ -83,7 +84,9 @@ class Check:
         if self.fix:
             if other:
                 raise EoraLabError(f"{self.path} {other}")
-            write_adapter(self.fix, fix_adapter(tensors, config, shapes), model, universal=True, made_for=fixed)
+            with naming(str(self.path)):
+                mended = fix_adapter(tensors, config, shapes)
+            write_adapter(self.fix, mended, model, universal=True, made_for=fixed)
             print(f"wrote {self.fix}, at rank {read_files(self.fix)[1]['r']} in every layer")
         elif findings:
             raise EoraLabError(f"{len(findings)} problems in {self.path}: --fix FOLDER writes an adapter without them")

@@ -37,15 +37,17 @@ class Evaluate:
     loading: Annotated[Loading, tyro.conf.arg(name="")] = field(default_factory=Loading)
 
     def run(self) -> None:
+        from eora_lab.errors import EoraLabError
         from eora_lab.measure.tasks import check_tasks
 
+        if not (self.evaluation.perplexity or self.tasks):
+            raise EoraLabError("nothing to measure: name a text (--perplexity) or a task (--tasks)")
         for model in filter(None, (self.model, self.against)):
             check_inputs(model, self.evaluation.perplexity)
         check_tasks(self.tasks, self.limit, self.num_fewshot, self.batch_size)
         first = self.measure(self.model, self.loading, self.adapter)
         if self.against is None:
             return
-        from eora_lab.errors import EoraLabError
         from eora_lab.measure.intervals import paired
         from eora_lab.measure.tasks import compare_results
 

@@ -108,6 +108,7 @@ class ResultStore:
                 return None
             content = {key: cell[key] for key in ("config", "identity", "status", "result", "error")}
             trusted = cell["format"] == FORMAT and cell["sha256"] == digest(content)
+            trusted &= isinstance(cell["cost"], dict) and isinstance(cell["environment"], dict)
             reason = "" if trusted else "its content was changed, or it is no cell"
             if trusted and path != self.path(cell["config"]):
                 reason = "its name does not belong to its configuration"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from eora_lab.errors import EoraLabError
-from eora_lab.formats.adapter_config import not_plain
+from eora_lab.formats.adapter_config import is_listed, not_plain
 from eora_lab.formats.peft import (
     SERVED_RANKS,
     Factors,
@@ -130,6 +130,8 @@ def _peft(config: dict, ranks: dict[str, int]):
     target = config.get("target_modules")
     if untargeted := [module for module in ranks if not _targets(target, module)]:
         yield "peft", f"ignores {_some(untargeted)}, which target_modules does not name"
+    if unlisted := [module for module in ranks if not is_listed(config, module)]:
+        yield "peft", f"ignores {_some(unlisted)}, which layers_to_transform leaves out"
     if other := [m for m in ranks if _targets(target, m) and ranks[m] != by_pattern(config, "rank_pattern", "r", m)]:
         expected = by_pattern(config, "rank_pattern", "r", other[0])
         yield "peft", f"refuses {_some(other)}: rank {ranks[other[0]]} in the file, {expected} in the configuration"

@@ -74,16 +74,29 @@ def wrong_types(config: dict) -> Iterator[str]:
                 re.compile(f"({name})")
             except re.error as error:
                 yield f"{key} in {CONFIG} has a name that is no pattern ({error})"
-    for key in FLAGS:
-        if not isinstance(config.get(key), bool | None):
-            yield f"{key} in {CONFIG} must be true or false, not {config[key]!r}"
+    wrong = [key for key in FLAGS if not isinstance(config.get(key), bool | None)]
+    yield from (f"{key} in {CONFIG} must be true or false, not {config[key]!r}" for key in wrong)
     for key in NAMES:
         names = config.get(key)
         listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if not listed and not isinstance(names, str | None):
             yield f"{key} in {CONFIG} must be a list of names, not {names!r}"
+    if not all(isinstance(index, int) for index in listed_layers(config) or ()):
+        yield f"layers_to_transform in {CONFIG} must be numbers of layers, not {config['layers_to_transform']!r}"
     if not isinstance(config.get("base_model_name_or_path"), str | None):
         yield f"base_model_name_or_path in {CONFIG} must be text, not {config['base_model_name_or_path']!r}"
+
+
+def listed_layers(config: dict) -> list | None:
+    """The layers that have factors, of which peft knows one or several; None: no layer is left out."""
+    listed = config.get("layers_to_transform")
+    return None if listed in (None, []) else listed if isinstance(listed, list) else [listed]
+
+
+def is_listed(config: dict, module: str) -> bool:
+    """Whether peft would give a linear factors, as far as layers_to_transform goes."""
+    listed, index = listed_layers(config), re.search(r"\.(\d+)\.", module)
+    return listed is None or index is None or int(index[1]) in listed
 
 
 def positive(value, kind) -> bool:

@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 
 from torch import nn
 
@@ -10,6 +11,8 @@ from eora_lab.compress import Compressed
 
 class Checkpoint(Mapping[str, Compressed]):
     """The compressed linears of a checkpoint: module name -> W^, read from the files when asked for."""
+
+    folder: Path
 
     @abstractmethod
     def check_model(self, model: nn.Module) -> None:

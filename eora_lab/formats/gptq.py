@@ -20,6 +20,7 @@ from eora_lab.errors import EoraLabError
 from eora_lab.formats.gptq_config import BITS, GptqConfig
 
 TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+SCALES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def to_words(codes: UInt8[Tensor, "rows columns"], bits: int) -> Int32[Tensor, "rows words"]:
@@ -42,7 +43,7 @@ def read_linear(tensors: dict[str, Tensor], config: GptqConfig, name: str) -> Gr
     for key in TENSORS:
         if key not in tensors and (key != "g_idx" or config.desc_act):
             raise EoraLabError(f"the checkpoint lacks {name}.{key}: copy or download it again")
-        if key == "scales" and not tensors[key].is_floating_point():
+        if key == "scales" and tensors[key].dtype not in SCALES:
             raise EoraLabError(f"{name}.scales is {tensors[key].dtype}, not float16: {damaged}")
         if key in tensors and key != "scales" and tensors[key].dtype != torch.int32:
             raise EoraLabError(f"{name}.{key} is {tensors[key].dtype}, not int32: {damaged}")

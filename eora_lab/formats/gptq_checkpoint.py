@@ -49,7 +49,8 @@ class GptqCheckpoint(Checkpoint):
         if name not in self:
             raise KeyError(name)
         found = {key: self.tensor(f"{name}.{key}") for key in TENSORS if f"{name}.{key}" in self._files}
-        return read_linear(found, self.config, name)
+        with naming(str(self.folder)):
+            return read_linear(found, self.config, name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

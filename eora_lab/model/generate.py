@@ -105,6 +105,9 @@ def _continue(model, tokenizer, inputs, tokens: int, temperature: float, seed: i
     check_tokens(model, given["input_ids"], more=tokens)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature > 0 else {"do_sample": False}
     own = model.generation_config
+    ends = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
+    if not all(isinstance(end, int | None) for end in ends):
+        raise EoraLabError(f"eos_token_id in generation_config.json must be token ids, not {own.eos_token_id!r}")
     plain = GenerationConfig(
         eos_token_id=own.eos_token_id,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,

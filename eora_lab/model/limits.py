@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from eora_lab.errors import EoraLabError
-from eora_lab.model.structure import embedding_of
+from eora_lab.model.structure import embedding_of, model_name
 
 TABLES = ("embed_positions", "pos_encoding")  # buffers with a row a position: GPT-J, CodeGen, CTRL
 
@@ -24,8 +24,9 @@ def check_tokens(model: nn.Module, tokens: Int[Tensor, "n seqlen"], more: int = 
         for token in (int(tokens.min()), int(tokens.max())):
             if not 0 <= token < rows:
                 raise EoraLabError(
-                    f"token id {token} has no row in the model's embedding of {rows}: use the tokenizer that the model "
-                    "was trained with (tokens may have been added to this one), or resize the embedding and save it"
+                    f"token id {token} has no row in the model's embedding of {rows}: use the tokenizer that "
+                    f"{model_name(model) or 'the model'} was trained with (tokens may have been added to this one), or "
+                    "resize the embedding and save it"
                 )
     check_length(model, tokens.shape[-1] + max(more - 1, 0))
 

@@ -260,6 +260,8 @@ def _read_tokenizer(folder: Path, name: str):
         raise EoraLabError(missing)
     try:
         with quiet_transformers():
-            return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            found = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            found("a")  # some wrong settings show in use only
+            return found
     except Exception as error:
         raise EoraLabError(f"{missing} ({one_line(error)})") from error

@@ -33,6 +33,7 @@ from eora_lab.run.adapters import made_for
 from eora_lab.run.report import LayerReport, Report, layer_report
 
 CONFIG = "config.json"
+DAMAGED = "incomplete, corrupt, or of another model; delete it, and start the run again to make it anew"
 
 
 @contextmanager
@@ -156,12 +157,11 @@ def block_digest(layers: str, tensors: Mapping[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def install_block(model: nn.Module, path: Path) -> list[LayerReport]:
-    """Replace the linears of one block by what a file holds. Returns the block's part of the report.
+def read_block(path: Path) -> tuple[list[LayerReport], dict[str, Tensor]]:
+    """What the file of a block holds: its part of the report, and the tensors of its layers by full name.
 
-    Raises EoraLabError when the file is damaged, or of another model.
+    Raises EoraLabError when the file is damaged.
     """
-    again = f"{path}: incomplete, corrupt, or of another model; delete it, and start the run again to make it anew"
     try:
         with safe_open(path, framework="pt") as file:
             about = file.metadata()
@@ -170,7 +170,16 @@ def install_block(model: nn.Module, path: Path) -> list[LayerReport]:
         if about.get("sha256", "") not in ("", block_digest(about["layers"], tensors)):  # older runs have none
             raise ValueError("its checksum does not agree")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, EoraLabError) as error:
-        raise EoraLabError(f"{again} ({one_line(error)})") from error
+        raise EoraLabError(f"{path}: {DAMAGED} ({one_line(error)})") from error
+    return layers, tensors
+
+
+def install_block(model: nn.Module, path: Path) -> list[LayerReport]:
+    """Replace the linears of one block by what a file holds. Returns the block's part of the report.
+
+    Raises EoraLabError when the file is damaged, or of another model.
+    """
+    layers, tensors = read_block(path)
     try:
         for layer in layers:
             prefix = layer.name + "."
@@ -179,7 +188,7 @@ def install_block(model: nn.Module, path: Path) -> list[LayerReport]:
                 old = linear_at(model, layer.name)
                 model.set_submodule(layer.name, CompensatedLinear.from_stored(stored, old))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise EoraLabError(f"{again} ({one_line(error)})") from error
+        raise EoraLabError(f"{path}: {DAMAGED} ({one_line(error)})") from error
     return layers
 
 

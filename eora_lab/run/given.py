@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from eora_lab.compress import Compressed, GridWeight, residual, tagged_state_dict
 from eora_lab.errors import EoraLabError
+from eora_lab.formats.checkpoint import Checkpoint
 from eora_lab.model.structure import block_linears
 
 STEPS = 1.5  # of its grid, that GPTQ's W^ may be away from W: 0.3 to 0.7 in a real model, 0.96 at the worst seen
@@ -25,32 +26,38 @@ def check_given(model: nn.Module, weights: Mapping, progress: bool = True) -> st
     from tqdm.auto import tqdm
 
     modules, digest = block_linears(model), hashlib.sha256()
+    source = f"{weights.folder}: " if isinstance(weights, Checkpoint) else ""
     for name in tqdm(weights, desc="compressed weights", unit="layer", disable=not progress, leave=False):
         if name not in modules:
-            raise EoraLabError(f"{name} comes compressed, but is no linear in the decoder blocks of this model")
-        given, weight = weights[name], modules[name].weight
-        if given.shape != weight.shape:
-            raise EoraLabError(
-                f"{name} comes compressed as {tuple(given.shape)}, but is {tuple(weight.shape)} in this model: "
-                "it is not the original model"
-            )
-        error = residual(weight, given)
-        distance, norm = error.norm(), weight.float().norm()
-        steps, shift = steps_away(error, given)
-        if not abs(shift) <= SHIFT:
-            raise EoraLabError(
-                f"{name} comes compressed, but {shift:+.2f} steps of its grid away from the weight on average: its "
-                "zero points are read one off, so correct the format that its configuration names (checkpoint_format: "
-                "gptq or gptq_v2)"
-            )
-        if not (distance <= norm and steps <= STEPS):
-            raise EoraLabError(
-                f"{name} comes compressed, but {distance / norm:.2f} times the weight's norm away from it, {steps:.1f} "
-                f"steps of its grid where {STEPS} are the most: this is not the model that it was made from"
-            )
+            raise EoraLabError(f"{source}{name} comes compressed, but is no linear in the decoder blocks of this model")
+        given = weights[name]
+        _check_one(f"{source}{name}", given, modules[name].weight)
         for tensor in tagged_state_dict(given).values():
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _check_one(name: str, given: Compressed, weight: Tensor) -> None:
+    """Raise EoraLabError when `given` cannot be a compression of the weight."""
+    if given.shape != weight.shape:
+        raise EoraLabError(
+            f"{name} comes compressed as {tuple(given.shape)}, but is {tuple(weight.shape)} in this model: "
+            "it is not the original model"
+        )
+    error = residual(weight, given)
+    distance, norm = error.norm(), weight.float().norm()
+    steps, shift = steps_away(error, given)
+    if not abs(shift) <= SHIFT:
+        raise EoraLabError(
+            f"{name} comes compressed, but {shift:+.2f} steps of its grid away from the weight on average: its zero "
+            "points are read one off, so correct the format that its configuration names (checkpoint_format: gptq or "
+            "gptq_v2)"
+        )
+    if not (distance <= norm and steps <= STEPS):
+        raise EoraLabError(
+            f"{name} comes compressed, but {distance / norm:.2f} times the weight's norm away from it, {steps:.1f} "
+            f"steps of its grid where {STEPS} are the most: this is not the model that it was made from"
+        )
 
 
 def steps_away(error: Float[Tensor, "out in"], given: Compressed) -> tuple[float, float]:

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from eora_lab.compensate.factors import StoredFactors
@@ -17,7 +16,7 @@ from eora_lab.model.digest import TENSORS, files_digest
 from eora_lab.model.load import load_skeleton, local_path
 from eora_lab.model.structure import block_linears
 from eora_lab.run.adapters import stored_digest
-from eora_lab.run.folder import is_run, read_config, read_report
+from eora_lab.run.folder import is_run, read_block, read_config, read_report
 
 OWN = ("adapter", "blocks")  # folders of a run
 FACTORS = ("lora_A", "lora_B")  # begin the names of the tensors that are not W^
@@ -92,16 +91,14 @@ def _layers(path: Path | str, factors: bool) -> Iterator[tuple[str, dict[str, Te
     files = sorted((Path(path) / "blocks").glob("*.safetensors"))
     left = {layer.name for layer in read_report(path).layers}
     for block in files:
-        try:
-            with safe_open(block, framework="pt") as file:
-                found: dict[str, dict[str, Tensor]] = {}
-                for key in file.keys():  # noqa: SIM118
-                    name = next(name for name in left if key.startswith(f"{name}."))
-                    local = key.removeprefix(f"{name}.")
-                    if local.startswith(FACTORS) == factors:
-                        found.setdefault(name, {})[local] = file.get_tensor(key)
-        except (OSError, SafetensorError, StopIteration) as error:
-            raise EoraLabError(f"{block}: incomplete, corrupt, or of another run ({error})") from error
+        found: dict[str, dict[str, Tensor]] = {}
+        for key, tensor in read_block(block)[1].items():
+            name = next((name for name in left if key.startswith(f"{name}.")), None)
+            if name is None:
+                raise EoraLabError(f"{block}: of another run, the report knows no {key}")
+            local = key.removeprefix(f"{name}.")
+            if local.startswith(FACTORS) == factors:
+                found.setdefault(name, {})[local] = tensor
         left -= found.keys()
         yield from found.items()
     if left:

@@ -111,7 +111,7 @@ def _open(path: str) -> str | Table:
             if magic == b"PAR1" or kind in PARQUET:
                 return _parquet(path)
             data = magic + file.read()
-        if data[:2] == b"\x1f\x8b":
+        if data[:2] == b"\x1f\x8b" or path.lower().endswith(".gz"):
             data = gzip.decompress(data)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise EoraLabError(f"cannot unpack {path} ({one_line(error)}): pack or fetch it again") from error
