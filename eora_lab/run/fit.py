@@ -1,6 +1,7 @@
 """One layer: compress its weight, compensate the error. The pass, the rank plan and sweeps all go through here."""
 
 import inspect
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -59,7 +60,6 @@ class Fit:
     residual: Float[Tensor, "out in"]
     low_rank: LowRank
     shrinkage: float
-    loss: float  # output energy of what is left
     seconds_compress: float = 0.0
     seconds_solve: float = 0.0
 
@@ -71,8 +71,9 @@ def fit_layer(name: str, weight: Float[Tensor, "out in"], statistics: InputStati
     A round that does not lower the loss, which greedy compressors can cause, ends it.
     """
     best: Fit | None = None
-    target, seconds = weight.float(), [0.0, 0.0]
-    for _ in range(steps.recipe.rounds if rank else 1):
+    target, seconds, lowest = weight.float(), [0.0, 0.0], math.inf
+    rounds = steps.recipe.rounds if rank else 1
+    for _ in range(rounds):
         start = time.perf_counter()
         compressed = steps.compress(name, target, statistics)
         compressed_at = time.perf_counter()
@@ -80,11 +81,14 @@ def fit_layer(name: str, weight: Float[Tensor, "out in"], statistics: InputStati
         low_rank, shrinkage = steps.compensate(name, error, statistics, rank)
         seconds[0] += compressed_at - start
         seconds[1] += time.perf_counter() - compressed_at
-        path = low_rank.dense()
-        loss = output_energy(error - path, statistics.second_moment)
-        if best and loss >= best.loss:
-            break
-        best, target = Fit(compressed, error, low_rank, shrinkage, loss), weight.float() - path
+        fit = Fit(compressed, error, low_rank, shrinkage)
+        if rounds > 1:
+            path = low_rank.dense()
+            loss = output_energy(error - path, statistics.second_moment)
+            if best and loss >= lowest:
+                break
+            target, lowest = weight.float() - path, loss
+        best = fit
     assert best is not None
     best.seconds_compress, best.seconds_solve = seconds
     return best
