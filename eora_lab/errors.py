@@ -84,6 +84,12 @@ def at_least(lowest: int, **numbers: int | None) -> None:
             raise EoraLabError(f"{name} must be {lowest} or more, not {value}")
 
 
+def check_seed(seed: int) -> None:
+    """Raise EoraLabError for a seed that torch does not take."""
+    if not -(2**63) <= as_setting(int, seed, "seed") < 2**64:
+        raise EoraLabError(f"seed must be a number of 64 bits, not {seed}")
+
+
 @typing.dataclass_transform(frozen_default=True)
 def settings(cls: type[T]) -> type[T]:
     """A frozen dataclass that checks the names and types of what it is made from, and then its values, by `check`.

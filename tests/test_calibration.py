@@ -212,7 +212,10 @@ def test_self_refuses_what_it_cannot_do():
         calibration_batches(TOKENIZER, "self", 1, 8)
     with pytest.raises(EoraLabError, match="at most 128 tokens"):
         calibration_batches(TOKENIZER, "self", 1, 129, model=tiny_model("llama"))
-    model = tiny_model("llama")
+    model, longer = tiny_model("llama"), tiny_tokenizer()
+    longer.add_special_tokens({"bos_token": "<new>"})
+    with pytest.raises(EoraLabError, match="token id 97 has no row"):
+        calibration_batches(longer, "self", 1, 8, model=model)
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(EoraLabError, match="not finite"):
         calibration_batches(TOKENIZER, "self", 1, 8, model=model)

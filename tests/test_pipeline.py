@@ -304,7 +304,9 @@ def test_a_weight_that_is_not_finite_stops_with_the_layers_name():
         lambda: plan_ranks(model, statistics, Recipe(bits=3, rank=8), Budget("relative"), progress=False),
         lambda: compress(model, tokens, **SMALL, inputs="original", statistics=statistics),
     ):
-        with pytest.raises(EoraLabError, match=f"^{re.escape(K_PROJ)}: weights are not finite"):
+        with pytest.raises(
+            EoraLabError, match=f"^{re.escape(K_PROJ)}(: weights are not finite|.weight holds NaN or Inf)"
+        ):
             run()
 
 

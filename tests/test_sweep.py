@@ -88,6 +88,7 @@ def test_the_named_grids_are_well_formed():
         ({"windows": -2}, "windows must be 1 or more, not -2"),
         ({"window_length": 1}, "window_length must be 2 or more, not 1"),
         ({"nsamples": 0}, "nsamples must be 1 or more, not 0"),
+        ({"seed": 2**70}, "seed must be a number of 64 bits"),
         ({"seqlen": 32.5}, "seqlen must be a whole number, not 32.5"),
         (["rtn"], "mapping"),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torch import nn
 
-from eora_lab.errors import EoraLabError, as_setting
+from eora_lab.errors import EoraLabError, as_setting, check_seed
 from eora_lab.files import locked, read_json, write_json
 from eora_lab.finetune.checkpoints import last_checkpoint
 from eora_lab.finetune.settings import Init, Training
@@ -51,6 +51,7 @@ def finetune(
     and when the loss is no longer finite.
     """
     folder = Path(folder)
+    check_seed(seed)
     if rank < 1:
         raise EoraLabError(f"the rank must be at least 1, not {rank}")
     tokens, held_out = as_tokens(model, tokens, "training sequences"), as_tokens(model, held_out, "held-out sequences")

@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from eora_lab.errors import EoraLabError, as_setting, one_line
+from eora_lab.errors import EoraLabError, as_setting, check_seed, one_line
 from eora_lab.model.limits import check_tokens
 from eora_lab.model.start import start_text
 
@@ -83,8 +83,7 @@ def _check(tokens: int, temperature: float, seed: int) -> None:
         raise EoraLabError(f"tokens must be at least 1, not {tokens}")
     if not 0 <= as_setting(float, temperature, "temperature") < math.inf:
         raise EoraLabError(f"temperature must be 0 (always the likeliest token) or more, not {temperature}")
-    if not -(2**63) <= as_setting(int, seed, "seed") < 2**64:
-        raise EoraLabError(f"seed must be a number of 64 bits, not {seed}")
+    check_seed(seed)
 
 
 def _check_text(text: str) -> None:

@@ -130,11 +130,9 @@ def check_finite(model: nn.Module) -> None:
         if weight.is_floating_point() and weight.numel() and weight.device.type != "meta":
             low, high = torch.aminmax(weight.detach())  # both are NaN where any is; no copy is made
             if not (low.isfinite() and high.isfinite()):
-                kind = str(weight.dtype).removeprefix("torch.")
-                raise EoraLabError(
-                    f"{name} holds NaN or Inf in {kind}: load it in a wider dtype (float32), or copy or download the "
-                    "model again"
-                )
+                narrow = weight.dtype.itemsize < 4
+                kind, wider = str(weight.dtype).removeprefix("torch."), "load it in float32, or " if narrow else ""
+                raise EoraLabError(f"{name} holds NaN or Inf in {kind}: {wider}copy or download the model again")
 
 
 def _check_types(name: str, model: nn.Module, headers: Headers) -> None:

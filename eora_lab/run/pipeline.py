@@ -25,6 +25,7 @@ from eora_lab.errors import EoraLabError, naming
 from eora_lab.layer.linear import CompensatedLinear, backends_in_use
 from eora_lab.model.digest import model_digest
 from eora_lab.model.structure import decoder, decoder_blocks, linear_at, linears, matrices, model_name
+from eora_lab.model.whole import check_finite
 from eora_lab.run.budget import Budget
 from eora_lab.run.fit import Steps, fit_layer
 from eora_lab.run.folder import RunFolder, open_folder
@@ -74,6 +75,7 @@ def compress_model(
     asked = None if ranks is None or isinstance(ranks, Budget) else given_ranks(ranks)
     recipe.check_fit(model, asked, given=weights)
     batches = as_tokens(model, batches)
+    check_finite(model)
     if statistics is not None and recipe.inputs != "original":
         raise EoraLabError('statistics measured before are of the original model: pass inputs="original"')
     contract = check_blocks(model, batches)

@@ -5,7 +5,7 @@ This file does not import torch: commands show these settings before anything is
 
 from typing import TYPE_CHECKING
 
-from eora_lab.errors import EoraLabError, at_least, settings
+from eora_lab.errors import EoraLabError, at_least, check_seed, settings
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,7 @@ class Calibration:
     def check(self) -> None:
         """Raise EoraLabError when a number is out of range."""
         at_least(1, nsamples=self.nsamples, seqlen=self.seqlen)
+        check_seed(self.seed)
         if not 0 < self.share < 1:
             raise EoraLabError(f"share must lie between 0 and 1, not {self.share}")
 

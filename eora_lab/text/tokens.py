@@ -18,6 +18,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from eora_lab.errors import EoraLabError
+from eora_lab.model.limits import check_tokens
 from eora_lab.model.start import start_token
 from eora_lab.text.read import parts_of, read_source
 
@@ -204,6 +205,7 @@ def _sample_from_model(
     start = torch.randint(min(vocabulary, len(tokenizer)), (nsamples, 1), generator=generator)
     if tokenizer.bos_token_id is not None:
         start.fill_(tokenizer.bos_token_id)
+    check_tokens(model, start)
     was_training = model.training
     model.eval()
     sampled = []
