@@ -212,46 +212,23 @@ def test_a_mirror_that_is_no_folder_is_named_before_a_model_is_loaded(unloadable
     assert "EORA_LAB_DATA is nowhere, which is not a folder" in capsys.readouterr().err
 
 
+def stopped(module: str, number: signal.Signals) -> tuple[list[str], int]:
+    """What a command says and ends with that gets a signal when it has imported a module: -X importtime tells when."""
+    command = [sys.executable, "-X", "importtime", "-m", "eora_lab.cli", *EVALUATE]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    next(line for line in process.stderr if line.rpartition("|")[2].strip() == module)
+    process.send_signal(number)
+    lines = [line for line in process.stderr.read().splitlines() if not line.startswith("import time:")]
+    return lines, process.wait()
+
+
 @pytest.mark.parametrize("module", ["tyro", "torch._C", "torch", "transformers.modeling_utils"])
 def test_ctrl_c_is_one_line_at_any_moment(workplace, module):
-    """Also while modules are imported: -X importtime tells when one was."""
-    command = [
-        sys.executable,
-        "-X",
-        "importtime",
-        "-m",
-        "eora_lab.cli",
-        "evaluate",
-        "model",
-        "--perplexity",
-        "text.txt",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    for line in process.stderr:
-        if line.rpartition("|")[2].strip() == module:
-            process.send_signal(signal.SIGINT)
-            break
-    lines = [line for line in process.stderr.read().splitlines() if not line.startswith("import time:")]
-    assert (lines, process.wait()) == (["eora-lab: stopped"], 130)
+    assert stopped(module, signal.SIGINT) == (["eora-lab: stopped"], 130)
 
 
 def test_sigterm_ends_quietly(workplace):
-    command = [
-        sys.executable,
-        "-X",
-        "importtime",
-        "-m",
-        "eora_lab.cli",
-        "evaluate",
-        "model",
-        "--perplexity",
-        "text.txt",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    next(line for line in process.stderr if line.rpartition("|")[2].strip() == "tyro")
-    process.terminate()
-    lines = [line for line in process.stderr.read().splitlines() if not line.startswith("import time:")]
-    assert (lines, process.wait()) == ([], 143)
+    assert stopped("tyro", signal.SIGTERM) == ([], 143)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["models"]])
