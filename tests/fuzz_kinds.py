@@ -121,6 +121,8 @@ MEANINGS = {  # keys of an adapter_config.json with values by which peft makes s
     "use_dora": (True,),
     "use_qalora": (True,),
     "layers_to_transform": ([0],),
+    "target_modules": (["q_proj"], ".*mlp.*", []),
+    "exclude_modules": (["q_proj"], ".*mlp.*"),
     "layer_replication": ([[0, 2], [1, 2]],),
     "alora_invocation_tokens": ([3, 4],),
     "modules_to_save": (["lm_head"],),

@@ -4,16 +4,21 @@ import json
 import shutil
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import peft
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors.torch import load_file, save_file
 
 from eora_lab import EoraLabError, load_model, load_run
 from eora_lab.cli import main
 from eora_lab.formats import adapter_config
 from eora_lab.formats.adapter_check import check_adapter
+from eora_lab.formats.adapter_config import left_out_by
 from eora_lab.formats.peft import in_half, read_adapter, read_files, write_adapter
 from eora_lab.run.adapters import Adapters, use_only
 from tests.tiny import TEXT, compress, logits, save_tiny, tiny_model, tiny_tokens
@@ -115,6 +120,10 @@ def test_adapters_that_are_more_than_a_product_are_refused_by_name(change, words
             r"layers\.1\..* has factors, and layers_to_transform in .* leaves it out",
             "ignores",
         ),
+        ({"target_modules": ["q_proj"]}, "down_proj has factors, and target_modules in .* leaves it out", "ignores"),
+        ({"target_modules": []}, "has factors, and target_modules in .* leaves it out", "ignores"),
+        ({"exclude_modules": ".*mlp.*"}, "mlp.* has factors, and exclude_modules in .* leaves it out", "ignores"),
+        ({"exclude_modules": "(mlp"}, r"exclude_modules in .* has a name that is no pattern \(missing \)", None),
         ({"layers_to_transform": ["0"]}, "layers_to_transform in .* must be numbers of layers", None),
         ({"r": 32, "lora_alpha": 32}, "its rank is 16, and 32 by r and rank_pattern", "refuses"),
     ],
@@ -127,6 +136,28 @@ def test_a_configuration_that_contradicts_the_factors_is_refused(change, words, 
     if found:
         findings = check_adapter(tensors, json.loads((adapter / "adapter_config.json").read_text()), shapes())
         assert any(finding.loader == "peft" and found in finding.problem for finding in findings)
+
+
+NAMES = ("q_proj", "mlp.down_proj", "layers.1.mlp", "proj", "model.layers.0.self_attn.q_proj", "experts.0.up_proj")
+SETS = st.one_of(st.none(), st.lists(st.sampled_from(NAMES), max_size=3), st.sampled_from((".*q_proj", ".*mlp.*", "")))
+MODULES = (
+    *(f"model.layers.{n}.{leaf}" for n in (0, 1, 11) for leaf in ("self_attn.q_proj", "mlp.down_proj")),
+    *("model.layers.1.mlp.experts.0.up_proj", "layers.0.mlp.up_proj", "h.1.attn.q_proj", "q_proj"),
+)
+
+
+@given(
+    SETS.filter(lambda names: names is not None),
+    SETS,
+    st.one_of(st.none(), st.integers(0, 1), st.lists(st.integers(0, 11), max_size=2)),
+    st.sampled_from((None, [], "layers", ["h", "layers"], "experts")),
+)
+def test_layers_are_left_out_where_peft_leaves_them_out(target, exclude, layers, pattern):
+    settings = {"target_modules": target, "exclude_modules": exclude, "layers_to_transform": layers}
+    config = SimpleNamespace(**settings, layers_pattern=pattern, modules_to_save=None, target_parameters=None)
+    for module in MODULES:
+        given_factors = bool(check_target_module_exists(config, module))
+        assert (left_out_by(settings | {"layers_pattern": pattern}, module) is None) == given_factors
 
 
 @pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
@@ -177,13 +208,16 @@ def test_other_spellings_of_the_names_are_read(name, place, foreign, capsys):
     ("change", "message"),
     [
         (
-            lambda f: rewrite(
-                f,
-                lambda key: key,
-                more={
-                    "base_model.model.lm_head.lora_A.weight": torch.ones(16, 64),
-                    "base_model.model.lm_head.lora_B.weight": torch.ones(97, 16),
-                },
+            lambda f: (
+                edit(f, target_modules="all-linear"),
+                rewrite(
+                    f,
+                    lambda key: key,
+                    more={
+                        "base_model.model.lm_head.lora_A.weight": torch.ones(16, 64),
+                        "base_model.model.lm_head.lora_B.weight": torch.ones(97, 16),
+                    },
+                ),
             ),
             r"no compressed layer lm_head here: .* a layer that stays as it is",
         ),

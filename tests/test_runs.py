@@ -270,6 +270,26 @@ def test_a_run_is_put_on_no_other_model_than_its_own(finished, tmp_path, change)
     assert torch.equal(logits(moved, tiny_tokens(2)), logits(load_run(finished / "run")[0], tiny_tokens(2)))
 
 
+def test_a_run_is_read_with_no_other_tokenizer_than_its_own(finished, tmp_path):
+    """The same weights with other tokens would give another perplexity. Runs from before this was noted stay usable."""
+    place = shutil.copytree(finished, tmp_path / "place")
+    config, tokenizer = place / "run" / "config.json", place / "model" / "tokenizer.json"
+    words = json.loads(tokenizer.read_text())
+    words["added_tokens"] = []
+    tokenizer.write_text(json.dumps(words))
+    for load in (load_run, load_original):
+        with pytest.raises(EoraLabError, match=r"the tokenizer of .* is no longer the one that .*: bring that one"):
+            load(place / "run", model=place / "model")
+    with pytest.raises(EoraLabError, match=r"holds another run \((model|tokenizer) was"):
+        compress(load_model(place / "model")[0], tiny_tokens(), **run_settings(place / "run"))
+    older = json.loads(config.read_text())
+    del older["settings"]["tokenizer"]
+    older["settings"]["model"] = str(place / "model")
+    config.write_text(json.dumps(older))
+    assert load_run(place / "run")[2].layers
+    compress(load_model(place / "model")[0], tiny_tokens(), **run_settings(place / "run"))  # resumed
+
+
 PASS = ["--rank", "4", "--group-size", "32", "--bits", "3", "--no-evaluate", "--calibration.source", "text.txt"]
 PASS += ["--calibration.nsamples", "4", "--calibration.seqlen", "32"]
 TEXT = ["--perplexity", "text.txt", "--windows", "2", "--window-length", "32"]

@@ -3,13 +3,12 @@
 The rules were read in the loaders' sources (peft 0.21, vLLM, SGLang and GPTQModel of 2025 and 2026); nothing is run.
 """
 
-import re
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from eora_lab.errors import EoraLabError
-from eora_lab.formats.adapter_config import is_listed, not_plain
+from eora_lab.formats.adapter_config import left_out_by, not_plain
 from eora_lab.formats.peft import (
     SERVED_RANKS,
     Factors,
@@ -127,14 +126,13 @@ def _features(config: dict):
 
 
 def _peft(config: dict, ranks: dict[str, int]):
-    target = config.get("target_modules")
-    if untargeted := [module for module in ranks if not _targets(target, module)]:
-        yield "peft", f"ignores {_some(untargeted)}, which target_modules does not name"
-    if unlisted := [module for module in ranks if not is_listed(config, module)]:
-        yield "peft", f"ignores {_some(unlisted)}, which layers_to_transform leaves out"
-    if other := [m for m in ranks if _targets(target, m) and ranks[m] != by_pattern(config, "rank_pattern", "r", m)]:
-        expected = by_pattern(config, "rank_pattern", "r", other[0])
-        yield "peft", f"refuses {_some(other)}: rank {ranks[other[0]]} in the file, {expected} in the configuration"
+    left_out = {module: left_out_by(config, module) for module in ranks}
+    for key in dict.fromkeys(filter(None, left_out.values())):
+        yield "peft", f"ignores {_some([module for module in ranks if left_out[module] == key])}, left out by {key}"
+    wanted = {m: by_pattern(config, "rank_pattern", "r", m) for m in ranks if not left_out[m]}
+    if other := [module for module, rank in wanted.items() if ranks[module] != rank]:
+        in_file, expected = ranks[other[0]], wanted[other[0]]
+        yield "peft", f"refuses {_some(other)}: rank {in_file} in the file, {expected} in the configuration"
 
 
 def _vllm(config: dict, ranks: dict[str, int]):
@@ -185,16 +183,6 @@ def _scaling(config: dict, ranks: dict[str, int]):
         if wrong := [m for m in ranks if abs(scale(m) / scaling(config, m) - 1) > 1e-6]:
             is_, meant = scale(wrong[0]), scaling(config, wrong[0])
             yield loader, f"scales {_some(wrong)} by {is_:.4g}, {meant:.4g} is meant (r, lora_alpha and their patterns)"
-
-
-def _targets(target, module: str) -> bool:
-    """Whether peft's target_modules names a layer."""
-    if isinstance(target, str):
-        try:
-            return target == "all-linear" or re.fullmatch(target, module) is not None
-        except re.error:
-            return False
-    return any(module == name or module.endswith(f".{name}") for name in target or ())
 
 
 def _some(names: list[str]) -> str:

@@ -40,7 +40,7 @@ MORE = {
 }
 EMPTY: tuple[object, ...] = (None, False, "", [], {})
 FLAGS = ("use_rslora", "use_dora", "lora_bias", "use_qalora", "fan_in_fan_out", "inference_mode")
-NAMES = ("target_modules", "exclude_modules", "modules_to_save")
+NAMES = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save")
 
 
 def read_config(folder: Path) -> dict:
@@ -70,10 +70,7 @@ def wrong_types(config: dict) -> Iterator[str]:
             yield f"{key} in {CONFIG} must name {word} above 0"
             continue
         for name in pattern:
-            try:
-                re.compile(f"({name})")
-            except re.error as error:
-                yield f"{key} in {CONFIG} has a name that is no pattern ({error})"
+            yield from no_pattern(key, f"({name})")
     wrong = [key for key in FLAGS if not isinstance(config.get(key), bool | None)]
     yield from (f"{key} in {CONFIG} must be true or false, not {config[key]!r}" for key in wrong)
     for key in NAMES:
@@ -81,10 +78,22 @@ def wrong_types(config: dict) -> Iterator[str]:
         listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
         if not listed and not isinstance(names, str | None):
             yield f"{key} in {CONFIG} must be a list of names, not {names!r}"
+            continue
+        patterns = [names] if isinstance(names, str) else names if key == "layers_pattern" else None
+        for name in patterns or ():
+            yield from no_pattern(key, name)
     if not all(isinstance(index, int) for index in listed_layers(config) or ()):
         yield f"layers_to_transform in {CONFIG} must be numbers of layers, not {config['layers_to_transform']!r}"
     if not isinstance(config.get("base_model_name_or_path"), str | None):
         yield f"base_model_name_or_path in {CONFIG} must be text, not {config['base_model_name_or_path']!r}"
+
+
+def no_pattern(key: str, pattern: str) -> Iterator[str]:
+    """What is wrong with a regular expression of a key."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        yield f"{key} in {CONFIG} has a name that is no pattern ({error})"
 
 
 def listed_layers(config: dict) -> list | None:
@@ -93,10 +102,33 @@ def listed_layers(config: dict) -> list | None:
     return None if listed in (None, []) else listed if isinstance(listed, list) else [listed]
 
 
-def is_listed(config: dict, module: str) -> bool:
-    """Whether peft would give a linear factors, as far as layers_to_transform goes."""
-    listed, index = listed_layers(config), re.search(r"\.(\d+)\.", module)
-    return listed is None or index is None or int(index[1]) in listed
+def left_out_by(config: dict, module: str) -> str | None:
+    """The key by which peft gives a linear no factors, whatever the tensors hold; None: it has them.
+
+    As peft's check_target_module_exists, but that case does not count: GPTQModel's tensors have lower-case names. A
+    configuration without target_modules leaves none out: peft then has a table a model type.
+    """
+
+    def named(names: str | list[str]) -> bool:
+        if isinstance(names, str):
+            return re.fullmatch(names, module, re.IGNORECASE) is not None
+        return any(f".{module}".lower().endswith(f".{name}".lower()) for name in names)
+
+    target, listed = config.get("target_modules"), listed_layers(config)
+    if config.get("exclude_modules") and named(config["exclude_modules"]):
+        return "exclude_modules"
+    if target is None or target == "all-linear":
+        return None
+    if not named(target):
+        return "target_modules"
+    if listed is not None and not isinstance(target, str) and module not in target:
+        patterns = config.get("layers_pattern") or []
+        starts = [rf"(?:^|.*?\.){name}" for name in ([patterns] if isinstance(patterns, str) else patterns)]
+        for start in starts or [r".*?\.[^.]*"]:
+            if index := re.match(rf"{start}\.(\d+)\.", module):
+                return None if int(index[1]) in listed else "layers_to_transform"
+        return "layers_to_transform"
+    return None
 
 
 def positive(value, kind) -> bool:

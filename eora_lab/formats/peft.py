@@ -19,7 +19,7 @@ from torch import Tensor
 from eora_lab.compensate import LowRank
 from eora_lab.errors import EoraLabError
 from eora_lab.files import write_json, write_safetensors
-from eora_lab.formats.adapter_config import CONFIG, is_listed, not_plain, read_config
+from eora_lab.formats.adapter_config import CONFIG, left_out_by, not_plain, read_config
 from eora_lab.formats.made_for import WEIGHTS, MadeFor
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank can be
@@ -226,8 +226,8 @@ def adapter_factors(tensors: dict[str, Tensor], config: dict) -> Factors:
             raise EoraLabError(f"{module}: lora_A has rank {len(A)}, lora_B {B.shape[1]}")
         if len(A) != (rank := by_pattern(config, "rank_pattern", "r", module)):
             raise EoraLabError(f"{module}: its rank is {len(A)}, and {rank} by r and rank_pattern in {CONFIG}")
-        if not is_listed(config, module):
-            raise EoraLabError(f"{module} has factors, and layers_to_transform in {CONFIG} leaves it out: correct it")
+        if key := left_out_by(config, module):
+            raise EoraLabError(f"{module} has factors, and {key} in {CONFIG} leaves it out: correct it")
         factor = scaling(config, module)
         scaled = B if factor == 1 else B.float() * factor
         if not (A.isfinite().all() and scaled.isfinite().all()):

@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -28,11 +29,23 @@ TOKENIZER = (
 VOLATILE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "architectures")
 
 
+class Origin(NamedTuple):
+    """Digests of what a model was loaded from: its files, its tensors as they came, its tokenizer; "" if unknown."""
+
+    files: str = ""
+    tensors: str = ""
+    tokenizer: str = ""
+
+
 def model_digest(model: nn.Module) -> str:
     """A hash of all weights and of the configuration: of the files if the model is as they are, else of its tensors."""
-    tensors = tensors_digest(model)
-    files, as_loaded = getattr(model, "eora_lab_origin", ("", ""))
-    return files if tensors == as_loaded else TENSORS + tensors
+    tensors, known = tensors_digest(model), origin(model)
+    return known.files if tensors == known.tensors else TENSORS + tensors
+
+
+def origin(model: nn.Module) -> Origin:
+    """What a model was loaded from, as noted on it."""
+    return getattr(model, "eora_lab_origin", Origin())
 
 
 def note_origin(model: nn.Module, path: Path) -> None:
@@ -44,7 +57,8 @@ def note_origin(model: nn.Module, path: Path) -> None:
     if key not in remembered.tensors:
         remembered.tensors[key] = tensors_digest(model)
         remembered.keep()
-    model.eora_lab_origin = (files, remembered.tensors[key])  # type: ignore[assignment]
+    found = Origin(files, remembered.tensors[key], tokenizer_digest(path))
+    model.eora_lab_origin = found  # type: ignore[assignment]
 
 
 def tensors_digest(model: nn.Module) -> str:

@@ -16,6 +16,7 @@ from eora_lab.formats.adapter_config import names_another
 from eora_lab.formats.made_for import MadeFor, read_made_for
 from eora_lab.formats.peft import Factors, in_half, match_names, read_adapter
 from eora_lab.layer.linear import CompensatedLinear, compensated
+from eora_lab.model.digest import origin
 from eora_lab.model.structure import model_name
 
 OWN, OFF = "own", "off"  # the low-rank path that the model came with, and none at all
@@ -137,8 +138,7 @@ def made_for(model: nn.Module, work: object, base: str | None = None) -> MadeFor
     work: JSON value that says how the adapter is made.
     base: digest of the model that was compressed; by default of the files that it was loaded from.
     """
-    files, _ = getattr(model, "eora_lab_origin", ("", ""))
-    return MadeFor(weights_digest(model), files if base is None else base, digest(work))
+    return MadeFor(weights_digest(model), origin(model).files if base is None else base, digest(work))
 
 
 def weights_digest(model: nn.Module) -> str:

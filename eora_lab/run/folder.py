@@ -26,13 +26,14 @@ from eora_lab.files import LOCK, PARTIAL, add_tensor, locked, read_json, write_j
 from eora_lab.formats import peft
 from eora_lab.layer.backends import AUTO
 from eora_lab.layer.linear import CompensatedLinear, compensated, use_backend
-from eora_lab.model.digest import TENSORS, files_digest, tensors_digest
+from eora_lab.model.digest import TENSORS, files_digest, tensors_digest, tokenizer_digest
 from eora_lab.model.load import as_dtype, load_model, local_path
 from eora_lab.model.structure import linear_at
 from eora_lab.run.adapters import made_for
 from eora_lab.run.report import LayerReport, Report, layer_report
 
 CONFIG = "config.json"
+LATER = ("tokenizer",)  # settings that older runs do not have
 DAMAGED = "incomplete, corrupt, or of another model; delete it, and start the run again to make it anew"
 
 
@@ -102,7 +103,7 @@ def claim_folder(path: Path | str, settings: dict, file: str = CONFIG) -> dict:
     if is_free(path, file):
         write_json(path / file, {"settings": settings, "versions": versions()})
     found = read_config(path, file)["settings"]
-    for key in sorted(found.keys() | settings.keys()):
+    for key in sorted((found.keys() | settings.keys()) - {key for key in LATER if key not in found}):
         if found.get(key) != settings.get(key):
             raise EoraLabError(
                 f"{path} holds another run ({key} was {found.get(key)!r}, now {settings.get(key)!r}): "
@@ -239,6 +240,8 @@ def _load_base(path: Path, dtype: torch.dtype | str, device: str, model: Path | 
     by_tensors = wanted.startswith(TENSORS)  # made from a model that was changed after it was loaded
     if not by_tensors and files_digest(place) != wanted:
         raise EoraLabError(f"{name} is no longer the model that {path} was made from: {hint}")
+    if settings.get("tokenizer") and tokenizer_digest(place) != settings["tokenizer"]:  # older runs do not say
+        raise EoraLabError(f"the tokenizer of {name} is no longer the one that {path} was made with: {hint}")
     base, tokenizer = load_model(name, settings["dtype"] if by_tensors else dtype, device)
     if by_tensors and TENSORS + tensors_digest(base) != wanted:
         raise EoraLabError(

@@ -23,7 +23,7 @@ from eora_lab.compensate.factors import store_factors
 from eora_lab.environment import peak_memory
 from eora_lab.errors import EoraLabError, naming
 from eora_lab.layer.linear import CompensatedLinear, backends_in_use
-from eora_lab.model.digest import model_digest
+from eora_lab.model.digest import model_digest, origin
 from eora_lab.model.structure import decoder, decoder_blocks, linear_at, linears, matrices, model_name
 from eora_lab.model.whole import check_finite
 from eora_lab.run.budget import Budget
@@ -219,11 +219,12 @@ def spectrum_summary(low_rank: LowRank, shape: torch.Size, error_energy: float |
 
 
 def identity(model: nn.Module, batches: Int[Tensor, "nsamples seqlen"]) -> dict[str, str]:
-    """Which model and which tokens: what a resumed run must share with the interrupted one, beside its settings."""
+    """Which model, tokenizer and tokens: what a resumed run shares with the interrupted one, beside its settings."""
     return {
         "model": model_name(model),
         "dtype": str(model.dtype),
         "weights": model_digest(model),
+        "tokenizer": origin(model).tokenizer,
         "tokens": tokens_digest(batches),
     }
 
