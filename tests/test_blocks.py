@@ -1,10 +1,9 @@
-"""What a pass does within a block: measuring step by step, experts that few tokens reach, fused experts."""
+"""What a pass does within a block: measuring step by step, experts that few tokens reach."""
 
 import pytest
 import torch
-import transformers
 
-from eora_lab import EoraLabError, InputStatistics, Report, collect_statistics
+from eora_lab import InputStatistics, Report, collect_statistics
 from eora_lab.calibrate.stream import BlockStream
 from tests.tiny import SMALL, compress, moe_model, tiny_model, tiny_tokens
 
@@ -72,16 +71,3 @@ def test_layers_without_tokens_have_statistics_of_none():
     found = collect_statistics(moe_model(), tiny_tokens(), progress=False)
     assert found["model.layers.0.mlp.experts.2.up_proj"].tokens == 0
     assert found["model.layers.0.mlp.experts.0.up_proj"].tokens > 64
-
-
-def test_fused_experts_are_refused_by_name():
-    config = transformers.MixtralConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, num_local_experts=4, pad_token_id=0,
-    )  # fmt: skip
-    model = transformers.MixtralForCausalLM(config).eval()
-    with pytest.raises(
-        EoraLabError,
-        match=r"model\.layers\.0\.mlp\.experts\.\w+ fuses all experts in one \(4, ",
-    ):
-        compress(model, tiny_tokens(), **SMALL)

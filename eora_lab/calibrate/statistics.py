@@ -23,12 +23,14 @@ class InputStatistics:
     second_moment: S = E[x xᵀ], (in_features, in_features) float32, not centred.
     mean_abs:      m = E|x|, (in_features,) float32.
     tokens:        how many tokens were seen; every token weighs the same, however they were batched.
+    pooled_tokens: tokens of other experts that are mixed in, where this is one of a mixture.
     held_out:      the same of tokens that were kept apart to judge by, or None.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu", name: str = "input"):
         self.name = name
         self.tokens = 0
+        self.pooled_tokens = 0.0
         self.second_moment = torch.zeros(in_features, in_features, device=device)
         self.mean_abs = torch.zeros(in_features, device=device)
         self.held_out: InputStatistics | None = None
@@ -50,7 +52,8 @@ class InputStatistics:
         With S = I every method that looks at data becomes the one that does not: GPTQ rounds to nearest, Wanda and
         SparseGPT prune by magnitude, EoRA is SVD. held_out: whether held-out tokens are needed as well.
         """
-        enough = self.tokens >= self.in_features / CHANNELS_A_TOKEN and self.tokens
+        tokens = self.tokens + self.pooled_tokens
+        enough = tokens >= self.in_features / CHANNELS_A_TOKEN and tokens
         if enough and (self.held_out or not held_out):
             return self
         identity = InputStatistics.from_second_moment(torch.eye(self.in_features, device=self.second_moment.device))
@@ -97,7 +100,7 @@ class InputStatistics:
     def save(self, path: Path | str) -> None:
         """Write to a safetensors file."""
         tensors = {"second_moment": self.second_moment, "mean_abs": self.mean_abs}
-        metadata = {"tokens": str(self.tokens), "name": self.name}
+        metadata = {"tokens": str(self.tokens), "pooled_tokens": str(self.pooled_tokens), "name": self.name}
         if self.held_out:
             tensors["held_out.second_moment"] = self.held_out.second_moment
             tensors["held_out.mean_abs"] = self.held_out.mean_abs
@@ -119,6 +122,7 @@ class InputStatistics:
                     return statistics
 
                 statistics = read("")
+                statistics.pooled_tokens = float(metadata.get("pooled_tokens", 0))
                 if "held_out.tokens" in metadata:
                     statistics.held_out = read("held_out.")
         except (OSError, KeyError, SafetensorError) as error:

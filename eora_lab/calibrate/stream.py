@@ -13,8 +13,11 @@ from torch import Tensor, nn
 
 from eora_lab.calibrate.calls import BlockCalls
 from eora_lab.calibrate.contract import Contract, check_blocks
+from eora_lab.calibrate.experts import experts_of
+from eora_lab.calibrate.inputs import Inputs
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.errors import EoraLabError
+from eora_lab.model.experts import unfold_experts
 from eora_lab.model.structure import block_linears, decoder_blocks, linears
 from eora_lab.text.batches import Batches, as_tokens
 
@@ -59,10 +62,12 @@ class BlockStream:
     def groups(self, index: int) -> list[list[str]]:
         """The linears of block `index` in the order they run, those that are handed the same tensor together.
 
-        Seen on the first mini-batch; what does not run there (an expert without tokens) comes last, each alone.
+        So are those that the experts of a mixture have in common. Seen on the first mini-batch; what does not run there
+        comes last, each alone.
         """
         block = list(self.blocks.values())[index]
         seen: list[tuple[Tensor, list[str]]] = []
+        common = {name: names for names in experts_of(block) for name in names}
 
         def watch(name: str):
             def hook(_module, args):
@@ -70,9 +75,9 @@ class BlockStream:
                     return
                 for x, names in seen:
                     if x is args[0]:
-                        names.append(name)
+                        names += common.get(name, [name])
                         return
-                seen.append((args[0], [name]))
+                seen.append((args[0], list(common.get(name, [name]))))
 
             return hook
 
@@ -83,58 +88,36 @@ class BlockStream:
             for handle in handles:
                 handle.remove()
         groups = [names for _, names in seen]
-        return groups + [[name] for name in linears(block) if not any(name in group for group in groups)]
+        rest = [name for name in linears(block) if not any(name in group for group in groups)]
+        return groups + [list(group) for group in dict.fromkeys(tuple(common.get(name, [name])) for name in rest)]
 
     def statistics(
         self, index: int, keep_outputs: bool, only: Sequence[str] | None = None
     ) -> dict[str, InputStatistics]:
         """Run block `index` and measure the input of each of its linears; full module name -> statistics.
 
-        Linears that are handed the same tensor (q, k and v; gate and up) share one object. Those that no token reaches
-        get one of 0 tokens.
+        Linears that are handed the same tensor (q, k and v; gate and up) share one object; see `Inputs`.
         only: names within the block; others are not measured.
         keep_outputs: let the outputs be the next block's input, as when the block is used uncompressed.
         Raises EoraLabError on NaN or Inf, naming the layer.
         """
         prefix = list(self.blocks)[index]
-        found: dict[str, InputStatistics] = {}
-        seen: list[tuple[Tensor, InputStatistics]] = []  # inputs of this mini-batch; held so that no id is reused
-        held_out = iter(self._held_out)
-        apart = next(held_out)
-
-        def watch(name: str):
-            def hook(_module, args):
-                x = args[0]
-                shared = next((statistics for tensor, statistics in seen if tensor is x), None)
-                if name not in found:
-                    found[name] = shared or InputStatistics(x.shape[-1], x.device, name)
-                if found[name] is not shared:
-                    seen.append((x, found[name]))
-                    one = found[name]
-                    if apart and one.held_out is None:
-                        one.held_out = InputStatistics(x.shape[-1], x.device, name)
-                    (one.held_out if apart and one.held_out else one).update(x)
-
-            return hook
-
+        block = self.blocks[prefix]
         measured = {
-            f"{prefix}.{name}": linear
-            for name, linear in linears(self.blocks[prefix]).items()
-            if only is None or name in only
+            f"{prefix}.{name}": linear for name, linear in linears(block).items() if only is None or name in only
         }
-        handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in measured.items()]
+        inputs = Inputs(measured, [[f"{prefix}.{name}" for name in names] for names in experts_of(block)])
+        handles = [linear.register_forward_pre_hook(inputs.hook(name)) for name, linear in measured.items()]
+        inputs.begin(0, self._held_out[0])
         try:
             for i, output in enumerate(self.outputs(index)):
-                seen.clear()
-                apart = next(held_out, False)
+                inputs.begin(i + 1, self._held_out[min(i + 1, len(self._held_out) - 1)])
                 if keep_outputs:
                     self.hidden[i] = output
         finally:
             for handle in handles:
                 handle.remove()
-        for name, linear in measured.items():
-            found.setdefault(name, InputStatistics(linear.in_features, linear.weight.device, name))
-        return found
+        return inputs.found()
 
     def advance(self, index: int) -> None:
         """Let the outputs of block `index`, as it is now, be the next block's input."""
@@ -161,6 +144,7 @@ def collect_statistics(
     """
     from tqdm.auto import tqdm
 
+    unfold_experts(model)
     decoder_blocks(model)  # is it such a model at all
     stream = BlockStream(model, as_tokens(model, batches), held_out)
     wanted = [

@@ -7,11 +7,12 @@ came from no files, is known by its tensors.
 import contextlib
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from eora_lab.errors import EoraLabError, as_setting
 from eora_lab.files import digest, file_digest, read_json, write_json
@@ -66,13 +67,22 @@ def tensors_digest(model: nn.Module) -> str:
     settings = model.config.to_dict()  # type: ignore[operator, union-attr]
     config = json.loads(json.dumps(_lasting(settings), default=str))
     found, seen = hashlib.sha256(digest(config).encode()), set()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in _tensors(model):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if tensor.data_ptr() in seen:  # tied to one before
             continue
         seen.add(tensor.data_ptr())
-        found.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Name -> tensor, as in the state_dict, but for experts: fused, they would be copies."""
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        lasting = {name: b for name, b in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        for name, tensor in (module._parameters | lasting).items():
+            if tensor is not None:
+                yield f"{prefix}.{name}" if prefix else name, tensor
 
 
 def files_digest(path: Path) -> str:

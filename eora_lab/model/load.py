@@ -16,6 +16,7 @@ from eora_lab.errors import EoraLabError, MachineError, naming, one_line
 from eora_lab.model import Dtype
 from eora_lab.model.digest import note_origin
 from eora_lab.model.embedded import embedded_model_folder
+from eora_lab.model.experts import unfold_experts
 from eora_lab.model.gguf import quiet_transformers, read_gguf
 from eora_lab.model.whole import Headers, check_files, check_finite, check_whole, quantised, read_headers
 
@@ -48,6 +49,7 @@ def load_model(
         tokenizer = _read_tokenizer(path, name)
     with naming(name):
         check_finite(model)
+        unfold_experts(model)
     note_origin(model, path)
     try:
         model.to(device)
@@ -70,9 +72,11 @@ def load_skeleton(name: str | Path, quantised: bool = False) -> torch.nn.Module:
     config = _read_config(path, str(name), quantised)
     try:
         with torch.device("meta"):
-            return transformers.AutoModelForCausalLM.from_config(config)
+            model = transformers.AutoModelForCausalLM.from_config(config)
     except Exception as error:
         raise EoraLabError(f"cannot make a model from the config.json of {name}: {one_line(error)}") from error
+    unfold_experts(model)
+    return model
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:

@@ -24,6 +24,7 @@ from eora_lab.environment import peak_memory
 from eora_lab.errors import EoraLabError, naming
 from eora_lab.layer.linear import CompensatedLinear, backends_in_use
 from eora_lab.model.digest import model_digest, origin
+from eora_lab.model.experts import unfold_experts
 from eora_lab.model.structure import decoder, decoder_blocks, linear_at, linears, matrices, model_name
 from eora_lab.model.whole import check_finite
 from eora_lab.run.budget import Budget
@@ -73,6 +74,7 @@ def compress_model(
     recipe = recipe or Recipe()
     budget = ranks if isinstance(ranks, Budget) else None
     asked = None if ranks is None or isinstance(ranks, Budget) else given_ranks(ranks)
+    unfold_experts(model)
     recipe.check_fit(model, asked, given=weights)
     batches = as_tokens(model, batches)
     check_finite(model)
@@ -194,6 +196,7 @@ def compress_linear(
         error_after=after / signal,
         spectrum=spectrum_summary(fit.low_rank, weight.shape, before if SOLVERS[recipe.method] is eora else None),
         tokens=statistics.tokens,
+        pooled_tokens=statistics.pooled_tokens,
         held_out_before=held_out and held_out[1] / held_out[0],
         held_out_after=held_out and held_out[2] / held_out[0],
         shrinkage=fit.shrinkage,

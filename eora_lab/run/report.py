@@ -28,6 +28,7 @@ class LayerReport:
     nbytes: int  # compressed weight and factors, as stored
     seconds_compress: float
     seconds_solve: float
+    pooled_tokens: float = 0.0  # of other experts, that the statistics of an expert were drawn towards
     data_free: bool = False  # too few tokens reached it: compressed, compensated and judged as if S were the identity
 
 
@@ -129,6 +130,12 @@ class Report:
             lines.insert(-1, f"output error {before:.5f} -> {after:.5f}, mean of layers, held-out tokens")
         if self.backends:
             lines.append(f"computed by {', '.join(f'{name} ({n} layers)' for name, n in self.backends.items())}")
+        alone = [layer.name for layer in self.layers if not layer.tokens and not layer.data_free]
+        if alone:
+            lines.append(
+                f"{len(alone)} linears of experts saw no token, and were compressed by those of their layer: "
+                f"{', '.join(alone)}"
+            )
         few = [layer.name for layer in self.layers if layer.data_free]
         if few:
             lines.append(f"{len(few)} layers saw too few tokens and were compressed without data: {', '.join(few)}")

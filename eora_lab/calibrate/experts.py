@@ -1,0 +1,108 @@
+"""Statistics of experts. Few tokens reach each, so its S is drawn towards that of all experts of its layer:
+
+S_e = (n_e S_routed + k S_layer) / (n_e + k)
+
+where S_layer weighs every routed token alike, and k, in tokens, is the one that foretells tokens best that were left
+out: those of every second mini-batch, and then of the others.
+"""
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from eora_lab.calibrate.statistics import InputStatistics
+from eora_lab.model.experts import Experts
+
+STRENGTHS = (0.0, 2**-5, 2**-3, 2**-1, 2.0, 8.0, 32.0, 1024.0)  # k, in input channels
+JUDGED = 16  # experts of a layer that k is chosen on
+BOUND = 4 * 2**30  # bytes of S of all experts of a layer; above that they share one
+
+
+def experts_of(block: nn.Module) -> list[list[str]]:
+    """Names of linears in a block that experts of one mixture have in common."""
+    found = [(name, module) for name, module in block.named_modules() if isinstance(module, Experts)]
+    return [[f"{prefix}.{name}" for name in names] for prefix, module in found for names in module.names()]
+
+
+def too_large(names: list[str], linears: Mapping[str, nn.Linear]) -> bool:
+    """Whether an S for each expert would take more memory than there should be."""
+    return len(names) * 4 * linears[names[0]].in_features ** 2 > BOUND
+
+
+class Halves:
+    """The statistics of one expert in two parts, of every second mini-batch each."""
+
+    def __init__(self, whole: InputStatistics):
+        self.whole = whole
+        self.parts = [InputStatistics(whole.in_features, whole.second_moment.device, whole.name) for _ in range(2)]
+
+    def join(self) -> None:
+        """Put both together."""
+        both = self.parts[0].merge(self.parts[1])
+        self.whole.tokens, self.whole.second_moment, self.whole.mean_abs = (
+            both.tokens,
+            both.second_moment,
+            both.mean_abs,
+        )
+
+
+def judged(names: list[str]) -> list[str]:
+    """The experts that k is chosen on, spread over all."""
+    return names[:: max(len(names) // JUDGED, 1)][:JUDGED]
+
+
+def draw_together(experts: Iterable[InputStatistics], halves: Iterable[Halves]) -> None:
+    """Draw the statistics of experts of one mixture towards those of all of them, in place.
+
+    halves: of the experts that k is chosen on.
+    """
+    members = list(experts)
+    layer = pooled(members)
+    k = strength([half for half in halves if all(part.tokens for part in half.parts)], layer)
+    for member in members:
+        mix(member, layer, k)
+
+
+def pooled(members: Iterable[InputStatistics]) -> InputStatistics:
+    """The statistics of all tokens that any of them saw."""
+    members = list(members)
+    total = sum(member.tokens for member in members)
+    layer = InputStatistics(members[0].in_features, members[0].second_moment.device, members[0].name)
+    layer.tokens = total
+    for member in members:
+        layer.second_moment.add_(member.second_moment, alpha=member.tokens / max(total, 1))
+        layer.mean_abs.add_(member.mean_abs, alpha=member.tokens / max(total, 1))
+    return layer
+
+
+def strength(halves: list[Halves], layer: InputStatistics) -> float:
+    """k, in tokens, by which one part of the tokens foretells the S of the other best, in the Frobenius norm.
+
+    As many as there are input channels where no expert has tokens in both parts.
+    """
+    channels = layer.in_features
+    losses = dict.fromkeys(STRENGTHS, 0.0)
+    for half in halves:
+        for seen, left_out in (half.parts, half.parts[::-1]):
+            others = layer.tokens - left_out.tokens
+            if not others:
+                continue
+            share = left_out.tokens / others
+            rest = layer.second_moment * (1 + share) - left_out.second_moment * share  # of all tokens but those
+            apart, wanted = rest - seen.second_moment, left_out.second_moment - seen.second_moment
+            square, product = float(apart.pow(2).sum()), float((apart * wanted).sum())
+            for times in STRENGTHS:
+                drawn = times * channels / (seen.tokens + times * channels) if times else 0.0
+                losses[times] += left_out.tokens * (drawn * drawn * square - 2 * drawn * product)
+    return min(losses, key=losses.__getitem__) * channels if any(losses.values()) else float(channels)
+
+
+def mix(member: InputStatistics, layer: InputStatistics, k: float) -> None:
+    """Draw the statistics of an expert towards those of its layer, as if k of their tokens were its own."""
+    k = min(k if member.tokens else max(k, 1.0), float(layer.tokens))
+    share = k / max(member.tokens + k, 1.0)
+    member.pooled_tokens = k
+    member.second_moment.lerp_(layer.second_moment, share)
+    member.mean_abs.lerp_(layer.mean_abs, share)
+    if member.held_out is None:
+        member.held_out = layer.held_out

@@ -1,0 +1,81 @@
+"""Measure the inputs of linears while their block runs: who shares an input, what is held out, what experts pool."""
+
+from collections.abc import Callable, Mapping
+
+from torch import Tensor, nn
+
+from eora_lab.calibrate.experts import Halves, draw_together, judged, too_large
+from eora_lab.calibrate.statistics import InputStatistics
+
+
+class Inputs:
+    """Statistics of linears, a mini-batch after the other.
+
+    Linears that are handed the same tensor (q, k and v; gate and up) share one object. Those of experts are drawn
+    towards each other in the end (`draw_together`), or share one where they would take too much memory.
+
+    linears:  full module name -> linear.
+    mixtures: names of those that the experts of a mixture have in common.
+    """
+
+    def __init__(self, linears: Mapping[str, nn.Linear], mixtures: list[list[str]]):
+        self._linears = linears
+        self._mixtures = [names for names in mixtures if all(name in linears for name in names)]
+        self._one_for_all = {n: names[0] for names in self._mixtures if too_large(names, linears) for n in names}
+        self._in_halves = {name for names in self._mixtures for name in judged(names) if name not in self._one_for_all}
+        self._found: dict[str, InputStatistics] = {}
+        self._halves: dict[int, Halves] = {}
+        self._seen: list[tuple[Tensor, InputStatistics]] = []  # of this mini-batch; held so that no id is reused
+        self._mini_batch, self._held_out = 0, False
+
+    def begin(self, mini_batch: int, held_out: bool) -> None:
+        """What comes now is of that mini-batch. held_out: it is measured apart."""
+        self._seen.clear()
+        self._mini_batch, self._held_out = mini_batch, held_out
+
+    def hook(self, name: str) -> Callable:
+        """A forward pre-hook for the linear of that name."""
+
+        def watch(_module, args):
+            x = args[0]
+            shared = next((statistics for tensor, statistics in self._seen if tensor is x), None)
+            if name not in self._found:
+                self._found[name] = shared or self._start(name, x)
+            if (one := self._found[name]) is not shared:
+                self._seen.append((x, one))
+                self._part(one).update(x)
+
+        return watch
+
+    def _start(self, name: str, x: Tensor) -> InputStatistics:
+        """The statistics of a linear that runs for the first time."""
+        first = self._one_for_all.get(name, name)
+        if first not in self._found:
+            self._found[first] = one = InputStatistics(x.shape[-1], x.device, name)
+            if name in self._in_halves:
+                self._halves[id(one)] = Halves(one)
+        return self._found[first]
+
+    def _part(self, one: InputStatistics) -> InputStatistics:
+        """Where the tokens of this mini-batch belong."""
+        if self._held_out:
+            if one.held_out is None:
+                one.held_out = InputStatistics(one.in_features, one.second_moment.device, one.name)
+            return one.held_out
+        in_two = self._halves.get(id(one))
+        return in_two.parts[self._mini_batch % 2] if in_two else one
+
+    def found(self) -> dict[str, InputStatistics]:
+        """Module name -> statistics, in the end; of 0 tokens where none came."""
+        for halves in self._halves.values():
+            halves.join()
+        for name, linear in self._linears.items():
+            if name not in self._found:
+                self._found[name] = InputStatistics(linear.in_features, linear.weight.device, name)
+        drawn: set[int] = set()
+        for names in self._mixtures:
+            members = {id(self._found[name]): self._found[name] for name in names}
+            if len(members) > 1 and not drawn & members.keys():  # w1 and w3 of an expert share one
+                draw_together(members.values(), [self._halves[one] for one in members if one in self._halves])
+                drawn |= members.keys()
+        return self._found
