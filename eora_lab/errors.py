@@ -84,6 +84,14 @@ def at_least(lowest: int, **numbers: int | None) -> None:
             raise EoraLabError(f"{name} must be {lowest} or more, not {value}")
 
 
+def check_pattern(pattern: str) -> None:
+    """Raise EoraLabError for text that is no regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise EoraLabError(f"{pattern!r} is no regular expression: {error}") from error
+
+
 def check_seed(seed: int) -> None:
     """Raise EoraLabError for a seed that torch does not take."""
     if not -(2**63) <= as_setting(int, seed, "seed") < 2**64:

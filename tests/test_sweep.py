@@ -192,14 +192,14 @@ def test_the_compressor_may_have_a_text_of_its_own(workplace):
 
 
 def test_compensated_inputs_and_a_choice_of_layers(workplace):
-    grid = SMALL | {"inputs": "compensated", "bits": 2, "rank": 8, "only": ["", "down_proj"]}
+    grid = SMALL | {"inputs": "compensated", "bits": 2, "rank": 8, "rank_only": ["", "down_proj"]}
     frame = quiet_sweep([SMALL | {"compressor": "dense"}, grid], "store")
     dense, whole, part = (row for _, row in frame.iterrows())
     assert dense["perplexity.text.txt"] == pytest.approx(
         perplexity(load_model("model")[0], token_windows(tiny_tokenizer(), "text.txt", 2, 32))
     )
     assert part["nbytes"] < whole["nbytes"] and part["output_error.after"] > whole["output_error.after"]
-    layers = next(c["result"]["layers"] for c in ResultStore("store").cells() if c["config"].get("only"))
+    layers = next(c["result"]["layers"] for c in ResultStore("store").cells() if c["config"].get("rank_only"))
     assert {name: rank for name, rank, *_ in layers if rank} == dict.fromkeys(
         (f"model.layers.{i}.mlp.down_proj" for i in (0, 1)), 8
     )

@@ -9,14 +9,14 @@ from typing import Annotated
 
 import tyro
 
-from eora_lab.cli.early import check_inputs, check_run_folder
+from eora_lab.cli.early import check_inputs, check_run_folder, check_selection
 from eora_lab.cli.options import say_start
 from eora_lab.model import Dtype
 from eora_lab.run.budget import Budget
 from eora_lab.run.recipe import Recipe
 from eora_lab.text.settings import Calibration, Evaluation
 
-COVERED = 0.95  # share of the decoder's weights; with less, the model is not as small as its bits say
+OVERLOOKED = 0.05  # share of the decoder's weights; with more, the model is not as small as its bits say
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,6 +25,10 @@ class Compress:
 
     The folder holds the packed weights, the low-rank path as a PEFT adapter, the configuration and the report. An
     interrupted run resumes when it is started again with the same settings.
+
+    Not all linears need to be compressed: `eora-lab compress runs/part --skip "o_proj|down_proj" --keep-first 1` leaves
+    two linears of every block and the whole first block as they are, `--only mlp` all outside the MLPs. The report says
+    what was left, and why.
     """
 
     output: Annotated[Path, tyro.conf.Positional]
@@ -48,6 +52,7 @@ class Compress:
         check_run_folder(self.output)
         judged = self.evaluation.perplexity if self.evaluate else ()
         check_inputs(self.model, (self.calibration.text, *judged))
+        check_selection(self.model, self.recipe)
         model, tokenizer = load_model(self.model, dtype=self.dtype, device=self.device)
         run_pass(
             model,
@@ -91,6 +96,6 @@ def run_pass(
         judge=(lambda one: perplexities(one, windows, progress=True)) if evaluation else None,
     )
     print(report)
-    if report.coverage is not None and report.coverage < COVERED:
+    if report.overlooked_share > OVERLOOKED:
         print(f"warning: only {report.coverage_line()}", file=sys.stderr)
     print(f"wrote {output}: try  {shlex.join(['eora-lab', 'generate', str(output), 'The capital of France is'])}")

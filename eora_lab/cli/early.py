@@ -8,6 +8,7 @@ from eora_lab.errors import EoraLabError, MachineError
 
 if TYPE_CHECKING:
     from eora_lab.experiment.cells import Cell
+    from eora_lab.run.recipe import Recipe
 
 FIGURES = (".png", ".svg", "")  # both are written, whichever is named
 
@@ -40,8 +41,17 @@ def check_inputs(model: str, texts: Iterable[str]) -> None:
         text_digest(text)
 
 
+def check_selection(model: str, recipe: "Recipe") -> None:
+    """What a recipe leaves, on the modules of a model without its weights; nothing where it leaves nothing itself."""
+    from eora_lab.model.load import load_skeleton
+
+    if any(recipe.selection().values()) and not model.lower().endswith(".gguf"):
+        recipe.left(load_skeleton(model))
+
+
 def check_cells(cells: Sequence["Cell"]) -> None:
-    """The names of models, texts and tasks that cells have. Data that is not here is left to the cells."""
+    """Names of models, texts and tasks in cells, and patterns of layers. What is not here is left to the cells."""
+    from eora_lab.experiment.estimate import model_shape
     from eora_lab.measure.tasks import check_tasks
     from eora_lab.model.load import check_name
     from eora_lab.text.hub import mirror_only
@@ -49,6 +59,11 @@ def check_cells(cells: Sequence["Cell"]) -> None:
 
     for model in dict.fromkeys(cell.model for cell in cells):
         check_name(model)
+    recipes = [(cell.model, cell.recipe) for cell in cells if cell.recipe and any(cell.recipe.selection().values())]
+    model_shape.cache_clear()  # a folder may hold another model by now
+    for model, recipe in {(model, *recipe.selection().values()): (model, recipe) for model, recipe in recipes}.values():
+        if shape := model_shape(model):
+            recipe.left(shape.model)
     texts = [text for cell in cells for text in cell.evaluation.perplexity]
     texts += [text for cell in cells if cell.recipe for text in (cell.calibration.text, cell.base_source) if text]
     with mirror_only():

@@ -16,9 +16,9 @@ class Sweep:
     """Run a grid of experiments into a result store; start it again to go on after a stop of any kind.
 
     The grid is a YAML file: settings with their values, a list of values being an axis, or a list of such grids.
-    Settings are those of a recipe (see `eora-lab compress --help`) and model, dtype, only, source, nsamples, seqlen,
-    share, first, seed, perplexity (texts), windows, window_length, tasks, limit, num_fewshot. `compressor: dense` is
-    the model as it is.
+    Settings are those of a recipe (see `eora-lab compress --help`) and model, dtype, source, nsamples, seqlen, share,
+    first, seed, perplexity (texts), windows, window_length, tasks, limit, num_fewshot, rank_only (a regular expression:
+    compressed layers that it does not match get rank 0). `compressor: dense` is the model as it is.
 
     Exit code 3 when cells failed, now or before. Those that the machine failed (no memory, data that is not there) are
     run again the next time, others with --retry-failed.

@@ -13,7 +13,7 @@ from torch import nn
 
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.environment import peak_memory
-from eora_lab.errors import EoraLabError, at_least, settings, unknown
+from eora_lab.errors import EoraLabError, at_least, check_pattern, settings, unknown
 from eora_lab.experiment.cache import ContentCache, SharedSteps
 from eora_lab.experiment.code import code_digest
 from eora_lab.files import digest
@@ -30,6 +30,7 @@ from eora_lab.run.report import Report
 from eora_lab.text.settings import Calibration, Evaluation
 
 DENSE = "dense"  # in place of a compressor: the model as it is
+LATER = {"skip": "", "keep_first": 0, "keep_last": 0, "rank_only": ""}  # named in a configuration where they differ
 MEASURED = ("perplexity", "tasks")  # fields whose lists are measured together, and are no axis of a grid
 
 
@@ -44,7 +45,7 @@ class Cell:
     model: str = "smollm2-135m"
     dtype: Dtype = "float32"
     recipe: Recipe | None = field(default_factory=Recipe)  # None: the dense model
-    only: str = ""  # regular expression; layers whose name it does not match get rank 0
+    rank_only: str = ""  # regular expression; compressed layers whose name it does not match get rank 0
     budget: Literal["uniform", "relative", "absolute"] = "uniform"  # how ranks are spread, see `Budget`
     calibration: Calibration = field(default_factory=Calibration)
     base_source: str = ""  # what the compressor is calibrated on, where that differs
@@ -61,15 +62,15 @@ class Cell:
             raise EoraLabError(
                 'a base_source needs inputs="original" and one round: else compressor and solver see the same inputs'
             )
-        Budget(self.budget, only=self.only)  # raises for an expression that cannot be read
-        if self.only and self.budget != "uniform":
-            raise EoraLabError("only chooses layers for one rank; a budget spreads ranks over all of them")
+        check_pattern(self.rank_only)
+        if self.rank_only and self.budget != "uniform":
+            raise EoraLabError("rank_only chooses layers for one rank; a budget spreads ranks over all of them")
 
     def config(self) -> dict:
         """A flat dict of JSON values. What a cell does not use is left out, so that equal cells are equal."""
         unused = set()
         if self.recipe is None:
-            unused |= {"only", "budget", "base_source"}
+            unused |= {"rank_only", "budget", "base_source"}
         if not self.tasks:
             unused |= {"limit", "num_fewshot"}
         if self.calibration.column is None:
@@ -80,6 +81,7 @@ class Cell:
             found |= {name: getattr(part, name) for name in names if name not in PARTS and name not in unused}
         if not self.evaluation.perplexity:
             found = {name: value for name, value in found.items() if name not in ("windows", "window_length")}
+        found = {name: value for name, value in found.items() if name not in LATER or value != LATER[name]}
         head = {} if self.recipe else {"compressor": DENSE}
         return head | {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
@@ -96,12 +98,13 @@ class Cell:
         own = {kind: {name: config[name] for name in names if name in config} for kind, names in known.items()}
         parts: dict[str, Any] = {"recipe": None}
         if config.get("compressor") == DENSE:
-            own[cls] |= {"only": "", "budget": "uniform", "base_source": ""}
+            own[cls] |= {"rank_only": "", "budget": "uniform", "base_source": ""}
         else:
             recipe = Recipe(**own[Recipe])
             if recipe.method == "none":  # has no rank, no factors
                 plain: dict[str, Any] = {one.name: one.default for one in fields(PathSettings) if one.name != "method"}
-                recipe, own[cls] = replace(recipe, **plain | {"rank": 0}), own[cls] | {"only": "", "budget": "uniform"}
+                recipe = replace(recipe, **plain | {"rank": 0})
+                own[cls] |= {"rank_only": "", "budget": "uniform"}
             parts["recipe"] = recipe
         parts |= {"calibration": Calibration(**own[Calibration]), "evaluation": Evaluation(**own[Evaluation])}
         return cls(**parts, **own[cls])
@@ -173,10 +176,10 @@ def _compress(
     recipe = cell.recipe
     assert recipe is not None
     ranks: dict[str, int] | Budget | None = Budget(cell.budget) if cell.budget != "uniform" else None
-    if cell.only:
-        ranks = {name: rank if re.search(cell.only, name) else 0 for name, rank in recipe.ranks(candidate).items()}
+    if cell.rank_only:
+        ranks = {name: rank if re.search(cell.rank_only, name) else 0 for name, rank in recipe.ranks(candidate).items()}
         if not any(ranks.values()):
-            raise EoraLabError(f"no layer matches {cell.only!r}; names are like {next(iter(ranks))}")
+            raise EoraLabError(f"no layer matches {cell.rank_only!r}; names are like {next(iter(ranks))}")
     batches = cell.calibration.batches(candidate, tokenizer)
     statistics, steps = None, None
     if cell.shared:
@@ -193,15 +196,18 @@ def _compress(
             base_key, base = measure(other.batches(candidate, tokenizer))
         clock.lap("statistics")
         steps = SharedSteps(recipe, cache, key, base, base_key, highest)
+    linears = block_linears(candidate)
     report = compress_model(
         candidate, batches, recipe, ranks=ranks, statistics=statistics, steps=steps, progress=progress
     )
     clock.lap("compress")
-    return _outcome(report, steps.data_free if steps else set())
+    for layer in report.layers:
+        del linears[layer.name]
+    return _outcome(report, steps.data_free if steps else set(), list(linears.values()))
 
 
-def _outcome(report: Report, data_free: set[str]) -> dict:
-    """What a cell keeps of a report."""
+def _outcome(report: Report, data_free: set[str], left: list[nn.Linear]) -> dict:
+    """What a cell keeps of a report. left: linears that stayed, which count as in the dense model."""
 
     def mean(name: str) -> float:
         return sum(getattr(layer, name) for layer in report.layers) / len(report.layers)
@@ -209,7 +215,9 @@ def _outcome(report: Report, data_free: set[str]) -> dict:
     result: dict = {"output_error": {"before": mean("error_before"), "after": mean("error_after")}}
     if report.layers[0].held_out_after is not None:
         result["held_out_error"] = {"before": mean("held_out_before"), "after": mean("held_out_after")}
-    result |= {"nbytes": report.nbytes, "bits_per_weight": report.bits_per_weight}
+    weights = report.weights + sum(linear.weight.numel() for linear in left)
+    nbytes = report.nbytes + sum(linear.weight.nbytes for linear in left)
+    result |= {"nbytes": nbytes, "bits_per_weight": 8 * nbytes / weights}
     result["layers"] = [[la.name, la.rank, la.error_before, la.error_after] for la in report.layers]
     result["data_free"] = [la.name for la in report.layers if la.data_free or la.name in data_free]
     return result

@@ -6,11 +6,12 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from eora_lab.errors import EoraLabError
 from eora_lab.experiment.cells import Cell
 from eora_lab.model.load import load_skeleton
-from eora_lab.model.structure import decoder_blocks, linears
+from eora_lab.model.structure import block_linears, decoder_blocks
 from eora_lab.text.settings import Evaluation
 
 SHARED_INPUTS = 4 / 7  # q, k and v read one input, gate and up another
@@ -25,8 +26,17 @@ class Shape:
     """Sizes of a model, read from its configuration alone."""
 
     parameters: int
-    layers: list[tuple[int, int]]  # (out, in) of every linear in the blocks
+    layers: dict[str, tuple[int, int]]  # (out, in) of every linear in the blocks, by name
     blocks: int
+    model: nn.Module  # without weights
+
+    def compressed(self, cell: Cell) -> list[tuple[int, int]]:
+        """(out, in) of the linears that a cell compresses: all of them where its patterns cannot be followed."""
+        try:
+            left = cell.recipe.left(self.model) if cell.recipe else {}
+        except EoraLabError:  # the cell itself will say what is wrong
+            left = {}
+        return [shape for name, shape in self.layers.items() if name not in left]
 
 
 @lru_cache(maxsize=8)
@@ -39,9 +49,8 @@ def model_shape(name: str) -> Shape | None:
         blocks = decoder_blocks(model)
     except EoraLabError:  # the cell itself will say what is wrong
         return None
-    layers = [linear for block in blocks.values() for linear in linears(block).values()]
-    shapes = [(linear.out_features, linear.in_features) for linear in layers]
-    return Shape(sum(p.numel() for p in model.parameters()), shapes, len(blocks))
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in block_linears(model).items()}
+    return Shape(sum(p.numel() for p in model.parameters()), shapes, len(blocks), model)
 
 
 def memory(cell: Cell) -> int | None:
@@ -52,8 +61,8 @@ def memory(cell: Cell) -> int | None:
     weights = shape.parameters * getattr(torch, cell.dtype).itemsize
     if cell.recipe is None:
         return int(WORKSPACE * weights)
-    moments = int(SHARED_INPUTS * sum(4 * inputs**2 for _, inputs in shape.layers))  # S is float32
-    largest = max(max(pair) for pair in shape.layers)
+    moments = int(SHARED_INPUTS * sum(4 * inputs**2 for _, inputs in shape.layers.values()))  # S is float32
+    largest = max(max(pair) for pair in shape.compressed(cell))
     return int(WORKSPACE * (2 * weights + (moments if cell.shared else moments / shape.blocks) + 6 * 8 * largest**2))
 
 
@@ -69,15 +78,15 @@ def calibrating(cell: Cell, shape: Shape) -> float:
     """Floating-point operations of the pass over calibration text and of compression, roughly."""
     tokens = cell.calibration.nsamples * cell.calibration.seqlen
     total = 4.0 * shape.parameters * tokens
-    for out_features, in_features in shape.layers:
+    chosen = shape.compressed(cell)
+    for _, in_features in shape.layers.values() if cell.shared else chosen:
         total += 2.0 * SHARED_INPUTS * tokens * in_features**2  # S
-        total += 2.0 * out_features * in_features**2  # GPTQ
-    return total
+    return total + sum(2.0 * out_features * in_features**2 for out_features, in_features in chosen)  # GPTQ
 
 
-def solving(_: Cell, shape: Shape) -> float:
+def solving(cell: Cell, shape: Shape) -> float:
     """Floating-point operations of the compensation of all layers, roughly."""
-    return sum(2.0 * n * k**2 + 25.0 * min(n, k) ** 3 for n, k in shape.layers)  # R S, eigenvectors
+    return sum(2.0 * n * k**2 + 25.0 * min(n, k) ** 3 for n, k in shape.compressed(cell))  # R S, eigenvectors
 
 
 def work(cells: list[Cell]) -> float | None:

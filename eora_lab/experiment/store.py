@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from eora_lab.environment import environment
 from eora_lab.errors import EoraLabError
+from eora_lab.experiment.cells import DENSE, LATER
 from eora_lab.files import check_place, check_table, digest, set_aside, write_atomically, write_json
 from eora_lab.measure.intervals import Outcomes
 
@@ -133,7 +134,8 @@ def row(cell: dict) -> dict:
 
     Losses of windows give `loss_stderr.<text>`, the standard error of the mean loss (nats a token).
     """
-    flat = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in cell["config"].items()}
+    config = cell["config"] if cell["config"].get("compressor") == DENSE else LATER | cell["config"]
+    flat = {key: ", ".join(map(str, v)) if isinstance(v, list) else v for key, v in config.items()}
     flat["status"] = cell["status"]
 
     def flatten(prefix: str, value: object) -> None:

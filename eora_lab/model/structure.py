@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Container
 
 from torch import nn
 
@@ -54,11 +55,11 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
-def matrices(model: nn.Module, part: tuple[str, nn.Module]) -> dict[str, int]:
+def matrices(model: nn.Module, part: tuple[str, nn.Module], of: Container[str] | None = None) -> dict[str, int]:
     """Weights of two or more dimensions in a part of the model; name, with * for numbers -> how many.
 
     part: its name and module, as from `decoder`. Embeddings and the head do not count, nor do compressed layers, whose
-    weights are packed.
+    weights are packed. of: names of modules, where others do not count either.
     """
     found: Counter[str] = Counter()
     try:
@@ -68,7 +69,8 @@ def matrices(model: nn.Module, part: tuple[str, nn.Module]) -> dict[str, int]:
     apart = {p for module in part[1].modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     apart |= set(head.parameters()) if head is not None else set()
     for name, parameter in part[1].named_parameters(prefix=part[0]):
-        if parameter.squeeze().ndim >= 2 and parameter not in apart:
+        wanted = of is None or name.rpartition(".")[0] in of
+        if wanted and parameter.squeeze().ndim >= 2 and parameter not in apart:
             found[re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name)] += parameter.numel()
     return dict(found)
 

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eora_lab.errors import EoraLabError
-from eora_lab.experiment.cells import DENSE, Cell
+from eora_lab.experiment.cells import DENSE, LATER, Cell
 from eora_lab.plots.scales import (
     AXES,
     ERRORS,
@@ -24,8 +24,8 @@ from eora_lab.plots.style import BAND, LOOKS, Look, looks, method_name, panels, 
 MEASURING = ("perplexity", "windows", "window_length")
 LEGEND = 1.9  # inches
 APART = 0.12  # methods on a categorical axis
-SETTINGS = tuple(name for name in Cell().config() if name not in MEASURING)
-OF_THE_PATH = ("rank", "factor_bits", "refit", "shrink", "only")  # a base alone has none of it
+SETTINGS = tuple(name for name in (*Cell().config(), *LATER) if name not in MEASURING)
+OF_THE_PATH = ("rank", "factor_bits", "refit", "shrink", "rank_only")  # a base alone has none of it
 
 
 def touched(frame: pandas.DataFrame, setting: str) -> pandas.Series:

@@ -19,14 +19,18 @@ AXES = {
     "inputs": "model that calibration inputs come from",
     "source": "calibration text",
     "base_source": "calibration text of the compressor",
-    "only": "layers with a low-rank path",
+    "rank_only": "layers with a low-rank path",
+    "skip": "layers left as they are",
+    "only": "compressed layers",
+    "keep_first": "first blocks left as they are",
+    "keep_last": "last blocks left as they are",
     "sparsity": "sparsity",
     "model": "model",
     "compressor": "compressor",
     "method": "compensation",
 }
-WORDS = {("only", ""): "all", ("group_size", -1): "whole row", ("base_source", ""): "as for the path"}
-WORDS |= {("sparsity", ""): "not pruned"}
+WORDS = {("rank_only", ""): "all", ("group_size", -1): "whole row", ("base_source", ""): "as for the path"}
+WORDS |= {("only", ""): "all", ("skip", ""): "none", ("sparsity", ""): "not pruned"}
 SHORT = {"model": "{}", "compressor": "{}", "bits": "{}-bit", "sparsity": "{}"}
 SHORT |= {"rank": "rank {}", "factor_bits": "{}-bit factors", "group_size": "groups of {}"}
 ERRORS = {"output_error": "error on calibration tokens", "held_out_error": "error on held-out tokens"}

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from eora_lab.errors import EoraLabError, settings
+from eora_lab.errors import EoraLabError, check_pattern, settings
 
 if TYPE_CHECKING:
     import torch
@@ -46,10 +46,7 @@ class Budget:
             raise EoraLabError(f"the lowest and the highest rank must be multiples of {self.multiple} (at least 1)")
         if self.minimum < 0 or (self.maximum is not None and self.maximum < self.minimum):
             raise EoraLabError(f"ranks of a budget go up, from 0 or more, not {self.minimum} to {self.maximum}")
-        try:
-            re.compile(self.only)
-        except re.error as error:
-            raise EoraLabError(f"{self.only!r} is no regular expression: {error}") from error
+        check_pattern(self.only)
 
 
 def allocate_ranks(layers: dict[str, LayerSpectrum], average_rank: int | float, budget: Budget) -> dict[str, int]:

@@ -12,7 +12,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,12 @@ from eora_lab.model.digest import TENSORS, files_digest, tensors_digest, tokeniz
 from eora_lab.model.load import as_dtype, load_model, local_path
 from eora_lab.model.structure import linear_at
 from eora_lab.run.adapters import made_for
+from eora_lab.run.recipe import Selection
 from eora_lab.run.report import LayerReport, Report, layer_report
 
 CONFIG = "config.json"
 LATER = ("tokenizer",)  # settings that older runs do not have
+SELECTION = {field.name: field.default for field in fields(Selection)}  # nor these, but they did the same
 DAMAGED = "incomplete, corrupt, or of another model; delete it, and start the run again to make it anew"
 
 
@@ -102,7 +104,7 @@ def claim_folder(path: Path | str, settings: dict, file: str = CONFIG) -> dict:
     path, settings = Path(path), json.loads(json.dumps(settings))
     if is_free(path, file):
         write_json(path / file, {"settings": settings, "versions": versions()})
-    found = read_config(path, file)["settings"]
+    found = {key: value for key, value in SELECTION.items() if key in settings} | read_config(path, file)["settings"]
     for key in sorted((found.keys() | settings.keys()) - {key for key in LATER if key not in found}):
         if found.get(key) != settings.get(key):
             raise EoraLabError(

@@ -5,7 +5,7 @@ One block's statistics are held at a time. Linears that share an input share its
 
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +25,7 @@ from eora_lab.errors import EoraLabError, naming
 from eora_lab.layer.linear import CompensatedLinear, backends_in_use
 from eora_lab.model.digest import model_digest, origin
 from eora_lab.model.experts import unfold_experts
-from eora_lab.model.structure import decoder, decoder_blocks, linear_at, linears, matrices, model_name
+from eora_lab.model.structure import block_linears, decoder, decoder_blocks, linear_at, linears, matrices, model_name
 from eora_lab.model.whole import check_finite
 from eora_lab.run.budget import Budget
 from eora_lab.run.fit import Steps, fit_layer
@@ -52,10 +52,10 @@ def compress_model(
     judge: Callable[[nn.Module], dict[str, float]] | None = None,
     progress: bool = True,
 ) -> Report:
-    """Compress every linear of the decoder blocks and put the compensated layers in place. Returns the report.
+    """Compress the linears of the decoder blocks and put the compensated layers in place. Returns the report.
 
-    Embeddings and lm_head stay as they are, and so do linears whose weight the model reads itself (Mamba's dt_proj);
-    the report says what was left.
+    Embeddings and lm_head stay as they are, and so do linears whose weight the model reads itself (Mamba's dt_proj) and
+    those that the recipe leaves (`Selection`); the report says what was left, and why.
 
     batches:    calibration token ids (nsamples, seqlen): a tensor, an array, or a list of sequences.
     recipe:     what to do; `Recipe()` if not given.
@@ -76,11 +76,17 @@ def compress_model(
     asked = None if ranks is None or isinstance(ranks, Budget) else given_ranks(ranks)
     unfold_experts(model)
     recipe.check_fit(model, asked, given=weights)
+    chosen = recipe.left(model, weights)
     batches = as_tokens(model, batches)
     check_finite(model)
     if statistics is not None and recipe.inputs != "original":
         raise EoraLabError('statistics measured before are of the original model: pass inputs="original"')
     contract = check_blocks(model, batches)
+    left = {*chosen, *contract.left}
+    names = block_linears(model).keys() if weights is None else set(weights)
+    if names <= left:
+        raise EoraLabError("nothing is left to compress: the model reads the weights of these linears itself")
+    left |= block_linears(model).keys() - names
     steps = steps or Steps(recipe, weights)
     given = {} if weights is None else {"given": check_given(model, weights, progress)}
     opened: AbstractContextManager[RunFolder | None] = nullcontext()
@@ -99,16 +105,19 @@ def compress_model(
                     found = collect_statistics(model, batches, recipe.held_out, progress)
                 if recipe.inputs == "original":
                     statistics = found
-                return spread(model, found, steps, budget, progress, contract.left)
+                return spread(model, found, steps, budget, progress, left)
 
             asked = run.planned(plan) if run else plan()
             recipe.check_fit(model, asked, given=weights)  # they may come from a file
         part = decoder(model)
-        report = Report(_walk(model, batches, steps, asked, statistics, run, contract, progress))
+        report = Report(_walk(model, batches, steps, asked, statistics, run, contract, left, progress))
         report.seconds = time.perf_counter() - started
         report.peak_memory = peak_memory(next(model.parameters()).device)
         report.backends = backends_in_use(model)
         report.left = matrices(model, part)
+        for reason in sorted(set(chosen.values())):
+            of = {name for name, why in chosen.items() if why == reason}
+            report.by_choice[reason] = matrices(model, part, of)
         if judge:
             after = judge(model)
             report.perplexity = {text: {"dense": before[text], "compressed": after[text]} for text in before}
@@ -125,13 +134,17 @@ def _walk(
     statistics: Mapping[str, InputStatistics] | None,
     run: RunFolder | None,
     contract: Contract,
+    left: Container[str],
     progress: bool,
 ) -> list[LayerReport]:
-    """Block by block; blocks that the run folder holds already are put in place from there."""
+    """Block by block; blocks that the run folder holds already are put in place from there.
+
+    left: linears that stay as they are.
+    """
     from tqdm.auto import tqdm
 
     recipe, blocks = steps.recipe, decoder_blocks(model)
-    ranks = recipe.ranks(model) if ranks is None else ranks
+    ranks = recipe.ranks(model, left) if ranks is None else ranks
     original = recipe.inputs == "original"
     stream = BlockStream(model, batches, recipe.held_out, contract) if statistics is None else None
     reports: list[LayerReport] = []
@@ -144,10 +157,11 @@ def _walk(
         else:
             modules, layers = {}, []
             for locals_ in stream.groups(index) if stream and recipe.true_sequential else [list(linears(block))]:
-                found = stream.statistics(index, original, locals_) if stream else statistics or {}
-                for name in (f"{prefix}.{local}" for local in locals_):
-                    if name in contract.left or (steps.weights is not None and name not in steps.weights):
-                        continue
+                chosen = [local for local in locals_ if f"{prefix}.{local}" not in left]
+                if not chosen and not original:
+                    continue
+                found = stream.statistics(index, original, chosen) if stream else statistics or {}
+                for name in (f"{prefix}.{local}" for local in chosen):
                     if name not in found:
                         raise EoraLabError(f"{name}: no statistics")
                     modules[name], layer = compress_linear(model, name, found[name], steps, ranks.get(name, 0))

@@ -9,7 +9,7 @@ from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.compensate import solve
 from eora_lab.compress import residual
 from eora_lab.errors import EoraLabError, as_setting, naming
-from eora_lab.model.structure import block_linears, linear_at
+from eora_lab.model.structure import linear_at
 from eora_lab.run.budget import Budget, LayerSpectrum, allocate_ranks
 from eora_lab.run.fit import Steps
 from eora_lab.run.recipe import Recipe
@@ -69,15 +69,14 @@ def layer_spectra(
 
     maximum: the highest rank that a budget may give, which spares time in large layers; None: that of the layer.
     steps:   as for `compress_model`. The rank of the recipe does not matter.
-    left:    names of layers that stay as they are (`Contract.left`).
+    left:    names of layers that stay as they are beside those that the recipe leaves (`Contract.left`).
     Raises EoraLabError when a layer has no statistics.
     """
     from tqdm.auto import tqdm
 
     steps = steps or Steps(recipe)
-    names = [
-        name for name in block_linears(model) if name not in left and (steps.weights is None or name in steps.weights)
-    ]
+    chosen = recipe.ranks(model, recipe.left(model, steps.weights))
+    names = [name for name in chosen if name not in left and (steps.weights is None or name in steps.weights)]
     layers = {}
     for name in tqdm(names, desc="spectra", unit="layer", disable=not progress, leave=False):
         if name not in statistics:

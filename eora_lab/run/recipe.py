@@ -7,7 +7,7 @@ from collections.abc import Container, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Literal
 
-from eora_lab.errors import EoraLabError, meant, settings, unknown
+from eora_lab.errors import EoraLabError, at_least, check_pattern, meant, settings, unknown
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +35,21 @@ class BaseSettings:
     """what a pruner leaves: n of every m inputs such as 2:4, or the share that goes, such as 0.5"""
     desc_act: bool = True
     """gptq: inputs with the largest activations first, on grids of the original weights"""
+
+
+@settings
+class Selection:
+    """Which linears are compressed at all; the others stay as they are. Patterns are searched in full module names."""
+
+    skip: str = ""
+    """regular expression; linears whose name it matches stay as they are, such as 'down_proj|layers[.]0[.]'"""
+    only: str = ""
+    """regular expression; all others stay as they are. Routers, indexers and linears of one output stay by themselves;
+    they are compressed where this names them, such as 'mlp[.]gate$'"""
+    keep_first: int = 0
+    """decoder blocks at the start that stay as they are"""
+    keep_last: int = 0
+    """decoder blocks at the end that stay as they are"""
 
 
 @settings
@@ -67,7 +82,7 @@ class PassSettings:
 
 
 @settings
-class Recipe(PassSettings, PathSettings, BaseSettings):
+class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
     """Settings of a compression pass. Raises EoraLabError when one is unknown, of another type, or out of range."""
 
     rounds: int = 1
@@ -78,6 +93,9 @@ class Recipe(PassSettings, PathSettings, BaseSettings):
         """Raise EoraLabError when a value is unknown or does not go with the others."""
         self._check_base()
         self._check_path()
+        check_pattern(self.skip)
+        check_pattern(self.only)
+        at_least(0, keep_first=self.keep_first, keep_last=self.keep_last)
         if self.rounds < 1:
             raise EoraLabError(f"rounds must be 1 or more, not {self.rounds}")
         if not 0 <= self.held_out < 1:
@@ -133,11 +151,27 @@ class Recipe(PassSettings, PathSettings, BaseSettings):
         """The compressed model that is compensated, in short."""
         quantised = f"{self.bits}-bit g{self.group_size}" if self.bits != 16 else ""
         rounds = f"x{self.rounds}" if self.rounds > 1 else ""
-        return " ".join(part for part in (self.compressor, self.sparsity, quantised, rounds) if part)
+        stays = [f"{name.replace('_', ' ')} {value}" for name, value in self.selection().items() if value]
+        return " ".join(part for part in (self.compressor, self.sparsity, quantised, rounds, *stays) if part)
 
     def base_settings(self) -> dict:
         """The fields of `BaseSettings`."""
         return {field.name: getattr(self, field.name) for field in fields(BaseSettings)}
+
+    def selection(self) -> dict:
+        """The fields of `Selection`."""
+        return {field.name: getattr(self, field.name) for field in fields(Selection)}
+
+    def left(self, model: "torch.nn.Module", given: Container[str] | None = None) -> dict[str, str]:
+        """Module name -> why it stays as it is by choice, see `left_by_choice`, which says what is raised.
+
+        given: the layers that come compressed: then these are the choice.
+        """
+        from eora_lab.model.leave import left_by_choice
+
+        if given is not None:
+            return {name: reason for name, reason in left_by_choice(model).items() if name not in given}
+        return left_by_choice(model, **self.selection())
 
     def check_fit(
         self, model: "torch.nn.Module", ranks: Mapping[str, int] | None = None, given: Container[str] | None = None
@@ -158,20 +192,27 @@ class Recipe(PassSettings, PathSettings, BaseSettings):
         if strangers := [name for name in ranks or {} if name not in linears]:
             hint = meant(strangers[0], linears)
             raise EoraLabError(f"a rank is given for {strangers[0]}, which is no linear in the decoder blocks{hint}")
-        for name, linear in linears.items():
+        left = self.left(model, given)
+        chosen = {name: linear for name, linear in linears.items() if name not in left}
+        for name, linear in chosen.items():
             if given is None and self.prunes:
                 Sparsity.parse(self.sparsity).check(linear.in_features)
             if self.method != "none" and ranks and not 0 <= ranks.get(name, 0) <= highest_rank(linear):
                 raise EoraLabError(f"rank {ranks[name]} is larger than {name} allows: at most {highest_rank(linear)}")
-        highest = max(map(highest_rank, linears.values()))
+        highest = max(map(highest_rank, chosen.values()))
         if self.method != "none" and ranks is None and self.rank > highest:
             raise EoraLabError(f"rank {self.rank} is larger than any layer allows: at most {highest}")
 
-    def ranks(self, model: "torch.nn.Module") -> dict[str, int]:
-        """Module name -> rank of every linear in the decoder blocks."""
+    def ranks(self, model: "torch.nn.Module", left: Container[str] | None = None) -> dict[str, int]:
+        """Module name -> rank of every linear in the decoder blocks that is compressed.
+
+        left: names of those that are not, where that is known.
+        """
         from eora_lab.model.structure import block_linears
 
-        return {name: min(self.rank, highest_rank(linear)) for name, linear in block_linears(model).items()}
+        left = self.left(model) if left is None else left
+        linears = {name: linear for name, linear in block_linears(model).items() if name not in left}
+        return {name: min(self.rank, highest_rank(linear)) for name, linear in linears.items()}
 
 
 def highest_rank(linear: "torch.nn.Linear") -> int:

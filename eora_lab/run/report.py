@@ -1,6 +1,7 @@
 """What a compression pass did: numbers a layer, numbers in all, as JSON and as a printed table."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import Any, get_type_hints
@@ -42,6 +43,7 @@ class Report:
     backends: dict[str, int] = field(default_factory=dict)  # who multiplies one row of input -> how many layers
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)  # text -> state of the model -> value
     left: dict[str, int] | None = None  # matrices of the decoder that stayed as they are -> weights; None: not counted
+    by_choice: dict[str, dict[str, int]] = field(default_factory=dict)  # why -> those of `left` that were to stay
 
     @property
     def weights(self) -> int:
@@ -55,13 +57,32 @@ class Report:
             return None
         return self.weights / max(self.weights + sum(self.left.values()), 1)
 
+    @property
+    def overlooked(self) -> dict[str, int]:
+        """Matrices that stayed as they are though nobody chose that -> weights."""
+        rest = Counter(self.left or {})
+        for chosen in self.by_choice.values():
+            rest.subtract(chosen)
+        return {name: count for name, count in rest.items() if count > 0}
+
+    @property
+    def overlooked_share(self) -> float:
+        """Of the decoder's weights in matrices."""
+        return sum(self.overlooked.values()) / max(self.weights + sum((self.left or {}).values()), 1)
+
     def coverage_line(self) -> str:
-        """How much was compressed, and what was left, the largest first."""
-        left = sorted((self.left or {}).items(), key=lambda item: -item[1])
-        names = ", ".join(f"{name} ({count / 1e6:.2g} M)" for name, count in left[:LISTED])
-        more = f" and {len(left) - LISTED} more" if len(left) > LISTED else ""
-        share = f"{self.coverage:.1%} of the decoder's weights in matrices compressed"
-        return share + (f"; left as they are: {names}{more}" if left else "")
+        """How much was compressed, and what was left, by choice with the reason and else, the largest first."""
+        chosen = [
+            (f"{name} ", count, f", {why}") for why, part in self.by_choice.items() for name, count in part.items()
+        ]
+        others = [(f"{name} ", count, "") for name, count in self.overlooked.items()]
+        line = f"{self.coverage:.1%} of the decoder's weights in matrices compressed"
+        for what, left in (("left by choice", chosen), ("left as they are", others)):
+            left.sort(key=lambda item: -item[1])
+            names = ", ".join(f"{name}({count / 1e6:.2g} M{why})" for name, count, why in left[:LISTED])
+            more = f" and {len(left) - LISTED} more" if len(left) > LISTED else ""
+            line += f"; {what}: {names}{more}" if left else ""
+        return line
 
     @property
     def nbytes(self) -> int:

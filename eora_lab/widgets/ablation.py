@@ -31,8 +31,8 @@ class AblationForm(ipywidgets.VBox):
     Stop takes effect after the cell that is running; finished cells stay, and Run goes on with the others.
 
     folder:   of the result store.
-    start:    values of controls to begin with, such as rank=[8, 16]. Those that are no control (`only`, `seed`, ...,
-              see `Cell`) hold for all cells.
+    start:    values of controls to begin with, such as rank=[8, 16]. Those that are no control (`skip`, `seed`,
+              ..., see `Cell`) hold for all cells.
     controls: name of a setting -> its control. run, stop, retry: the buttons. state: what it is doing.
     """
 
