@@ -39,6 +39,9 @@ BASE_OPTIONS = {
     "--zero-point": ("integer", "intger 8"),
     "--sparsity": ("", "2:4 0.5 nonsense"),
     "--rounds": ("2", "0 -1 1.5"),
+    "--skip": ("down_proj", "x{9} ( proj"),
+    "--only": ("attn", "x{9} *"),
+    "--keep-first": ("1", "-1 2 1000 one"),
 }
 SAMPLING = {
     "--tokens": ("1 9", "0 -4 1.5 many"),

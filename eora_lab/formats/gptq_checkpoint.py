@@ -14,7 +14,7 @@ from eora_lab.errors import EoraLabError, naming
 from eora_lab.formats.checkpoint import Checkpoint
 from eora_lab.formats.dense import dense_tensors, write_model_folder
 from eora_lab.formats.gptq import TENSORS, read_linear, write_linear
-from eora_lab.formats.gptq_config import GptqConfig, stated
+from eora_lab.formats.gptq_config import GptqConfig, stated, unquantised
 from eora_lab.layer.linear import compensated
 from eora_lab.model.structure import block_linears, model_name
 
@@ -177,7 +177,7 @@ def write_checkpoint(
 ) -> GptqConfig:
     """Write a compressed model as a GPTQ checkpoint, without its low-rank path. Returns the configuration.
 
-    dtype: of the tensors that are not quantised.
+    dtype: of the tensors that are not quantised; linears among them are named in the configuration.
     checkpoint_format: "gptq", which every loader knows but cannot hold a zero point of 0, or "gptq_v2".
     Raises EoraLabError when the model is not compressed, or on grids that the format cannot say, with what to do.
     """
@@ -195,7 +195,10 @@ def write_checkpoint(
         linear = write_linear(weight, checkpoint_format, name)
         tensors |= {f"{name}.{key}": tensor for key, tensor in linear.items()}
     config = config_of(weights, checkpoint_format)
-    write_model_folder(folder, model, tokenizer, tensors, dtype, config.to_dict())
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    left = [name for name, one in model.named_modules() if isinstance(one, nn.Linear) and one is not head]
+    about = config.to_dict() | unquantised(left, weights)
+    write_model_folder(folder, model, tokenizer, tensors, dtype, about)
     return config
 
 

@@ -1,5 +1,7 @@
 """What a GPTQ checkpoint says of itself, in quantize_config.json and in config.json's quantization_config."""
 
+import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -78,6 +80,21 @@ class GptqConfig:
     def __str__(self) -> str:
         kind = f"{self.checkpoint_format}, {self.bits} bits, groups of {self.group_size}"
         return f"{kind}, sym={self.sym}, desc_act={self.desc_act}"
+
+
+def unquantised(left: Iterable[str], quantised: Collection[str]) -> dict:
+    """The keys that say which linears stayed dense; none where all are quantised.
+
+    dynamic, which GPTQModel, vLLM and SGLang read, matches names from their beginning. It names the whole module where
+    nothing below is quantised, as vLLM has other names there: its qkv_proj is q_proj, k_proj and v_proj.
+    modules_in_block_to_quantize is for optimum, by which transformers loads; it takes names by their end.
+    """
+    parents = {name[:dot] for name in quantised for dot in range(len(name)) if name[dot] == "."}
+    patterns: dict[str, dict] = {}
+    for name in left:
+        above = [name[:dot] for dot in range(len(name)) if name[dot] == "." and name[:dot] not in parents]
+        patterns[f"-:{re.escape(above[0])}[.]" if above else f"-:{re.escape(name)}$"] = {}
+    return {"dynamic": patterns, "modules_in_block_to_quantize": [sorted(quantised)]} if patterns else {}
 
 
 FIELDS = tuple(GptqConfig.__dataclass_fields__)

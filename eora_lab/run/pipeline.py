@@ -116,8 +116,8 @@ def compress_model(
         report.backends = backends_in_use(model)
         report.left = matrices(model, part)
         for reason in sorted(set(chosen.values())):
-            of = {name for name, why in chosen.items() if why == reason}
-            report.by_choice[reason] = matrices(model, part, of)
+            if found := matrices(model, part, {name for name, why in chosen.items() if why == reason}):
+                report.by_choice[reason] = found
         if judge:
             after = judge(model)
             report.perplexity = {text: {"dense": before[text], "compressed": after[text]} for text in before}
