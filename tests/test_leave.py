@@ -5,11 +5,22 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from eora_lab import Budget, EoraLabError, Recipe, Report, collect_statistics, load_model, load_run, plan_ranks
+from eora_lab import (
+    Budget,
+    EoraLabError,
+    Recipe,
+    Report,
+    collect_statistics,
+    load_model,
+    load_run,
+    plan_ranks,
+    solve_adapter,
+)
 from eora_lab.cli import main
 from eora_lab.experiment.cells import Cell
 from eora_lab.experiment.estimate import calibrating, model_shape, solving
@@ -18,8 +29,10 @@ from eora_lab.experiment.store import ResultStore
 from eora_lab.experiment.sweep import sweep
 from eora_lab.formats.dense import write_dense
 from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, write_checkpoint
+from eora_lab.formats.peft import write_adapter
 from eora_lab.layer.linear import CompensatedLinear, compensated
 from eora_lab.model.structure import block_linears
+from eora_lab.run.stored import run_factors
 from tests.tiny import CELL, CONFIGS, SMALL, compress, logits, save_tiny, tiny_model, tiny_tokens
 
 INTEGER = {"group_size": 32, "zero_point": "integer", "scale_dtype": "float16", "bits": 4}
@@ -334,3 +347,17 @@ def test_on_the_command_line(workplace, capsys):
     Path("grid.yaml").write_text(json.dumps(CELL | asdict(Recipe("rtn", rank=8)) | {"skip": ["", "x_proj"]}))
     assert main(["sweep", "grid.yaml", "--store", "store"]) == 1
     assert "skip 'x_proj' matches no linear" in capsys.readouterr().err
+
+
+def test_adapters_of_a_run_are_those_of_its_compressed_layers(tmp_path):
+    name, tokens = save_tiny(tmp_path / "model"), tiny_tokens()
+    compress(load_model(name)[0], tokens, **SMALL | {"folder": tmp_path / "run", "skip": "up_proj", "keep_last": 1})
+    model, tokenizer, report = load_run(tmp_path / "run")
+    layers = {layer.name for layer in report.layers}
+    write_adapter(tmp_path / "universal", run_factors(tmp_path / "run"), name, universal=True)
+    write_dense(tmp_path / "dense", model, tokenizer, torch.float32)
+    base = load_model(str(tmp_path / "dense"))[0]
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "universal").eval()
+    torch.testing.assert_close(logits(adapted, tokens), logits(model, tokens), rtol=1e-3, atol=1e-4)
+    solved = solve_adapter(model, load_model(name)[0], tiny_tokens(seed=1), Recipe(rank=8), progress=False)
+    assert solved.keys() == layers and len(layers) == 6
