@@ -33,6 +33,7 @@ from eora_lab.formats.peft import write_adapter
 from eora_lab.layer.linear import CompensatedLinear, compensated
 from eora_lab.model.structure import block_linears
 from eora_lab.run.stored import run_factors
+from tests.test_experts import mixture as experts
 from tests.tiny import CELL, CONFIGS, SMALL, compress, logits, save_tiny, tiny_model, tiny_tokens
 
 INTEGER = {"group_size": 32, "zero_point": "integer", "scale_dtype": "float16", "bits": 4}
@@ -361,3 +362,14 @@ def test_adapters_of_a_run_are_those_of_its_compressed_layers(tmp_path):
     torch.testing.assert_close(logits(adapted, tokens), logits(model, tokens), rtol=1e-3, atol=1e-4)
     solved = solve_adapter(model, load_model(name)[0], tiny_tokens(seed=1), Recipe(rank=8), progress=False)
     assert solved.keys() == layers and len(layers) == 6
+
+
+@pytest.mark.parametrize("choice", [{"skip": r"experts\.1\."}, {"only": r"experts\.[023]\."}])
+def test_an_expert_that_stays_counts_for_the_others_of_its_mixture(choice):
+    tokens, settings = tiny_tokens(), SMALL | {"inputs": "original"}
+    whole = {layer.name: layer for layer in compress(experts(), tokens, **settings).layers}
+    report = compress(experts(), tokens, **settings | choice)
+    found = {layer.name: layer for layer in report.layers if "experts" in layer.name}
+    assert len(found) == 12 and not report.overlooked and "router" in report.by_choice
+    for name, layer in found.items():
+        assert (layer.error_after, layer.pooled_tokens) == (whole[name].error_after, whole[name].pooled_tokens)

@@ -97,16 +97,17 @@ class BlockStream:
         """Run block `index` and measure the input of each of its linears; full module name -> statistics.
 
         Linears that are handed the same tensor (q, k and v; gate and up) share one object; see `Inputs`.
-        only: names within the block; others are not measured.
+        only: names within the block; others are left out.
         keep_outputs: let the outputs be the next block's input, as when the block is used uncompressed.
         Raises EoraLabError on NaN or Inf, naming the layer.
         """
         prefix = list(self.blocks)[index]
         block = self.blocks[prefix]
-        measured = {
-            f"{prefix}.{name}": linear for name, linear in linears(block).items() if only is None or name in only
-        }
-        inputs = Inputs(measured, [[f"{prefix}.{name}" for name in names] for names in experts_of(block)])
+        mixtures, wanted = experts_of(block), set(linears(block) if only is None else only)
+        # experts are measured together: what one sees counts for the others too
+        needed = wanted.union(*(names for names in mixtures if wanted & set(names)))
+        measured = {f"{prefix}.{name}": linear for name, linear in linears(block).items() if name in needed}
+        inputs = Inputs(measured, [[f"{prefix}.{name}" for name in names] for names in mixtures])
         handles = [linear.register_forward_pre_hook(inputs.hook(name)) for name, linear in measured.items()]
         inputs.begin(0, self._held_out[0])
         try:
@@ -117,7 +118,7 @@ class BlockStream:
         finally:
             for handle in handles:
                 handle.remove()
-        return inputs.found()
+        return {name: found for name, found in inputs.found().items() if name.removeprefix(f"{prefix}.") in wanted}
 
     def advance(self, index: int) -> None:
         """Let the outputs of block `index`, as it is now, be the next block's input."""
