@@ -38,6 +38,8 @@ A family goes through these steps, in float32:
 6. `generate` with and without a cache: logits as in one pass over the finished text, wherever the original's are.
 7. Coverage: the share of the decoder's weights in matrices that was compressed, at the size that the family's
    configuration has by default (with `*`: of the small model). Embeddings and the head do not count.
+
+The logits error is that of RTN 3-bit without EoRA -> with it: squared, relative to the variance of the original logits.
 """
 
 
