@@ -100,7 +100,7 @@ def to_try(chosen: list[tuple[str, str]], record: Path = RECORD) -> list[tuple[s
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command. Exit code 0, whatever is seen."""
+    """The command. Exit code 0 whatever is seen, 130 when it is stopped by Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m docs.families", description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="FAMILY", help="model types, as config.json names them")
     parser.add_argument("--kind", choices=KINDS, help="one mapping only: decoders of text, or those that also see")
@@ -114,9 +114,13 @@ def main(arguments: list[str] | None = None) -> int:
         multiprocessing.get_context("forkserver").set_forkserver_preload(["docs.family_check", "peft"])
         chosen = families(asked.kind, asked.names)
         todo = chosen if asked.again or asked.names else to_try(chosen)
-        with contextlib.closing(try_all(todo, asked.workers, asked.limit)) as tried:
-            for seen in tried:
-                keep(seen)
+        try:
+            with contextlib.closing(try_all(todo, asked.workers, asked.limit)) as tried:
+                for seen in tried:
+                    keep(seen)
+        except KeyboardInterrupt:
+            print("stopped; the same command goes on from here", file=sys.stderr)
+            return 130
     PAGE.write_text(page(read()), encoding="utf-8")
     return 0
 
