@@ -31,6 +31,9 @@ docs: $(BIN)/eora-lab ## write the package reference to build/docs
 numbers: $(BIN)/eora-lab ## check the numbers of the README by what is recorded (ARGS="--measure" runs its commands, hours)
 	$(BIN)/python -m docs.numbers $(ARGS)
 
+families: $(BIN)/eora-lab ## try every family of transformers that is not recorded yet, and write docs/families.md (ARGS="llama" or "--again")
+	$(BIN)/python -m docs.families $(ARGS)
+
 fuzz: $(BIN)/eora-lab ## look for inputs that are silently taken wrong, some minutes (ARGS="..." is passed on)
 	$(BIN)/python -m tests.fuzz $(ARGS)
 
@@ -54,5 +57,5 @@ $(BIN)/eora-lab: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help demo figures test unit lab docs numbers fuzz lint
+.PHONY: help demo figures test unit lab docs numbers families fuzz lint
 .DELETE_ON_ERROR:
