@@ -4,11 +4,13 @@ import pytest
 import torch
 import transformers
 
-from eora_lab import EoraLabError, InputStatistics, collect_statistics, load_model, load_run, solve
+from eora_lab import EoraLabError, InputStatistics, collect_statistics, generate, load_model, load_run, solve
 from eora_lab.calibrate import experts
 from eora_lab.calibrate.experts import Halves, draw_together
 from eora_lab.calibrate.stream import BlockStream
+from eora_lab.formats.dense import write_dense
 from eora_lab.model.experts import Experts, unfold_experts
+from eora_lab.run.adapters import Adapters
 from tests.tiny import SMALL, compress, logits, tiny_tokenizer, tiny_tokens
 
 SIZES = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "pad_token_id": 0}
@@ -185,6 +187,26 @@ def test_a_compressed_mixture_is_read_back_to_the_bit(compressor, saved):
     assert report.coverage > 0.99
     again, _, _ = load_run(saved / "run")
     assert torch.equal(logits(again, tiny_tokens(2)), logits(model, tiny_tokens(2)))
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_a_compressed_mixture_is_exported_as_transformers_reads_it(merge, saved):
+    compress(load_model(saved / "model")[0], tiny_tokens(8), folder=saved / "run", **SMALL)
+    model, tokenizer, _ = load_run(saved / "run")
+    write_dense(saved / "out", model, tokenizer, torch.float32, merge)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(saved / "out", dtype=torch.float32).eval()
+    if not merge:
+        Adapters(model).use(None)
+    torch.testing.assert_close(logits(plain, tiny_tokens(2)), logits(model, tiny_tokens(2)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_mixture_is_compressed_in_bfloat16_and_written_token_by_token(saved):
+    model, tokenizer = load_model(saved / "model", "bfloat16")
+    compress(model, tiny_tokens(8), folder=saved / "run", **SMALL)
+    again = load_run(saved / "run", "bfloat16")[0]
+    assert torch.equal(logits(again, tiny_tokens(2)), logits(model, tiny_tokens(2)))
+    texts = [generate(one, tokenizer, "fox", tokens=4) for one in (again, model)]
+    assert texts[0] == texts[1]
 
 
 def test_experts_are_measured_together_step_by_step():

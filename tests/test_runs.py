@@ -239,6 +239,17 @@ def test_a_run_goes_into_a_folder_and_nothing_else(tmp_path):
     assert (tmp_path / "file").read_text() == "mine" and os.listdir(tmp_path / "photos") == ["cat.png"]
 
 
+@pytest.mark.parametrize("loaded", ["bfloat16", "float32"])
+def test_a_run_is_the_same_in_16_bits_wherever_it_is_read(finished, tmp_path, loaded):
+    """Rotary frequencies stay in float32, as in a model that is loaded in bfloat16."""
+    model = load_model(finished / "model", loaded)[0]
+    compress(model, tiny_tokens(), **run_settings(tmp_path / "run"))
+    again = load_run(tmp_path / "run", "bfloat16")[0]
+    assert again.model.rotary_emb.inv_freq.dtype == torch.float32
+    if loaded == "bfloat16":
+        assert torch.equal(logits(again, tiny_tokens(2)), logits(model, tiny_tokens(2)))
+
+
 def last_row(model) -> None:
     model.model.layers[1].mlp.down_proj.weight.data[-1, -1] += 1
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from eora_lab.errors import EoraLabError, one_line
 from eora_lab.files import write_folder, write_json
 from eora_lab.layer.linear import compensated
+from eora_lab.model.experts import fuse
 from eora_lab.model.gguf import quiet_transformers
 
 
@@ -28,6 +29,7 @@ def write_dense(
             A, B = module.factors.dense()
             weight = weight + B @ A
         tensors[f"{name}.weight"] = to_dtype(weight, dtype, f"{name}.weight")
+    fuse(model, tensors)
     write_model_folder(folder, model, tokenizer, tensors, dtype)
     return f"dense weights, {'with' if merge else 'without'} the low-rank path"
 

@@ -274,6 +274,13 @@ def unfold_experts(model: nn.Module) -> None:
             model.set_submodule(name, experts.train(module.training))
 
 
+def fuse(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Put fused tensors, as files hold them, in place of those of all experts in dense tensors by name."""
+    for name, module in model.named_modules():
+        if isinstance(module, Experts):
+            _fuse(module, tensors, f"{name}.", None)
+
+
 def _alike(fused: nn.Module, kind: type[Experts]) -> Experts | None:
     """Experts of that kind in place of a fused module, if they compute the same."""
     try:

@@ -250,7 +250,9 @@ def _load_base(path: Path, dtype: torch.dtype | str, device: str, model: Path | 
             f"{path} was made from a model in memory, which {name} is not: save that model, and load it from there "
             f"({hint})"
         )
-    return base.to(as_dtype(dtype)), tokenizer
+    if base.dtype != as_dtype(dtype):  # read again, for .to() would round what models keep in float32 as well
+        base, tokenizer = load_model(name, dtype, device)
+    return base, tokenizer
 
 
 def read_report(path: Path | str) -> Report:
