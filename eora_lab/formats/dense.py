@@ -27,6 +27,7 @@ def write_dense(
         if merge:
             A, B = module.factors.dense()
             weight = weight + B @ A
+        weight = weight.T.contiguous() if module.transposed else weight
         tensors[f"{name}.weight"] = to_dtype(weight, dtype, f"{name}.weight")
     write_model_folder(folder, model, tokenizer, tensors, dtype)
     return f"dense weights, {'with' if merge else 'without'} the low-rank path"

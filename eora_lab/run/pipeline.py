@@ -106,7 +106,7 @@ def compress_model(
         report.seconds = time.perf_counter() - started
         report.peak_memory = peak_memory(next(model.parameters()).device)
         report.backends = backends_in_use(model)
-        report.left = matrices(model, part)
+        report.left = matrices(model, part, contract.lent)
         if judge:
             after = judge(model)
             report.perplexity = {text: {"dense": before[text], "compressed": after[text]} for text in before}
