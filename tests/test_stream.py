@@ -13,6 +13,9 @@ from eora_lab.calibrate.contract import check_blocks
 from eora_lab.cli import main
 from eora_lab.layer.linear import compensated
 from eora_lab.model.structure import block_linears, decoder_blocks
+from eora_lab.run.budget import Budget
+from eora_lab.run.ranks import plan_ranks
+from eora_lab.run.recipe import Recipe
 from tests.tiny import SMALL, compress, logits, tiny_model, tiny_tokenizer, tiny_tokens
 
 SIZES = {
@@ -292,6 +295,59 @@ def test_mamba_keeps_the_weights_that_it_reads_and_says_so():
     assert report.weights + sum(report.left.values()) == sum(p.numel() for p in blocks.parameters() if p.ndim > 1)
     assert report.coverage == report.weights / (report.weights + sum(report.left.values())) < 0.95
     assert "of the decoder's weights in matrices compressed; left as they are: backbone.layers.*" in report.summary()
+
+
+def test_linears_that_stay_as_they_are_have_no_statistics_and_no_rank():
+    model, tokens = model_of("mamba"), tiny_tokens(4, 24)
+    statistics = collect_statistics(model, tokens, progress=False)
+    recipe = Recipe("rtn", bits=3, group_size=8, rank=2, inputs="original")
+    ranks = plan_ranks(model, statistics, recipe, Budget("relative", multiple=1), progress=False)
+    assert ranks.keys() == statistics.keys() == {name for name in block_linears(model) if "dt_proj" not in name}
+    del statistics["backbone.layers.1.mixer.in_proj"]
+    with pytest.raises(EoraLabError, match=r"^backbone\.layers\.1\.mixer\.in_proj: no statistics"):
+        plan_ranks(model, statistics, recipe, Budget("relative", multiple=1), progress=False)
+
+
+def test_places_that_share_a_transformer_keep_what_they_do_not_run():
+    model, tokens = model_of("zamba2"), tiny_tokens(4, 24)
+    before, linears = logits(model, tokens), block_linears(model)
+    left = check_blocks(model, tokens).lent
+    assert left == {f"model.layers.{place}.shared_transformer.feed_forward.gate_up_proj_adapter_list.{other}.{i}"
+                    for place, other in ((1, 1), (3, 0)) for i in (0, 1)}  # fmt: skip
+    report = compress(model, tokens, **SMALL | {"bits": 8, "rank": 2, "group_size": 8})
+    assert {layer.name for layer in report.layers} == linears.keys() - left
+    assert not any(layer.data_free for layer in report.layers)
+    assert set(report.left) == {
+        "model.layers.*.mamba.conv1d.weight",
+        "model.layers.*.mamba_decoder.mamba.conv1d.weight",
+    }
+    assert (logits(model, tokens) - before).norm() < 0.05 * before.norm()
+
+
+def test_a_model_that_changes_its_own_weights_is_refused():
+    """As RWKV does, which halves them block by block at its first pass."""
+    config = transformers.RwkvConfig(vocab_size=97, hidden_size=64, attention_hidden_size=64, num_hidden_layers=8)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    with pytest.raises(EoraLabError, match=r"attention\.output\.weight is changed by the model itself as it runs"):
+        compress(model, tiny_tokens(), **SMALL)
+
+
+def test_gradients_reach_the_input_of_a_falcon():
+    """It adds to the output of a linear in place."""
+    config = transformers.FalconConfig(vocab_size=97, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    tokens = tiny_tokens()
+    compress(model, tokens, **SMALL | {"rank": 0, "method": "none"})
+    dense = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    dense.load_state_dict(model.state_dict() | {f"{n}.weight": m.dense() for n, m in compensated(model).items()}, False)
+    gradients = []
+    for one in (model, dense):
+        x = one.get_input_embeddings()(tokens).requires_grad_()
+        one(inputs_embeds=x).logits.square().mean().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+    assert gradients[0].abs().max() > 0
 
 
 def test_the_command_line_warns_of_a_model_that_was_compressed_in_part(workplace, capsys):

@@ -41,7 +41,7 @@ class BlockCalls:
     rest:   name -> what a block returns after the hidden states, for models that unpack it.
     """
 
-    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], rest: Mapping[str, tuple]):
+    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], rest: Mapping[str, tuple | list]):
         self.model, self.blocks, self.rest = model, dict(blocks), rest
         self._calls: list[dict[str, Call]] = []
         self._before: list[Tensor] = []  # tensors of the mini-batch before, in the order they were met
@@ -58,7 +58,7 @@ class BlockCalls:
                 states.append(hidden)
                 if len(calls) == len(self.blocks):
                     raise _AllBlocksSeen
-                return (hidden, *self.rest[name]) if name in self.rest else hidden
+                return type(self.rest[name])([hidden, *self.rest[name]]) if name in self.rest else hidden
 
             return forward
 
@@ -114,7 +114,7 @@ def split(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[Float[Tensor,
 
 def hidden_states(name: str, output: Any) -> Float[Tensor, "... hidden"]:
     """The hidden states in what block `name` returns. Raises EoraLabError when they are not what comes first."""
-    first = output[0] if isinstance(output, tuple) and output else output
+    first = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(first, Tensor):
         raise EoraLabError(f"{name} is no decoder block that EoRA Lab can run: it returns no hidden states first")
     return first

@@ -30,11 +30,13 @@ class Contract:
 
     rest: name of a block -> what it returns after the hidden states, as the model unpacks it.
     left: full names of linears that are no plain product to the model (it reads the weight itself, or the class
-          multiplies in a way of its own): they have to stay as they are.
+          multiplies in a way of its own), and those of `lent`: they have to stay as they are.
+    lent: linears that do not run, and share their weight with one that does, as in blocks that share a transformer.
     """
 
-    rest: dict[str, tuple]
+    rest: dict[str, tuple | list]
     left: frozenset[str]
+    lent: frozenset[str]
 
 
 @torch.no_grad()
@@ -47,9 +49,13 @@ def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Co
     blocks = decoder_blocks(model)
     _check_modules(model, blocks)
     probes = tokens[:SEQUENCES, :TOKENS].to(next(model.parameters()).device).split(1)
+    versions = {name: parameter._version for name, parameter in model.named_parameters()}
     plain = [_plain_pass(model, blocks, probe) for probe in probes]
-    rest = {name: output[1:] for name, output in plain[0].items() if isinstance(output, tuple)}
+    if changed := [name for name, parameter in model.named_parameters() if parameter._version != versions[name]]:
+        raise EoraLabError(f"{changed[0]} is changed by the model itself as it runs: what it was cannot be compressed")
+    rest = {name: output[1:] for name, output in plain[0].items() if isinstance(output, tuple | list)}
     calls = BlockCalls(model, blocks, rest)
+    ran = set[str]()
     with _stand_ins(model) as (left, inputs):
         with _one_line(f"{type(model).__name__} cannot be run block by block"):
             hidden = [calls.enter(probe) for probe in probes]
@@ -61,9 +67,13 @@ def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Co
                     with _one_line(f"{name} cannot be run by itself"):
                         found = calls.run(i, name, hidden[i])
                     _compare(name, found, wanted)
+                    ran |= inputs.keys()
             _check_shared(inputs)
             hidden = within
-    return Contract(rest, frozenset(left))
+    every = block_linears(model)
+    used = {id(linear.weight) for name, linear in every.items() if name in ran}
+    lent = frozenset(name for name, linear in every.items() if name not in ran and id(linear.weight) in used)
+    return Contract(rest, lent | left, lent)
 
 
 def _check_modules(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
@@ -101,10 +111,11 @@ def _plain_pass(model: nn.Module, blocks: dict[str, nn.Module], tokens: Tensor) 
     def after(name: str):
         def hook(_module, _args, output):
             ran.append(name)
-            givers.update({id(tensor): name for tensor in _tensors(output[1:] if isinstance(output, tuple) else ())})
+            others = output[1:] if isinstance(output, tuple | list) else None
+            givers.update({id(tensor): name for tensor in _tensors(others)})
             # a copy, for a model may go on to change its hidden states in place
             first = hidden_states(name, output).clone()
-            outputs[name] = (first, *output[1:]) if isinstance(output, tuple) else first
+            outputs[name] = first if others is None else type(others)([first, *others])
 
         return hook
 

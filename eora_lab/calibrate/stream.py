@@ -17,8 +17,8 @@ from eora_lab.calibrate.experts import experts_of
 from eora_lab.calibrate.inputs import Inputs
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.errors import EoraLabError
-from eora_lab.model.experts import unfold_experts
 from eora_lab.model.structure import block_linears, decoder_blocks, linears
+from eora_lab.model.unfold import unfold
 from eora_lab.text.batches import Batches, as_tokens
 
 BATCH = 4  # sequences that run through a block at once
@@ -46,7 +46,7 @@ class BlockStream:
         kept = len(tokens) - round(held_out * len(tokens))
         if held_out and not 0 < kept < len(tokens):
             raise EoraLabError(f"holding out {held_out} of {len(tokens)} samples leaves none on one side")
-        contract = contract or check_blocks(model, tokens)
+        self.contract = contract = contract or check_blocks(model, tokens)
         parts = tokens.to(next(model.parameters()).device).split([kept, len(tokens) - kept])
         mini_batches = [(part, i == 1) for i in (0, 1) for part in parts[i].split(BATCH) if len(part)]
         self._held_out = [held for _, held in mini_batches]
@@ -135,6 +135,8 @@ def collect_statistics(
 ) -> dict[str, InputStatistics]:
     """Statistics of every block linear of the model as it is; module name -> InputStatistics.
 
+    Linears that are no plain product to the model (`Contract.left`), which no pass compresses, have none.
+
     batches:  token ids (nsamples, seqlen): a tensor, an array, or a list of sequences.
     held_out: share of the samples, the last ones, that is measured apart (`.held_out`).
     only:     regular expression; layers whose name it does not match are not measured, and the pass ends after the last
@@ -145,11 +147,15 @@ def collect_statistics(
     """
     from tqdm.auto import tqdm
 
-    unfold_experts(model)
+    unfold(model)
     decoder_blocks(model)  # is it such a model at all
     stream = BlockStream(model, as_tokens(model, batches), held_out)
     wanted = [
-        [name for name in linears(block) if re.search(only, f"{prefix}.{name}")]
+        [
+            name
+            for name in linears(block)
+            if re.search(only, f"{prefix}.{name}") and f"{prefix}.{name}" not in stream.contract.left
+        ]
         for prefix, block in stream.blocks.items()
     ]
     if not any(wanted):

@@ -28,13 +28,13 @@ class Export:
     def run(self) -> None:
         from eora_lab.formats.peft import write_adapter
         from eora_lab.run.folder import read_config
-        from eora_lab.run.stored import check_output, run_factors, run_made_for
+        from eora_lab.run.stored import check_output, run_factors, run_made_for, skeleton_of
 
         factors = run_factors(self.run_folder)
         made_for = run_made_for(self.run_folder, {"export": self.universal})
         check_output(self.output, made_for)
         model = read_config(self.run_folder)["settings"]["model"]
-        write_adapter(self.output, factors, model, self.universal, made_for)
+        write_adapter(self.output, factors, model, self.universal, made_for, skeleton_of(model))
         print(f"wrote {self.output}: try  {shlex.join(['eora-lab', 'adapter', 'check', str(self.output)])}")
 
 
@@ -58,7 +58,7 @@ class Check:
         from eora_lab.formats.made_for import WEIGHTS, MadeFor, read_made_for
         from eora_lab.formats.peft import read_files, write_adapter
         from eora_lab.run.folder import is_run, read_config
-        from eora_lab.run.stored import belongs_elsewhere, check_output, shapes_of
+        from eora_lab.run.stored import belongs_elsewhere, check_output, shapes_of, skeleton_of
 
         tensors, config = read_files(self.path)
         name = self.model or config.get("base_model_name_or_path")
@@ -75,8 +75,9 @@ class Check:
         model = read_config(name)["settings"]["model"] if is_run(Path(name)) else name
         if not made_for.weights and (named := names_another(config, model)):
             print(f"eora-lab: {self.path} names {named} as its base model, not {model}", file=sys.stderr)
+        modules = skeleton_of(model)
         with naming(str(self.path)):
-            findings = check_adapter(tensors, config, shapes)
+            findings = check_adapter(tensors, config, shapes, modules)
         if other := belongs_elsewhere(made_for, name):
             findings.append(Finding("any", other))
         for finding in findings:
@@ -86,7 +87,7 @@ class Check:
                 raise EoraLabError(f"{self.path} {other}")
             with naming(str(self.path)):
                 mended = fix_adapter(tensors, config, shapes)
-            write_adapter(self.fix, mended, model, universal=True, made_for=fixed)
+            write_adapter(self.fix, mended, model, True, fixed, modules)
             print(f"wrote {self.fix}, at rank {read_files(self.fix)[1]['r']} in every layer")
         elif findings:
             raise EoraLabError(f"{len(findings)} problems in {self.path}: --fix FOLDER writes an adapter without them")
@@ -129,7 +130,7 @@ class Solve:
         say_start(start_text(tokenizer))
         batches = self.calibration.batches(original, tokenizer)
         factors = solve_adapter(model, original, batches, recipe)
-        write_adapter(self.output, factors, model_name(model), made_for=made_for)
+        write_adapter(self.output, factors, model_name(model), made_for=made_for, model=model)
         chat = ["eora-lab", "chat", str(self.run_folder), "--adapter", f"{self.output.name}={self.output}"]
         print(f"wrote {self.output}: try  {shlex.join(chat)}")
 

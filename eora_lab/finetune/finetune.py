@@ -64,7 +64,7 @@ def finetune(
                 sequences = -(-CALIBRATION_TOKENS // tokens.shape[1])
                 start = solve_adapter(model, original, tokens[:sequences], Recipe(method=init, rank=rank))
             factors, log = train(model, start, rank, tokens, held_out, folder, training, seed, checkpoint)
-            write_adapter(folder, factors, model_name(model), made_for=made_for(model, "finetune"))
+            write_adapter(folder, factors, model_name(model), made_for=made_for(model, "finetune"), model=model)
             write_json(folder / "log.json", log)
     use_only(model, folder)
     return log

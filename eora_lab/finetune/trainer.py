@@ -10,7 +10,7 @@ import transformers
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, one_line
 from eora_lab.finetune.checkpoints import written
 from eora_lab.finetune.settings import Training
 from eora_lab.formats.peft import Factors
@@ -77,7 +77,10 @@ def train(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # peft's, of a name that transformers retires
-            wrapped = peft.get_peft_model(model, config)
+            try:
+                wrapped = peft.get_peft_model(model, config)
+            except ValueError as error:  # such as out_proj of a Mamba
+                raise EoraLabError(f"peft cannot train this model: {one_line(error)}") from error
         config.base_model_name_or_path = None  # else peft looks for it on the hub at each save
         halves: dict[str, Any] = {name: model.get_submodule(name) for name in layers}
         for name, (A, B) in (start or {}).items():

@@ -5,7 +5,7 @@ The rules were read in the loaders' sources (peft 0.21, vLLM, SGLang and GPTQMod
 
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from eora_lab.errors import EoraLabError
 from eora_lab.formats.adapter_config import left_out_by, not_plain
@@ -22,6 +22,7 @@ from eora_lab.formats.peft import (
 )
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # projections that servers join into one
+MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # whose out_proj peft does not wrap
 Shapes = dict[str, tuple[int, int]]  # module name -> (out_features, in_features)
 
 
@@ -36,11 +37,14 @@ class Finding:
         return f"{self.loader}: {self.problem}"
 
 
-def check_adapter(tensors: dict[str, Tensor], config: dict, shapes: Shapes) -> list[Finding]:
+def check_adapter(
+    tensors: dict[str, Tensor], config: dict, shapes: Shapes, model: nn.Module | None = None
+) -> list[Finding]:
     """Everything that one of peft, vLLM, SGLang and GPTQModel would get wrong; empty when all load it alike.
 
     tensors, config: from `read_files`.
     shapes:          of all linears in the decoder blocks of the base model.
+    model:           its modules alone (`load_skeleton`), for what peft makes of their names.
     """
     found, unknown = pairs(tensors)
     names = match_names(found, shapes)
@@ -52,6 +56,7 @@ def check_adapter(tensors: dict[str, Tensor], config: dict, shapes: Shapes) -> l
         *_keys(found, tensors),
         *_features(config),
         *_peft(config, ranks),
+        *(_peft_on(config, ranks, model) if model is not None else ()),
         *_vllm(config, ranks),
         *_sglang(config, ranks),
         *_gptqmodel(ranks, shapes),
@@ -133,6 +138,27 @@ def _peft(config: dict, ranks: dict[str, int]):
     if other := [module for module, rank in wanted.items() if ranks[module] != rank]:
         in_file, expected = ranks[other[0]], wanted[other[0]]
         yield "peft", f"refuses {_some(other)}: rank {in_file} in the file, {expected} in the configuration"
+
+
+def _peft_on(config: dict, ranks: dict[str, int], model: nn.Module):
+    """What depends on the model beside its linears."""
+    target, kind = config.get("target_modules"), getattr(getattr(model, "config", None), "model_type", "")
+    if not target:
+        return
+
+    def named(module: str) -> bool:
+        return left_out_by({"target_modules": target}, module) is None
+
+    if kind in MAMBAS and (refused := [m for m in ranks if m.rpartition(".")[2] == "out_proj" and named(m)]):
+        yield (
+            "peft",
+            f"refuses {_some(refused)}: no out_proj in models of type {kind}; add the path to the weights for it "
+            "(eora-lab export --format merged)",
+        )
+    names = [] if target == "all-linear" else [name for name, _ in model.named_modules()]
+    also = [name for name in names if name not in ranks and named(name)]
+    if also and not config.get("exclude_modules") and not config.get("layers_to_transform"):
+        yield "peft", f"takes {_some(also)} for a target as well, of which the adapter holds nothing: write full names"
 
 
 def _vllm(config: dict, ranks: dict[str, int]):

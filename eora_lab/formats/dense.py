@@ -1,6 +1,7 @@
 """Model folders that transformers loads: dense weights, whatever they were compressed to."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from eora_lab.files import write_folder, write_json
 from eora_lab.layer.linear import compensated
 from eora_lab.model.experts import fuse
 from eora_lab.model.gguf import quiet_transformers
+from eora_lab.model.load import local_path
+from eora_lab.model.structure import model_name
 
 
 def write_dense(
@@ -28,6 +31,7 @@ def write_dense(
         if merge:
             A, B = module.factors.dense()
             weight = weight + B @ A
+        weight = weight.T.contiguous() if module.transposed else weight
         tensors[f"{name}.weight"] = to_dtype(weight, dtype, f"{name}.weight")
     fuse(model, tensors)
     write_model_folder(folder, model, tokenizer, tensors, dtype)
@@ -57,6 +61,14 @@ def to_dtype(tensor: Shaped[Tensor, "*shape"], dtype: torch.dtype, name: str) ->
     return converted
 
 
+def _processors(model: nn.Module) -> list[Path]:
+    """Files of the original's folder that say how pictures and sound become tensors."""
+    try:
+        return sorted(local_path(model_name(model), fetch=False, weights=False).glob("*processor*.json"))
+    except EoraLabError:
+        return []
+
+
 def write_model_folder(
     folder: Path | str,
     model: nn.Module,
@@ -75,6 +87,8 @@ def write_model_folder(
             with quiet_transformers():
                 model.save_pretrained(partial, state_dict=tensors, max_shard_size="5GB")  # type: ignore[operator]
                 tokenizer.save_pretrained(partial)
+            for path in _processors(model):
+                shutil.copy(path, partial)
         except (RuntimeError, ValueError, KeyError) as error:
             raise EoraLabError(f"transformers cannot write this model: {one_line(error)}") from error
         path = partial / "config.json"

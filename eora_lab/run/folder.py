@@ -92,7 +92,8 @@ class RunFolder:
         if any(module.rank for module in layers.values()):
             factors = {name: module.factors.dense() for name, module in layers.items()}
             belongs = made_for(model, "run", str(self.settings.get("weights", "")))
-            peft.write_adapter(self.path / "adapter", factors, str(self.settings["model"]), made_for=belongs)
+            name = str(self.settings["model"])
+            peft.write_adapter(self.path / "adapter", factors, name, made_for=belongs, model=model)
         write_report(self.path, report)
 
 

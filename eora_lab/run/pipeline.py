@@ -24,8 +24,8 @@ from eora_lab.environment import peak_memory
 from eora_lab.errors import EoraLabError, naming
 from eora_lab.layer.linear import CompensatedLinear, backends_in_use
 from eora_lab.model.digest import model_digest, origin
-from eora_lab.model.experts import unfold_experts
 from eora_lab.model.structure import block_linears, decoder, decoder_blocks, linear_at, linears, matrices, model_name
+from eora_lab.model.unfold import unfold
 from eora_lab.model.whole import check_finite
 from eora_lab.run.budget import Budget
 from eora_lab.run.fit import Steps, fit_layer
@@ -74,7 +74,7 @@ def compress_model(
     recipe = recipe or Recipe()
     budget = ranks if isinstance(ranks, Budget) else None
     asked = None if ranks is None or isinstance(ranks, Budget) else given_ranks(ranks)
-    unfold_experts(model)
+    unfold(model)
     recipe.check_fit(model, asked, given=weights)
     chosen = recipe.left(model, weights)
     batches = as_tokens(model, batches)
@@ -114,7 +114,7 @@ def compress_model(
         report.seconds = time.perf_counter() - started
         report.peak_memory = peak_memory(next(model.parameters()).device)
         report.backends = backends_in_use(model)
-        report.left = matrices(model, part)
+        report.left = matrices(model, part, lent=contract.lent)
         for reason in sorted(set(chosen.values())):
             if found := matrices(model, part, {name for name, why in chosen.items() if why == reason}):
                 report.by_choice[reason] = found

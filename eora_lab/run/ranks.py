@@ -5,11 +5,12 @@ from collections.abc import Container, Mapping
 import torch
 from torch import nn
 
+from eora_lab.calibrate.contract import SEQUENCES, TOKENS, check_blocks
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.compensate import solve
 from eora_lab.compress import residual
 from eora_lab.errors import EoraLabError, as_setting, naming
-from eora_lab.model.structure import linear_at
+from eora_lab.model.structure import block_linears, linear_at
 from eora_lab.run.budget import Budget, LayerSpectrum, allocate_ranks
 from eora_lab.run.fit import Steps
 from eora_lab.run.recipe import Recipe
@@ -39,7 +40,10 @@ def plan_ranks(
     Raises EoraLabError when the recipe or the budget does not fit the model.
     """
     recipe.check_fit(model, given=weights)
-    return spread(model, statistics, Steps(recipe, weights), budget, progress)
+    left: Container[str] = ()
+    if any(name not in statistics for name in block_linears(model)):  # a pass may leave some as they are
+        left = check_blocks(model, torch.arange(SEQUENCES * TOKENS).view(SEQUENCES, TOKENS)).left
+    return spread(model, statistics, Steps(recipe, weights), budget, progress, left)
 
 
 def spread(

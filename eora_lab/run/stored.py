@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from eora_lab.compensate.factors import StoredFactors
 from eora_lab.errors import EoraLabError
@@ -58,6 +58,14 @@ def shapes_of(name: str) -> Shapes:
         return {layer.name: (layer.out_features, layer.in_features) for layer in read_report(name).layers}
     linears = block_linears(load_skeleton(name, quantised=True))
     return {module: (linear.out_features, linear.in_features) for module, linear in linears.items()}
+
+
+def skeleton_of(name: str) -> nn.Module | None:
+    """The modules of a run's base model; None where it is no longer there, or is a GGUF file, which tells none."""
+    try:
+        return None if local_path(name, fetch=False, weights=False).is_file() else load_skeleton(name, quantised=True)
+    except EoraLabError:
+        return None
 
 
 def belongs_elsewhere(made_for: MadeFor, name: str) -> str | None:

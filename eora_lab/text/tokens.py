@@ -195,7 +195,7 @@ def _sample_from_model(
     """
     if model is None:
         raise EoraLabError('the source "self" samples from the model: pass model=, the uncompressed one')
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
     if limit is not None and seqlen > limit:
         raise EoraLabError(f"the model takes at most {limit} tokens, seqlen is {seqlen}: use a shorter seqlen")
     from tqdm.auto import tqdm
