@@ -14,7 +14,7 @@ from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.model.experts import Experts
 
 STRENGTHS = (0.0, 2**-5, 2**-3, 2**-1, 2.0, 8.0, 32.0, 1024.0)  # k, in input channels
-JUDGED = 16  # experts of a layer that k is chosen on
+JUDGED = 8  # experts of a layer that k is chosen on
 BOUND = 4 * 2**30  # bytes of S of all experts of a layer; above that they share one
 
 
@@ -57,8 +57,7 @@ def draw_together(experts: Iterable[InputStatistics], halves: Iterable[Halves]) 
     halves: of the experts that k is chosen on.
     """
     members = list(experts)
-    layer = pooled(members)
-    k = strength([half for half in halves if all(part.tokens for part in half.parts)], layer)
+    layer, k = pooled(members), strength(list(halves), members[0].in_features)
     for member in members:
         mix(member, layer, k)
 
@@ -75,33 +74,37 @@ def pooled(members: Iterable[InputStatistics]) -> InputStatistics:
     return layer
 
 
-def strength(halves: list[Halves], layer: InputStatistics) -> float:
+def strength(halves: list[Halves], channels: int) -> float:
     """k, in tokens, by which one part of the tokens foretells the S of the other best, in the Frobenius norm.
 
-    As many as there are input channels where no expert has tokens in both parts.
+    What is left out is left out of S_layer too: its tokens are of the same texts. As many as there are input channels
+    where no expert has tokens in both parts.
     """
-    channels = layer.in_features
+    layers = [pooled([half.parts[i] for half in halves]) for i in range(2)] if halves else []
     losses = dict.fromkeys(STRENGTHS, 0.0)
     for half in halves:
-        for seen, left_out in (half.parts, half.parts[::-1]):
-            others = layer.tokens - left_out.tokens
-            if not others:
+        for layer, seen, left_out in zip(layers, half.parts, half.parts[::-1], strict=True):
+            if not (seen.tokens and left_out.tokens):
                 continue
-            share = left_out.tokens / others
-            rest = layer.second_moment * (1 + share) - left_out.second_moment * share  # of all tokens but those
-            apart, wanted = rest - seen.second_moment, left_out.second_moment - seen.second_moment
+            apart, wanted = (other.second_moment - seen.second_moment for other in (layer, left_out))
             square, product = float(apart.pow(2).sum()), float((apart * wanted).sum())
             for times in STRENGTHS:
-                drawn = times * channels / (seen.tokens + times * channels) if times else 0.0
+                drawn = drawn_share(seen, layer, times * channels)
                 losses[times] += left_out.tokens * (drawn * drawn * square - 2 * drawn * product)
     return min(losses, key=losses.__getitem__) * channels if any(losses.values()) else float(channels)
 
 
+def drawn_share(member: InputStatistics, layer: InputStatistics, k: float) -> float:
+    """Share of S_layer: k / (n_e + k), of no more tokens than there are."""
+    k = min(k, layer.tokens)
+    return k / max(member.tokens + k, 1.0)
+
+
 def mix(member: InputStatistics, layer: InputStatistics, k: float) -> None:
     """Draw the statistics of an expert towards those of its layer, as if k of their tokens were its own."""
-    k = min(k if member.tokens else max(k, 1.0), float(layer.tokens))
-    share = k / max(member.tokens + k, 1.0)
-    member.pooled_tokens = k
+    k = k if member.tokens else max(k, 1.0)
+    share = drawn_share(member, layer, k)
+    member.pooled_tokens = float(min(k, layer.tokens))
     member.second_moment.lerp_(layer.second_moment, share)
     member.mean_abs.lerp_(layer.mean_abs, share)
     if member.held_out is None:
