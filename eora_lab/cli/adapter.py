@@ -28,13 +28,13 @@ class Export:
     def run(self) -> None:
         from eora_lab.formats.peft import write_adapter
         from eora_lab.run.folder import read_config
-        from eora_lab.run.stored import check_output, run_factors, run_made_for
+        from eora_lab.run.stored import check_output, fused_of, run_factors, run_made_for
 
         factors = run_factors(self.run_folder)
         made_for = run_made_for(self.run_folder, {"export": self.universal})
         check_output(self.output, made_for)
         model = read_config(self.run_folder)["settings"]["model"]
-        write_adapter(self.output, factors, model, self.universal, made_for)
+        write_adapter(self.output, factors, model, self.universal, made_for, fused_of(self.run_folder))
         print(f"wrote {self.output}: try  {shlex.join(['eora-lab', 'adapter', 'check', str(self.output)])}")
 
 
@@ -114,6 +114,7 @@ class Solve:
     """the base model of the run, where it is no longer in its place"""
 
     def run(self) -> None:
+        from eora_lab.formats.fused import fused_linears
         from eora_lab.formats.peft import write_adapter
         from eora_lab.model.start import start_text
         from eora_lab.model.structure import model_name
@@ -129,7 +130,7 @@ class Solve:
         say_start(start_text(tokenizer))
         batches = self.calibration.batches(original, tokenizer)
         factors = solve_adapter(model, original, batches, recipe)
-        write_adapter(self.output, factors, model_name(model), made_for=made_for)
+        write_adapter(self.output, factors, model_name(model), made_for=made_for, fused=fused_linears(model))
         chat = ["eora-lab", "chat", str(self.run_folder), "--adapter", f"{self.output.name}={self.output}"]
         print(f"wrote {self.output}: try  {shlex.join(chat)}")
 

@@ -13,7 +13,9 @@ from eora_lab.files import locked, read_json, write_json
 from eora_lab.finetune.checkpoints import last_checkpoint
 from eora_lab.finetune.settings import Init, Training
 from eora_lab.finetune.trainer import train
-from eora_lab.formats.peft import Factors, write_adapter
+from eora_lab.formats.fused import fused_linears
+from eora_lab.formats.names import Factors
+from eora_lab.formats.peft import write_adapter
 from eora_lab.model.structure import model_name
 from eora_lab.run.adapters import made_for, use_only
 from eora_lab.run.recipe import Recipe
@@ -64,7 +66,8 @@ def finetune(
                 sequences = -(-CALIBRATION_TOKENS // tokens.shape[1])
                 start = solve_adapter(model, original, tokens[:sequences], Recipe(method=init, rank=rank))
             factors, log = train(model, start, rank, tokens, held_out, folder, training, seed, checkpoint)
-            write_adapter(folder, factors, model_name(model), made_for=made_for(model, "finetune"))
+            belongs = made_for(model, "finetune")
+            write_adapter(folder, factors, model_name(model), made_for=belongs, fused=fused_linears(model))
             write_json(folder / "log.json", log)
     use_only(model, folder)
     return log

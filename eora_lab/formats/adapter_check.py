@@ -9,17 +9,8 @@ from torch import Tensor
 
 from eora_lab.errors import EoraLabError
 from eora_lab.formats.adapter_config import left_out_by, not_plain
-from eora_lab.formats.peft import (
-    SERVED_RANKS,
-    Factors,
-    adapter_factors,
-    by_pattern,
-    key_of,
-    match_names,
-    pairs,
-    peft_scaling,
-    scaling,
-)
+from eora_lab.formats.names import Factors, key_of, match_names, pairs
+from eora_lab.formats.peft import SERVED_RANKS, adapter_factors, by_pattern, peft_scaling, scaling
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # projections that servers join into one
 Shapes = dict[str, tuple[int, int]]  # module name -> (out_features, in_features)

@@ -24,6 +24,7 @@ from eora_lab.environment import versions
 from eora_lab.errors import EoraLabError, as_setting, naming, one_line
 from eora_lab.files import LOCK, PARTIAL, add_tensor, locked, read_json, write_json, write_safetensors
 from eora_lab.formats import peft
+from eora_lab.formats.fused import fused_linears
 from eora_lab.layer.backends import AUTO
 from eora_lab.layer.linear import CompensatedLinear, compensated, use_backend
 from eora_lab.model.digest import TENSORS, files_digest, tensors_digest, tokenizer_digest
@@ -90,7 +91,8 @@ class RunFolder:
         if any(module.rank for module in layers.values()):
             factors = {name: module.factors.dense() for name, module in layers.items()}
             belongs = made_for(model, "run", str(self.settings.get("weights", "")))
-            peft.write_adapter(self.path / "adapter", factors, str(self.settings["model"]), made_for=belongs)
+            name, fused = str(self.settings["model"]), fused_linears(model)
+            peft.write_adapter(self.path / "adapter", factors, name, made_for=belongs, fused=fused)
         write_report(self.path, report)
 
 

@@ -1,6 +1,7 @@
 """What a finished run holds, without its model: its low-rank path, its sizes, and which adapters are its own."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from eora_lab.compensate.factors import StoredFactors
 from eora_lab.errors import EoraLabError
 from eora_lab.files import digest
 from eora_lab.formats.adapter_check import Shapes
+from eora_lab.formats.fused import Fused, fused_linears
 from eora_lab.formats.made_for import MadeFor, check_folder
-from eora_lab.formats.peft import Factors
+from eora_lab.formats.names import Factors
 from eora_lab.model.digest import TENSORS, files_digest
 from eora_lab.model.load import load_skeleton, local_path
 from eora_lab.model.structure import block_linears
@@ -19,6 +21,7 @@ from eora_lab.run.adapters import stored_digest
 from eora_lab.run.folder import is_run, read_block, read_config, read_report
 
 OWN = ("adapter", "blocks")  # folders of a run
+EXPERT = re.compile(r"\.\d+\..*\.\d+\.")  # a linear in a list within a block
 FACTORS = ("lora_A", "lora_B")  # begin the names of the tensors that are not W^
 
 
@@ -58,6 +61,18 @@ def shapes_of(name: str) -> Shapes:
         return {layer.name: (layer.out_features, layer.in_features) for layer in read_report(name).layers}
     linears = block_linears(load_skeleton(name, quantised=True))
     return {module: (linear.out_features, linear.in_features) for module, linear in linears.items()}
+
+
+def fused_of(name: str | Path) -> list[Fused]:
+    """The fused experts of a run's model, or of a model; see `fused_linears`.
+
+    Raises EoraLabError as `shapes_of`, and when the base model of a run with experts is not in its place.
+    """
+    if not is_run(name):
+        return fused_linears(load_skeleton(name, quantised=True))
+    if not any(EXPERT.search(layer.name) for layer in read_report(name).layers):
+        return []
+    return fused_linears(load_skeleton(read_config(name)["settings"]["model"], quantised=True))
 
 
 def belongs_elsewhere(made_for: MadeFor, name: str) -> str | None:
