@@ -7,13 +7,18 @@ import pytest
 import torch
 import transformers
 
+from eora_lab import EoraLabError, load_model, load_run
+from eora_lab.cli import main
+from eora_lab.formats.adapter_check import check_adapter, fix_adapter
 from eora_lab.formats.fused import fused_linears, one_by_one, whole
 from eora_lab.formats.names import Factors
-from eora_lab.formats.peft import read_adapter, write_adapter
+from eora_lab.formats.peft import adapter_factors, read_adapter, read_files, write_adapter
+from eora_lab.layer.linear import compensated
 from eora_lab.model.experts import unfold_experts
 from eora_lab.model.structure import block_linears, linear_at
+from eora_lab.run.adapters import Adapters, use_only
 from tests.test_experts import MIXTURES, MOE, SIZES, mixture
-from tests.tiny import logits, tiny_tokens
+from tests.tiny import SMALL, compress, logits, tiny_tokenizer, tiny_tokens
 
 MLA = {"q_lora_rank": 32, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
 MORE = {
@@ -44,7 +49,8 @@ def ragged(model, seed: int = 0) -> Factors:
     """Random pairs that float16 holds, of ranks 0 to 6, for every linear in the blocks of an unfolded model."""
     random = torch.Generator().manual_seed(seed)
     found = {}
-    for place, (name, linear) in enumerate(block_linears(model).items()):
+    plain = {n: m for n, m in block_linears(model).items() if type(m).forward is torch.nn.Linear.forward}  # no routers
+    for place, (name, linear) in enumerate(plain.items()):
         rank = place * 5 % 7
         A = torch.randn(rank, linear.in_features, generator=random) / linear.in_features**0.5
         B = torch.randn(linear.out_features, rank, generator=random) / 8
@@ -110,3 +116,152 @@ def test_experts_one_by_one_are_read_back(case, tmp_path):
     assert_same(whole(read, fused), factors)
     assert {len(A) for A, _ in whole(read, fused).values()} == {config["r"]}
     assert whole(one_by_one(factors, fused), fused).keys() == factors.keys()
+
+
+def findings(folder, model) -> dict[str, list[str]]:
+    """Loader -> problems."""
+    shapes = {name: (m.out_features, m.in_features) for name, m in block_linears(model).items()}
+    found: dict[str, list[str]] = {}
+    for finding in check_adapter(*read_files(folder), shapes, fused_linears(model)):
+        found.setdefault(finding.loader, []).append(finding.problem)
+    return found
+
+
+def everywhere(model, rank: int = 8) -> Factors:
+    return {n: (torch.ones(rank, m.in_features), torch.ones(m.out_features, rank) / 8)
+            for n, m in block_linears(model).items()}  # fmt: skip
+
+
+def test_check_says_which_loader_takes_which_form(tmp_path):
+    model = mixture()
+    unfold_experts(model)
+    fused, factors = fused_linears(model), everywhere(model)
+    write_adapter(tmp_path / "together", factors, "model", fused=fused)
+    found = findings(tmp_path / "together", model)
+    assert found.keys() == {"vllm", "sglang", "llama.cpp", "gptqmodel"}
+    assert any("only where it keeps experts as one tensor" in problem for problem in found["vllm"])
+    assert "does not know model.layers.0.mlp.experts" in found["llama.cpp"][0]
+    write_adapter(tmp_path / "apart", factors, "model", universal=True, fused=fused)
+    found = findings(tmp_path / "apart", model)
+    assert found.keys() == {"peft", "vllm", "sglang"}
+    assert "without --universal" in found["peft"][0] and "experts.0.w1" in found["sglang"][0]
+    lacking = {name: pair for name, pair in factors.items() if not name.endswith("experts.2.down_proj")}
+    write_adapter(tmp_path / "lacking", lacking, "model", universal=True, fused=fused)
+    found = findings(tmp_path / "lacking", model)
+    assert "layers.0.block_sparse_moe.experts.2.w2 has no factors" in found["llama.cpp"][0]
+
+
+@pytest.mark.parametrize("universal", [False, True])
+def test_a_foreign_adapter_of_experts_is_mended(universal, tmp_path):
+    model = mixture()
+    unfold_experts(model)
+    fused, factors = fused_linears(model), ragged(model)
+    write_adapter(tmp_path, factors, "model", universal=universal, fused=fused)
+    tensors, config = read_files(tmp_path)
+    config |= {
+        "lora_alpha": 2 * config["lora_alpha"],
+        "alpha_pattern": {k: 2 * v for k, v in config["alpha_pattern"].items()},
+    }
+    shapes = {name: (m.out_features, m.in_features) for name, m in block_linears(model).items()}
+    mended = fix_adapter(tensors, config, shapes, fused)
+    assert_same(mended, {name: (A, 2 * B) for name, (A, B) in factors.items()})
+
+
+def harmed(tensors: dict, config: dict, harm: str) -> None:
+    experts = "base_model.model.model.layers.0.mlp.experts"
+    if harm == "one of two":
+        for half in "AB":
+            del tensors[f"{experts}.base_layer.lora_{half}.weight"]
+    elif harm == "none":
+        config["target_parameters"].append("model.layers.7.mlp.experts.down_proj")
+    elif harm == "stranger":
+        config["target_parameters"].remove("model.layers.0.mlp.experts.gate_up_proj")
+        config["target_parameters"].append("model.layers.0.mlp.experts.gate_up_proj_bias")
+    elif harm == "rank":
+        config["rank_pattern"]["model.layers.0.mlp.experts.down_proj"] = 7
+    elif harm == "unsaid":
+        del config["target_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        ("one of two", r"model.layers.0.mlp.experts are not those of its parameters down_proj, gate_up_proj"),
+        ("none", r"there are no factors of model.layers.7.mlp.experts.down_proj \(target_parameters\)"),
+        ("stranger", r"not those of its parameters down_proj, gate_up_proj_bias"),
+        ("rank", r"are not those of experts of rank 7"),
+        ("unsaid", r"model.layers.0.mlp.experts.* are not those of its parameters at all"),
+    ],
+)
+def test_half_known_adapters_of_experts_are_refused_by_name(harm, words, tmp_path):
+    model = mixture()
+    unfold_experts(model)
+    write_adapter(tmp_path, everywhere(model), "model", fused=fused_linears(model))
+    tensors, config = read_files(tmp_path)
+    harmed(tensors, config, harm)
+    with pytest.raises(EoraLabError, match=words):
+        adapter_factors(tensors, config)
+    shapes = {name: (m.out_features, m.in_features) for name, m in block_linears(model).items()}
+    assert any(finding.loader == "any" for finding in check_adapter(tensors, config, shapes, fused_linears(model)))
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A saved Mixtral, `model`, and a run of it with ranks by budget, `run`."""
+    folder = tmp_path_factory.mktemp("mixture")
+    mixture().save_pretrained(folder / "model")
+    tiny_tokenizer().save_pretrained(folder / "model")
+    settings = SMALL | {"inputs": "original"}
+    compress(load_model(folder / "model")[0], tiny_tokens(8), **settings, folder=folder / "run")
+    return folder
+
+
+@pytest.mark.parametrize("form", ["run", "plain", "universal"])
+def test_a_run_s_adapter_is_used_in_every_form(form, place, tmp_path):
+    folder = place / "run" / "adapter"
+    if form != "run":
+        folder = tmp_path / "out"
+        flags = ["--universal"] if form == "universal" else []
+        assert main(["adapter", "export", str(place / "run"), str(folder), *flags]) == 0
+    model, _, _ = load_run(place / "run")
+    wanted, own = logits(model, TOKENS), Adapters(model).factors()
+    use_only(model, folder)
+    torch.testing.assert_close(logits(model, TOKENS), wanted, rtol=1e-4, atol=1e-4)
+    found = Adapters(model).factors()
+    assert found.keys() == own.keys()
+    use_only(model, "off")
+    assert (logits(model, TOKENS) - wanted).norm() > 0.01 * wanted.norm()
+    if form != "universal":  # in peft, on W^ in the plain model
+        plain = mixture()
+        dense = {n: layer.compressed.dense() for n, layer in compensated(model).items()}
+        unfolded = copy.deepcopy(plain)
+        unfold_experts(unfolded)
+        for name, weight in dense.items():
+            linear_at(unfolded, name).weight.data = weight
+        plain.load_state_dict(unfolded.state_dict())
+        wrapped = peft.PeftModel.from_pretrained(plain, folder).eval()
+        torch.testing.assert_close(logits(wrapped, TOKENS), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_check_and_fix_on_the_command_line(place, tmp_path, capsys):
+    given = str(place / "run" / "adapter")
+    assert main(["adapter", "check", given, "--model", str(place / "model")]) == 1
+    captured = capsys.readouterr()
+    assert "llama.cpp: its converter" in captured.out and "but for those of experts" in captured.err
+    assert main(["adapter", "check", given, "--model", str(place / "run"), "--fix", str(tmp_path / "fixed")]) == 0
+    model, _, _ = load_run(place / "run")
+    wanted = logits(model, TOKENS)
+    use_only(model, tmp_path / "fixed")
+    torch.testing.assert_close(logits(model, TOKENS), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_bfloat16_in_peft(tmp_path):
+    plain = mixture()
+    unfolded = copy.deepcopy(plain)
+    unfold_experts(unfolded)
+    factors = ragged(unfolded)
+    write_adapter(tmp_path, factors, "model", fused=fused_linears(unfolded))
+    wanted, before = logits(merged(unfolded, factors), TOKENS), logits(plain, TOKENS)
+    wrapped = peft.PeftModel.from_pretrained(plain.bfloat16(), tmp_path).eval()
+    found = logits(wrapped, TOKENS).float()
+    assert (found - wanted).norm() < 0.1 * (wanted - before).norm()

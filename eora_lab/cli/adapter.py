@@ -22,8 +22,8 @@ class Export:
     output: Annotated[Path, tyro.conf.Positional]
     """adapter folder to write"""
     universal: bool = False
-    """pad every layer to one rank, for loaders that know one rank and one scaling (vLLM, SGLang, GPTQModel); without
-    it, each layer keeps its own"""
+    """pad every layer to one rank, for loaders that know one rank and one scaling (vLLM, SGLang, GPTQModel), and write
+    experts one by one; without it, each layer keeps its own, and experts are written as peft takes them"""
 
     def run(self) -> None:
         from eora_lab.formats.peft import write_adapter
@@ -40,7 +40,10 @@ class Export:
 
 @dataclass(frozen=True)
 class Check:
-    """Name what peft, vLLM, SGLang and GPTQModel would get wrong about a PEFT adapter. Exit code 1 when one would."""
+    """Name what peft, vLLM, SGLang and GPTQModel would get wrong about a PEFT adapter. Exit code 1 when one would.
+
+    Experts of a mixture have no form that all of them take: it says which one takes this one.
+    """
 
     path: Annotated[Path, tyro.conf.Positional]
     """adapter folder"""
@@ -58,7 +61,7 @@ class Check:
         from eora_lab.formats.made_for import WEIGHTS, MadeFor, read_made_for
         from eora_lab.formats.peft import read_files, write_adapter
         from eora_lab.run.folder import is_run, read_config
-        from eora_lab.run.stored import belongs_elsewhere, check_output, shapes_of
+        from eora_lab.run.stored import belongs_elsewhere, check_output, fused_of, shapes_of
 
         tensors, config = read_files(self.path)
         name = self.model or config.get("base_model_name_or_path")
@@ -69,14 +72,14 @@ class Check:
         if self.fix:
             check_output(self.fix, fixed)
         try:
-            shapes = shapes_of(name)
+            shapes, fused = shapes_of(name), fused_of(name)
         except EoraLabError as error:
             raise EoraLabError(f"the base model of {self.path} is needed (--model names another): {error}") from error
         model = read_config(name)["settings"]["model"] if is_run(Path(name)) else name
         if not made_for.weights and (named := names_another(config, model)):
             print(f"eora-lab: {self.path} names {named} as its base model, not {model}", file=sys.stderr)
         with naming(str(self.path)):
-            findings = check_adapter(tensors, config, shapes)
+            findings = check_adapter(tensors, config, shapes, fused)
         if other := belongs_elsewhere(made_for, name):
             findings.append(Finding("any", other))
         for finding in findings:
@@ -85,11 +88,14 @@ class Check:
             if other:
                 raise EoraLabError(f"{self.path} {other}")
             with naming(str(self.path)):
-                mended = fix_adapter(tensors, config, shapes)
-            write_adapter(self.fix, mended, model, universal=True, made_for=fixed)
+                mended = fix_adapter(tensors, config, shapes, fused)
+            write_adapter(self.fix, mended, model, universal=True, made_for=fixed, fused=fused)
             print(f"wrote {self.fix}, at rank {read_files(self.fix)[1]['r']} in every layer")
         elif findings:
-            raise EoraLabError(f"{len(findings)} problems in {self.path}: --fix FOLDER writes an adapter without them")
+            but = ", but for those of experts" if fused else ""
+            raise EoraLabError(
+                f"{len(findings)} problems in {self.path}: --fix FOLDER writes an adapter without them{but}"
+            )
         if not findings:
             print(f"{self.path}: peft, vLLM (--max-lora-rank {config['r']}), SGLang and GPTQModel load it alike")
 

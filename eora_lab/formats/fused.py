@@ -17,6 +17,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from eora_lab.formats.names import Factors, match_names
 from eora_lab.model.experts import Experts, Leaf
 
+Shapes = dict[str, tuple[int, int]]  # module name -> (out_features, in_features)
 Part = tuple[str, slice]  # name of a linear, and which output features of the expert's linear it has
 
 
@@ -70,6 +71,16 @@ def one_by_one(factors: Factors, fused: Sequence[Fused]) -> Factors:
     for module, (A, B) in factors.items():
         apart |= {name: (A, B[rows]) for name, rows in parts.get(module, ((module, slice(None)),))}
     return apart
+
+
+def apart_shapes(shapes: Shapes, fused: Sequence[Fused]) -> Shapes:
+    """The same by the names that checkpoints have."""
+    found: Shapes = {}
+    parts = {name: parts for each in fused for name, parts in zip(each.names(), each.parts, strict=True)}
+    for module, (out_features, in_features) in shapes.items():
+        for name, rows in parts.get(module, ((module, slice(None)),)):
+            found[name] = len(range(*rows.indices(out_features))), in_features
+    return found
 
 
 def whole(factors: Factors, fused: Sequence[Fused]) -> Factors:

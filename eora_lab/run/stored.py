@@ -10,8 +10,7 @@ from torch import Tensor
 from eora_lab.compensate.factors import StoredFactors
 from eora_lab.errors import EoraLabError
 from eora_lab.files import digest
-from eora_lab.formats.adapter_check import Shapes
-from eora_lab.formats.fused import Fused, fused_linears
+from eora_lab.formats.fused import Fused, Shapes, fused_linears
 from eora_lab.formats.made_for import MadeFor, check_folder
 from eora_lab.formats.names import Factors
 from eora_lab.model.digest import TENSORS, files_digest
