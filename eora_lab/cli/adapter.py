@@ -4,7 +4,7 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -15,25 +15,40 @@ from eora_lab.text.settings import Calibration
 
 @dataclass(frozen=True)
 class Export:
-    """Write the low-rank path of a run folder as a PEFT adapter."""
+    """Write the low-rank path of a run folder as an adapter of other tools."""
 
     run_folder: Annotated[Path, tyro.conf.Positional]
     """a finished run folder"""
     output: Annotated[Path, tyro.conf.Positional]
-    """adapter folder to write"""
+    """adapter folder to write; a .gguf file with --format gguf"""
     universal: bool = False
     """pad every layer to one rank, for loaders that know one rank and one scaling (vLLM, SGLang, GPTQModel), and write
     experts one by one; without it, each layer keeps its own, and experts are written as peft takes them"""
+    format: Literal["peft", "gguf"] = "peft"
+    """gguf: for llama.cpp, beside a GGUF file of the base model; every layer keeps its own rank"""
 
     def run(self) -> None:
+        from eora_lab.errors import EoraLabError
+        from eora_lab.files import check_place
+        from eora_lab.formats.gguf_adapter import write_gguf_adapter
         from eora_lab.formats.peft import write_adapter
+        from eora_lab.model.load import load_skeleton
         from eora_lab.run.folder import read_config
         from eora_lab.run.stored import check_output, fused_of, run_factors, run_made_for
 
         factors = run_factors(self.run_folder)
+        model = read_config(self.run_folder)["settings"]["model"]
+        if self.format == "gguf":
+            if self.universal:
+                raise EoraLabError("--universal is of PEFT adapters: llama.cpp takes every layer at its own rank")
+            check_place(self.output, (".gguf",))
+            if self.output.exists():
+                raise EoraLabError(f"{self.output} is there already: choose another name")
+            write_gguf_adapter(self.output, factors, load_skeleton(model))
+            print(f"wrote {self.output}: llama-server -m BASE.gguf {shlex.join(['--lora', str(self.output)])}")
+            return
         made_for = run_made_for(self.run_folder, {"export": self.universal})
         check_output(self.output, made_for)
-        model = read_config(self.run_folder)["settings"]["model"]
         write_adapter(self.output, factors, model, self.universal, made_for, fused_of(self.run_folder))
         print(f"wrote {self.output}: try  {shlex.join(['eora-lab', 'adapter', 'check', str(self.output)])}")
 

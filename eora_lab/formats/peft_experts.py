@@ -54,7 +54,7 @@ def pack(factors: Factors, fused: Sequence[Fused]) -> list[Entry]:
             by_weight = bool(fused) and module not in experts and module.rpartition(".")[2] in RENAMED
             entries.append(Entry(module, f"{module}.{DENSE}" if by_weight else module, by_weight, len(A), A, B))
     for module, group in groupby(fused, lambda each: each.module):
-        given = [(each, _of_one_rank(factors, each)) for each in group if each.parameter]
+        given = [(each, of_one_rank(factors, each)) for each in group if each.parameter]
         for depth, (each, pairs) in enumerate(reversed([(each, pairs) for each, pairs in given if pairs])):
             rank = len(pairs[0][0])
             if each.flipped:  # peft holds (B A)^T
@@ -64,7 +64,7 @@ def pack(factors: Factors, fused: Sequence[Fused]) -> list[Entry]:
     return entries
 
 
-def _of_one_rank(factors: Factors, fused: Fused) -> list[Halves]:
+def of_one_rank(factors: Factors, fused: Fused) -> list[Halves]:
     """The pairs of all experts, padded with zeros to the highest rank; none where that is 0."""
     given = [factors.get(name) for name in fused.names()]
     A, B = max((pair for pair in given if pair), key=lambda pair: len(pair[0]), default=(None, None))
