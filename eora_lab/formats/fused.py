@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
 
 from eora_lab.formats.names import Factors, match_names
 from eora_lab.model.experts import Experts, Leaf
@@ -132,7 +130,10 @@ def _published(model: nn.Module, found: dict[str, Experts]) -> dict[str, tuple[P
 
     It is shown tensors of one input feature, whose values count the output features of all experts.
     """
-    if not isinstance(model, PreTrainedModel):
+    from transformers import PreTrainedModel
+    from transformers.core_model_loading import revert_weight_conversion
+
+    if not found or not isinstance(model, PreTrainedModel):
         return {}
     state: dict[str, Tensor] = {}
     first, names = [0], []  # value of each linear's first output feature, and its name
