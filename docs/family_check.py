@@ -16,7 +16,6 @@ from docs.family_record import Family
 from docs.shrink import default_config, small_model
 from eora_lab import EoraLabError, Recipe, Report, collect_statistics, compress_model, load_model, load_run
 from eora_lab.errors import one_line
-from eora_lab.formats.peft import write_adapter
 from eora_lab.model.structure import decoder, matrices
 from eora_lab.run.stored import run_factors
 from tests.tiny import tiny_tokenizer, tiny_tokens
@@ -157,7 +156,7 @@ def statistics(subject: Subject) -> None:
         if one.tokens != tokens[name]:
             raise Wrong(f"{name}: {one.tokens} tokens, and {tokens[name]} in a plain pass")
         wanted, weight = sums[name], tokens[name]
-        if pooled := getattr(one, "pooled_tokens", 0):  # an expert's S is drawn towards that of all of its mixture
+        if pooled := one.pooled_tokens:  # an expert's S is drawn towards that of all of its mixture
             mixture = [other for other in found if alike(other) == alike(name)]
             every = sum(sums[other] for other in mixture) / sum(tokens[other] for other in mixture)
             wanted, weight = wanted + pooled * every, weight + pooled
@@ -202,20 +201,18 @@ def run_folder(subject: Subject) -> None:
 
 
 def adapter(subject: Subject) -> None:
-    """The universal adapter in peft, on transformers' own model, against B A added to the weights.
+    """The run's adapter in peft, on transformers' own model, against B A added to the weights.
 
     What peft or the package refuses is no adapter; what peft takes and computes otherwise is wrong.
     """
     import peft
 
-    factors = run_factors(subject.run)
-    write_adapter(subject.folder / "adapter", factors, str(subject.saved), universal=True)
     model = subject.loaded()
-    for name, (A, B) in factors.items():
+    for name, (A, B) in run_factors(subject.run).items():
         layer = model.get_submodule(name)
         layer.weight = nn.Parameter(layer.weight + B.float() @ A.float())  # a new one: blocks may share the old
     try:
-        wrapped = peft.PeftModel.from_pretrained(subject.plain(), subject.folder / "adapter")
+        wrapped = peft.PeftModel.from_pretrained(subject.plain(), subject.run / "adapter")
     except Exception as error:
         subject.seen.no_adapter = f"peft: {told(error)}"
         return

@@ -34,7 +34,7 @@ A family goes through these steps, in float32:
 2. `collect_statistics`: S of every layer as hooks see it in plain forward passes, and the same number of tokens.
 3. `compress_model` by RTN 3-bit, GPTQ 4-bit and Wanda 2:4: logits nearer to the original with EoRA than without.
 4. `load_run` of the run folder: the same logits, bit by bit.
-5. The universal adapter in peft, on transformers' own model: logits as with B A added to the weights.
+5. The run's adapter in peft, on transformers' own model: logits as with B A added to the weights.
 6. `generate` with and without a cache: logits as in one pass over the finished text, wherever the original's are.
 7. Coverage: the share of the decoder's weights in matrices that was compressed, at the size that the family's
    configuration has by default (with `*`: of the small model). Embeddings and the head do not count.

@@ -80,18 +80,19 @@ def strength(halves: list[Halves], channels: int) -> float:
     What is left out is left out of S_layer too: its tokens are of the same texts. As many as there are input channels
     where no expert has tokens in both parts.
     """
-    layers = [pooled([half.parts[i] for half in halves]) for i in range(2)] if halves else []
+    telling = [half for half in halves if all(part.tokens for part in half.parts)]
+    if not telling:
+        return float(channels)
+    layers = [pooled([half.parts[i] for half in halves]) for i in range(2)]
     losses = dict.fromkeys(STRENGTHS, 0.0)
-    for half in halves:
+    for half in telling:
         for layer, seen, left_out in zip(layers, half.parts, half.parts[::-1], strict=True):
-            if not (seen.tokens and left_out.tokens):
-                continue
             apart, wanted = (other.second_moment - seen.second_moment for other in (layer, left_out))
             square, product = float(apart.pow(2).sum()), float((apart * wanted).sum())
             for times in STRENGTHS:
                 drawn = drawn_share(seen, layer, times * channels)
                 losses[times] += left_out.tokens * (drawn * drawn * square - 2 * drawn * product)
-    return min(losses, key=losses.__getitem__) * channels if any(losses.values()) else float(channels)
+    return min(losses, key=losses.__getitem__) * channels
 
 
 def drawn_share(member: InputStatistics, layer: InputStatistics, k: float) -> float:

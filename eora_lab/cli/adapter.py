@@ -4,7 +4,7 @@ import shlex
 import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -15,32 +15,50 @@ from eora_lab.text.settings import Calibration
 
 @dataclass(frozen=True)
 class Export:
-    """Write the low-rank path of a run folder as a PEFT adapter."""
+    """Write the low-rank path of a run folder as an adapter of other tools."""
 
     run_folder: Annotated[Path, tyro.conf.Positional]
     """a finished run folder"""
     output: Annotated[Path, tyro.conf.Positional]
-    """adapter folder to write"""
+    """adapter folder to write; a .gguf file with --format gguf"""
     universal: bool = False
-    """pad every layer to one rank, for loaders that know one rank and one scaling (vLLM, SGLang, GPTQModel); without
-    it, each layer keeps its own"""
+    """pad every layer to one rank, for loaders that know one rank and one scaling (vLLM, SGLang, GPTQModel), and write
+    experts one by one; without it, each layer keeps its own, and experts are written as peft takes them"""
+    format: Literal["peft", "gguf"] = "peft"
+    """gguf: for llama.cpp, beside a GGUF file of the base model; every layer keeps its own rank"""
 
     def run(self) -> None:
+        from eora_lab.errors import EoraLabError
+        from eora_lab.files import check_place
+        from eora_lab.formats.gguf_adapter import write_gguf_adapter
         from eora_lab.formats.peft import write_adapter
+        from eora_lab.model.load import load_skeleton
         from eora_lab.run.folder import read_config
-        from eora_lab.run.stored import check_output, run_factors, run_made_for, skeleton_of
+        from eora_lab.run.stored import check_output, modules_of, run_factors, run_made_for
 
         factors = run_factors(self.run_folder)
+        model = read_config(self.run_folder)["settings"]["model"]
+        if self.format == "gguf":
+            if self.universal:
+                raise EoraLabError("--universal is of PEFT adapters: llama.cpp takes every layer at its own rank")
+            check_place(self.output, (".gguf",))
+            if self.output.exists():
+                raise EoraLabError(f"{self.output} is there already: choose another name")
+            write_gguf_adapter(self.output, factors, load_skeleton(model))
+            print(f"wrote {self.output}: llama-server -m BASE.gguf {shlex.join(['--lora', str(self.output)])}")
+            return
         made_for = run_made_for(self.run_folder, {"export": self.universal})
         check_output(self.output, made_for)
-        model = read_config(self.run_folder)["settings"]["model"]
-        write_adapter(self.output, factors, model, self.universal, made_for, skeleton_of(model))
+        write_adapter(self.output, factors, model, self.universal, made_for, modules_of(self.run_folder))
         print(f"wrote {self.output}: try  {shlex.join(['eora-lab', 'adapter', 'check', str(self.output)])}")
 
 
 @dataclass(frozen=True)
 class Check:
-    """Name what peft, vLLM, SGLang and GPTQModel would get wrong about a PEFT adapter. Exit code 1 when one would."""
+    """Name what peft, vLLM, SGLang and GPTQModel would get wrong about a PEFT adapter. Exit code 1 when one would.
+
+    Experts of a mixture have no form that all of them take: it says which one takes this one.
+    """
 
     path: Annotated[Path, tyro.conf.Positional]
     """adapter folder"""
@@ -55,10 +73,11 @@ class Check:
         from eora_lab.files import digest, file_digest
         from eora_lab.formats.adapter_check import Finding, check_adapter, fix_adapter
         from eora_lab.formats.adapter_config import names_another
+        from eora_lab.formats.fused import fused_linears
         from eora_lab.formats.made_for import WEIGHTS, MadeFor, read_made_for
         from eora_lab.formats.peft import read_files, write_adapter
         from eora_lab.run.folder import is_run, read_config
-        from eora_lab.run.stored import belongs_elsewhere, check_output, shapes_of, skeleton_of
+        from eora_lab.run.stored import belongs_elsewhere, check_output, modules_of, shapes_of
 
         tensors, config = read_files(self.path)
         name = self.model or config.get("base_model_name_or_path")
@@ -69,13 +88,12 @@ class Check:
         if self.fix:
             check_output(self.fix, fixed)
         try:
-            shapes = shapes_of(name)
+            shapes, modules = shapes_of(name), modules_of(name)
         except EoraLabError as error:
             raise EoraLabError(f"the base model of {self.path} is needed (--model names another): {error}") from error
         model = read_config(name)["settings"]["model"] if is_run(Path(name)) else name
         if not made_for.weights and (named := names_another(config, model)):
             print(f"eora-lab: {self.path} names {named} as its base model, not {model}", file=sys.stderr)
-        modules = skeleton_of(model)
         with naming(str(self.path)):
             findings = check_adapter(tensors, config, shapes, modules)
         if other := belongs_elsewhere(made_for, name):
@@ -86,11 +104,14 @@ class Check:
             if other:
                 raise EoraLabError(f"{self.path} {other}")
             with naming(str(self.path)):
-                mended = fix_adapter(tensors, config, shapes)
+                mended = fix_adapter(tensors, config, shapes, modules)
             write_adapter(self.fix, mended, model, True, fixed, modules)
             print(f"wrote {self.fix}, at rank {read_files(self.fix)[1]['r']} in every layer")
         elif findings:
-            raise EoraLabError(f"{len(findings)} problems in {self.path}: --fix FOLDER writes an adapter without them")
+            but = ", but for those of experts" if modules is not None and fused_linears(modules) else ""
+            raise EoraLabError(
+                f"{len(findings)} problems in {self.path}: --fix FOLDER writes an adapter without them{but}"
+            )
         if not findings:
             print(f"{self.path}: peft, vLLM (--max-lora-rank {config['r']}), SGLang and GPTQModel load it alike")
 

@@ -13,7 +13,8 @@ from eora_lab.files import locked, read_json, write_json
 from eora_lab.finetune.checkpoints import last_checkpoint
 from eora_lab.finetune.settings import Init, Training
 from eora_lab.finetune.trainer import train
-from eora_lab.formats.peft import Factors, write_adapter
+from eora_lab.formats.names import Factors
+from eora_lab.formats.peft import write_adapter
 from eora_lab.model.structure import model_name
 from eora_lab.run.adapters import made_for, use_only
 from eora_lab.run.recipe import Recipe

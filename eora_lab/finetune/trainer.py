@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eora_lab.errors import EoraLabError, one_line
 from eora_lab.finetune.checkpoints import written
 from eora_lab.finetune.settings import Training
-from eora_lab.formats.peft import Factors
+from eora_lab.formats.names import Factors
 from eora_lab.layer.linear import CompensatedLinear
 from eora_lab.run.adapters import Adapters, compensated_layers
 

@@ -1,29 +1,23 @@
 """What other tools would make of a PEFT adapter: the mistakes of each loader, named before it makes them.
 
-The rules were read in the loaders' sources (peft 0.21, vLLM, SGLang and GPTQModel of 2025 and 2026); nothing is run.
+The rules were read in the sources of the loaders (peft 0.21, vLLM, SGLang, GPTQModel and llama.cpp of 2025 and 2026);
+nothing is run.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from eora_lab.errors import EoraLabError
 from eora_lab.formats.adapter_config import left_out_by, not_plain
-from eora_lab.formats.peft import (
-    SERVED_RANKS,
-    Factors,
-    adapter_factors,
-    by_pattern,
-    key_of,
-    match_names,
-    pairs,
-    peft_scaling,
-    scaling,
-)
+from eora_lab.formats.fused import Fused, Shapes, apart_shapes, fused_linears, whole
+from eora_lab.formats.names import Factors, key_of, match_names, pairs
+from eora_lab.formats.peft import SERVED_RANKS, adapter_factors, by_pattern, peft_scaling, scaling
+from eora_lab.formats.peft_experts import parameter_targets
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # projections that servers join into one
 MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # whose out_proj peft does not wrap
-Shapes = dict[str, tuple[int, int]]  # module name -> (out_features, in_features)
 
 
 @dataclass(frozen=True)
@@ -40,39 +34,54 @@ class Finding:
 def check_adapter(
     tensors: dict[str, Tensor], config: dict, shapes: Shapes, model: nn.Module | None = None
 ) -> list[Finding]:
-    """Everything that one of peft, vLLM, SGLang and GPTQModel would get wrong; empty when all load it alike.
+    """Everything that one of peft, vLLM, SGLang, GPTQModel and llama.cpp would get wrong; empty when all load it alike.
+
+    No form of an adapter of fused experts is taken by all of them.
 
     tensors, config: from `read_files`.
     shapes:          of all linears in the decoder blocks of the base model.
-    model:           its modules alone (`load_skeleton`), for what peft makes of their names.
+    model:           its modules alone (`load_skeleton`), for what tools make of their names.
     """
     found, unknown = pairs(tensors)
+    fused = fused_linears(model) if model is not None else []
+    try:
+        targets, wrong = parameter_targets(list(found), config), []
+    except EoraLabError as error:
+        targets, wrong = {}, [("any", str(error))]
+    together = targets.keys() - match_names(found, shapes).keys()
+    found = {module: halves for module, halves in found.items() if module not in together}
+    apart = apart_shapes(shapes, fused)
+    if match_names(found, apart.keys() - shapes.keys()):
+        shapes = apart
     names = match_names(found, shapes)
     known = {module: halves for module, halves in found.items() if names.get(module) == module}
     complete = {module: halves for module, halves in known.items() if len(halves) == 2}
     ranks = {module: len(halves["A"]) for module, halves in complete.items()}
     findings = [
+        *wrong,
         *_damage(found, unknown, names, shapes),
         *_keys(found, tensors),
         *_features(config),
-        *_peft(config, ranks),
+        *_peft(config, ranks, targets),
         *(_peft_on(config, ranks, model) if model is not None else ()),
         *_vllm(config, ranks),
         *_sglang(config, ranks),
         *_gptqmodel(ranks, shapes),
         *_scaling(config, ranks),
+        *(_together(tensors, config, min(together), shapes) if together else _one_by_one(ranks, fused)),
     ]
     return [Finding(loader, problem) for loader, problem in findings]
 
 
-def fix_adapter(tensors: dict[str, Tensor], config: dict, shapes: Shapes) -> Factors:
+def fix_adapter(tensors: dict[str, Tensor], config: dict, shapes: Shapes, model: nn.Module | None = None) -> Factors:
     """What to write as a universal adapter instead: every linear, the scaling in B, names spelt as the model's.
 
     Linears without a path get rank 0, which the universal form pads with zeros.
     Raises EoraLabError when a finding cannot be mended: a missing or misshapen half, a layer that the model does not
     have, NaN or Inf, DoRA, saved modules.
     """
-    factors = adapter_factors(tensors, config)
+    fused = fused_linears(model) if model is not None else []
+    factors = whole(adapter_factors(tensors, config), fused)
     names = match_names(factors, shapes)
     mended = {}
     for module, (A, B) in factors.items():
@@ -130,11 +139,11 @@ def _features(config: dict):
         yield "vllm", "refuses biases in an adapter"
 
 
-def _peft(config: dict, ranks: dict[str, int]):
-    left_out = {module: left_out_by(config, module) for module in ranks}
+def _peft(config: dict, ranks: dict[str, int], targets: dict[str, str]):
+    left_out = {module: None if module in targets else left_out_by(config, module) for module in ranks}
     for key in dict.fromkeys(filter(None, left_out.values())):
         yield "peft", f"ignores {_some([module for module in ranks if left_out[module] == key])}, left out by {key}"
-    wanted = {m: by_pattern(config, "rank_pattern", "r", m) for m in ranks if not left_out[m]}
+    wanted = {m: by_pattern(config, "rank_pattern", "r", targets.get(m, m)) for m in ranks if not left_out[m]}
     if other := [module for module, rank in wanted.items() if ranks[module] != rank]:
         in_file, expected = ranks[other[0]], wanted[other[0]]
         yield "peft", f"refuses {_some(other)}: rank {in_file} in the file, {expected} in the configuration"
@@ -193,6 +202,51 @@ def _gptqmodel(ranks: dict[str, int], shapes: Shapes):
         yield "gptqmodel", f"needs both halves for every quantised linear; {_some(missing)} has none"
     if upper := [module for module in ranks if module != module.lower()]:
         yield "gptqmodel", f"looks for lower-case names and does not find {_some(upper)}"
+
+
+def _together(tensors: dict[str, Tensor], config: dict, first: str, shapes: Shapes):
+    """Experts that are one entry, `first` and others, as peft takes them."""
+    try:
+        for module, (A, B) in adapter_factors(tensors, config).items():
+            if module not in shapes:
+                yield "any", f"the model has no linear {module} in its decoder blocks"
+            elif (len(B), A.shape[1]) != tuple(shapes[module]):
+                yield "any", f"{module}: factors of a {len(B)}x{A.shape[1]} layer, {_size(shapes[module])} here"
+    except EoraLabError as error:
+        yield "any", str(error)
+    yield "vllm", f"knows {first} only where it keeps experts as one tensor (gpt-oss, Qwen3.5-MoE): else --universal"
+    yield "sglang", f"drops {first} without a word: it takes no adapter of experts"
+    yield "llama.cpp", f"its converter does not know {first}: --universal"
+
+
+def _one_by_one(ranks: dict[str, int], fused: Sequence[Fused]):
+    """Experts each by itself, as checkpoints were published."""
+    for each in fused:
+        several = [[name for name, _ in parts] for parts in each.parts]
+        alone = [name if name in ranks else None for name in each.names()]
+        found = [name for names in several for name in names if name in ranks] or list(filter(None, alone))
+        if not found:
+            continue
+        yield "sglang", f"drops {found[0]}, and all other experts, without a word"
+        if not each.parameter:
+            yield "peft", f"cannot wrap {each.module}: its experts lie below one another"
+            return
+        yield (
+            "peft",
+            f"puts {found[0]} and others together for some families only, and drops what it does not (also dense "
+            "linears of such names) without a word: give it the form without --universal",
+        )
+        yield "vllm", "takes experts one by one only where it does not keep them as one tensor (gpt-oss, Qwen3.5-MoE)"
+        yield "vllm", "adds factors to quantised experts in its Marlin and Triton back ends only"
+        break
+    for each in fused:
+        wanted = [name for parts in each.parts for name, _ in parts]
+        lacking = [name for name in wanted if name not in ranks]
+        if lacking and len(lacking) < len(wanted):
+            yield "vllm", f"needs all experts of a layer; {_some(lacking)} has no factors"
+            yield "llama.cpp", f"its converter needs all experts of a layer; {_some(lacking)} has no factors"
+        if len({ranks[name] for name in wanted if name in ranks}) > 1:
+            yield "vllm", f"needs one rank for all experts of {each.module}"
 
 
 def _scaling(config: dict, ranks: dict[str, int]):

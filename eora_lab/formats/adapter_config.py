@@ -18,6 +18,7 @@ PLAIN = {
     *("peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "runtime_config", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out", "bias"),
+    "target_parameters",
     *("lora_dropout", "loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
     *("megatron_core", "qalora_group_size", "ensure_weight_tying", "merge_weights"),
 }
@@ -27,7 +28,6 @@ MORE = {
     "modules_to_save": "modules_to_save",
     "lora_bias": "a bias of lora_B",
     "trainable_token_indices": "trained token embeddings",
-    "target_parameters": "LoRA on parameters",
     "layer_replication": "replicated layers",
     "alora_invocation_tokens": "activated LoRA, which begins at certain tokens",
     "use_qalora": "QA-LoRA, which pools the inputs",

@@ -1,12 +1,12 @@
 """PEFT LoRA adapters: a folder of `adapter_config.json` and `adapter_model.safetensors`.
 
 Ragged: each layer at its own rank, the exact form. Universal: every layer padded with zeros to one rank, for loaders
-that know one rank and one scaling only.
+that know one rank and one scaling only. Experts of a mixture: see `peft_experts` and `fused`.
 """
 
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -20,14 +20,14 @@ from eora_lab.compensate import LowRank
 from eora_lab.errors import EoraLabError
 from eora_lab.files import write_json, write_safetensors
 from eora_lab.formats.adapter_config import CONFIG, left_out_by, not_plain, read_config
+from eora_lab.formats.fused import fused_linears, one_by_one
 from eora_lab.formats.made_for import WEIGHTS, MadeFor
+from eora_lab.formats.names import KEY, Factors, key_of, pairs
+from eora_lab.formats.peft_experts import pack, parameter_targets, unpack
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank can be
-KEY = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.[^.]+)?\.weight")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 ROUNDING = 0.01  # share of |B A| that casting factors to 16 bits may change; 0.0005 is usual
-
-Factors = dict[str, tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]]  # module name -> (A, B)
 
 
 def write_adapter(
@@ -41,26 +41,30 @@ def write_adapter(
     """Write an adapter folder, in float16, whose scaling is 1 in every loader: r = lora_alpha.
 
     Ragged: r is the highest rank, rank_pattern and alpha_pattern name the layers of other ranks, and layers of rank 0
-    are left out. Universal: r is the next rank that vLLM serves, every layer of `factors` is padded with zeros to it,
-    and both patterns are empty; pass all linears of the decoder blocks, those of rank 0 too.
+    are left out. Experts of a layer are one entry, at the highest of their ranks, as peft takes them.
+    Universal: r is the next rank that vLLM serves, every layer of `factors` is padded with zeros to it, and both
+    patterns are empty; pass all linears of the decoder blocks, those of rank 0 too. Experts are written one by one,
+    gate and up apart, by the names of the model's checkpoint.
     made_for: which compressed weights it belongs to, and no others.
-    model:    the base model, compressed or not, or its modules alone (`load_skeleton`). With it, target_modules has
-              short names where they mean no other module, and fan_in_fan_out is true for GPT-2's Conv1D.
+    model:    the base model, compressed or not, or its modules alone (`load_skeleton`). Without it, target_modules has
+              full names, fan_in_fan_out is false, and experts have the names that they have in `factors`.
     Raises EoraLabError when there is nothing to write, when the rank is above what a universal adapter can have, and
     when factors do not fit float16.
     """
-    folder, ranks = Path(folder), {module: len(A) for module, (A, _) in factors.items()}
-    highest = max(ranks.values(), default=0)
+    folder, highest = Path(folder), max((len(A) for A, _ in factors.values()), default=0)
     if not highest:
         raise EoraLabError(f"{folder}: there is no low-rank path to write, every rank is 0")
     if universal:
         highest = served_rank(highest)
         factors = {module: pad(A, B, highest) for module, (A, B) in factors.items()}
-        ranks = dict.fromkeys(ranks, highest)
-    pattern = {module: rank for module, rank in ranks.items() if 0 < rank != highest}
-    kept = {module: pair for module, pair in factors.items() if ranks[module]}
-    alike = set(ranks.values()) == {highest}
     modules = dict(model.named_modules()) if model is not None else {}
+    fused = fused_linears(model) if model is not None else []
+    factors = {module: in_half(A, B, module) if len(A) else (A, B) for module, (A, B) in factors.items()}
+    entries = pack(one_by_one(factors, fused), ()) if universal else pack(factors, fused)
+    pattern = {entry.target: entry.rank for entry in entries if entry.rank != highest}
+    targets = [entry.target for entry in entries if not entry.parameter]
+    parameters = [entry.target for entry in entries if entry.parameter]
+    alike = not parameters and {len(A) for A, _ in factors.values()} == {highest}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -69,8 +73,8 @@ def write_adapter(
         "lora_alpha": highest,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(short_names(kept, modules) if alike else kept),
-        "fan_in_fan_out": any(getattr(modules.get(module), "transposed", False) for module in kept),
+        "target_modules": sorted(short_names(targets, modules) if alike else targets),
+        "fan_in_fan_out": any(getattr(modules.get(target), "transposed", False) for target in targets),
         "use_rslora": False,
         "use_dora": False,
         "modules_to_save": None,
@@ -78,9 +82,12 @@ def write_adapter(
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
     }
+    if parameters:
+        config["target_parameters"] = sorted(parameters)
     tensors = {}
-    for module, (A, B) in kept.items():
-        tensors[key_of(module, "A")], tensors[key_of(module, "B")] = in_half(A, B, module)
+    for entry in entries:
+        for half, tensor in (("A", entry.A), ("B", entry.B)):  # which may be parts of one, or twice the same
+            tensors[key_of(entry.key, half)] = tensor.clone(memory_format=torch.contiguous_format)
     write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"} | (made_for.metadata() if made_for else {}))
     write_json(folder / CONFIG, config)
 
@@ -92,9 +99,7 @@ def short_names(chosen: Collection[str], known: Collection[str]) -> set[str]:
     """
     last = {name: name.rpartition(".")[2] for name in chosen}
     others = {name.rpartition(".")[2] for name in known if name not in last}
-    return {
-        last[name] if name in known and not ({last[name]} & others or last[name].isdigit()) else name for name in last
-    }
+    return {last[name] if known and not ({last[name]} & others or last[name].isdigit()) else name for name in last}
 
 
 def served_rank(rank: int) -> int:
@@ -157,47 +162,6 @@ def read_files(folder: Path | str) -> tuple[dict[str, Tensor], dict]:
     return tensors, config
 
 
-def pairs(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """Module name -> {"A": ..., "B": ...} (one may be missing), and the keys that are neither.
-
-    Raises EoraLabError when a half is there twice, under the names of several adapters.
-    """
-    found: dict[str, dict[str, Tensor]] = {}
-    unknown = []
-    for key, tensor in tensors.items():
-        if not (match := KEY.fullmatch(key)) or tensor.ndim != 2:
-            unknown.append(key)
-        elif match[2] in found.setdefault(match[1], {}):
-            raise EoraLabError(f"the adapter holds lora_{match[2]} of {match[1]} twice: save one adapter alone")
-        else:
-            found[match[1]][match[2]] = tensor
-    return found, unknown
-
-
-def key_of(module: str, half: str) -> str:
-    """The key that every loader knows. `pairs` also reads those of a state_dict, with the adapter's name in them."""
-    return f"base_model.model.{module}.lora_{half}.weight"
-
-
-def match_names(modules: Iterable[str], known: Collection[str]) -> dict[str, str]:
-    """Adapter's module name -> the model's; those that the model lacks are left out.
-
-    They may differ in case, for GPTQModel writes lower case, and by `language_model`, which a model that also sees has.
-    Raises EoraLabError where two are one module of the model.
-    """
-
-    def plain(name: str) -> str:
-        return ".".join(part for part in name.lower().split(".") if part != "language_model")
-
-    spelt = {plain(name): name for name in known}
-    names = {m: m if m in known else spelt[plain(m)] for m in modules if m in known or plain(m) in spelt}
-    first: dict[str, str] = {}
-    for module, name in names.items():
-        if first.setdefault(name, module) != module:
-            raise EoraLabError(f"{first[name]} and {module} are both {name} of the model")
-    return names
-
-
 def by_pattern(config: dict, field: str, default: str, module: str) -> int | float:
     """A layer's rank or alpha as peft takes it: from the first key of the pattern that ends the layer's name."""
     for key, value in (config.get(field) or {}).items():
@@ -226,7 +190,7 @@ def peft_scaling(config: dict, module: str) -> float:
 
 
 def adapter_factors(tensors: dict[str, Tensor], config: dict) -> Factors:
-    """Module name -> (A, B), the scaling multiplied into B.
+    """Module name -> (A, B), the scaling multiplied into B. Experts that are one entry come apart: see `unpack`.
 
     Raises EoraLabError when the adapter is more than such products (see `not_plain`), or a half is missing.
     """
@@ -237,23 +201,26 @@ def adapter_factors(tensors: dict[str, Tensor], config: dict) -> Factors:
         raise EoraLabError(f"the adapter holds {unknown[0]}, which is no lora_A or lora_B matrix")
     if not found:
         raise EoraLabError("the adapter holds no lora_A and lora_B matrices")
-    factors = {}
+    targets = parameter_targets(list(found), config)
+    factors, ranks = {}, {}
     for module, halves in found.items():
         if len(halves) < 2:
             raise EoraLabError(f"the adapter holds lora_{next(iter(halves))} of {module} without its other half")
         A, B = halves["A"], halves["B"]
         if len(A) != B.shape[1]:
             raise EoraLabError(f"{module}: lora_A has rank {len(A)}, lora_B {B.shape[1]}")
-        if len(A) != (rank := by_pattern(config, "rank_pattern", "r", module)):
+        target = targets.get(module, module)
+        ranks[module] = rank = int(by_pattern(config, "rank_pattern", "r", target))
+        if module not in targets and len(A) != rank:
             raise EoraLabError(f"{module}: its rank is {len(A)}, and {rank} by r and rank_pattern in {CONFIG}")
-        if key := left_out_by(config, module):
+        if module not in targets and (key := left_out_by(config, module)):
             raise EoraLabError(f"{module} has factors, and {key} in {CONFIG} leaves it out: correct it")
-        factor = scaling(config, module)
+        factor = scaling(config, target)
         scaled = B if factor == 1 else B.float() * factor
         if not (A.isfinite().all() and scaled.isfinite().all()):
             raise EoraLabError(f"{module}: NaN or Inf in its factors")
         factors[module] = A, scaled
-    return factors
+    return unpack(factors, targets, ranks)
 
 
 def read_adapter(folder: Path | str) -> tuple[Factors, dict]:

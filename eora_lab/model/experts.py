@@ -45,7 +45,7 @@ class Leaf:
         return [part.T if self.transposed else part for part in parts]
 
     def fuse(self, weights: list[Tensor]) -> Tensor:
-        """The inverse of `split`."""
+        """The inverse of `split`: the fused tensor, (experts, ...), of one weight an expert, (out, in)."""
         parts = torch.stack([weight.T if self.transposed else weight for weight in weights])
         return parts.flatten(0, 1) if self.matrix else parts
 
@@ -108,7 +108,7 @@ class Experts(nn.Module):
         raise NotImplementedError
 
     def probe(self, random: torch.Generator) -> tuple:
-        """Random arguments of `forward`."""
+        """Random arguments of forward."""
         raise NotImplementedError
 
     def hidden(self, random: torch.Generator, tokens: int = PROBES) -> Float[Tensor, "tokens in"]:

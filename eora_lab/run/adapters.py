@@ -13,8 +13,10 @@ from eora_lab.compensate.factors import StoredFactors
 from eora_lab.errors import EoraLabError, naming
 from eora_lab.files import digest
 from eora_lab.formats.adapter_config import names_another
+from eora_lab.formats.fused import Fused, fused_linears, whole
 from eora_lab.formats.made_for import MadeFor, read_made_for
-from eora_lab.formats.peft import Factors, in_half, match_names, read_adapter
+from eora_lab.formats.names import Factors, match_names
+from eora_lab.formats.peft import in_half, read_adapter
 from eora_lab.layer.linear import CompensatedLinear, compensated
 from eora_lab.model.digest import origin
 from eora_lab.model.structure import model_name
@@ -62,11 +64,15 @@ class Adapters:
     def _weights(self) -> str:
         return weights_digest(self.model)
 
+    @cached_property
+    def _fused(self) -> list[Fused]:
+        return fused_linears(self.model)
+
     def add(self, name: str, factors: Factors) -> None:
         """One more adapter, such as `solve_adapter` returns. Raises EoraLabError when it or its name does not do."""
         if name in (OWN, OFF, *self._factors):
             raise EoraLabError(f"an adapter cannot be called {name!r}: choose another name")
-        self._factors[name] = stored_factors(self._layers, factors)
+        self._factors[name] = stored_factors(self._layers, whole(factors, self._fused))
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """What a finished run holds, without its model: its low-rank path, its sizes, and which adapters are its own."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 from eora_lab.compensate.factors import StoredFactors
 from eora_lab.errors import EoraLabError
 from eora_lab.files import digest
-from eora_lab.formats.adapter_check import Shapes
+from eora_lab.formats.fused import Shapes
 from eora_lab.formats.made_for import MadeFor, check_folder
-from eora_lab.formats.peft import Factors
+from eora_lab.formats.names import Factors
 from eora_lab.model.digest import TENSORS, files_digest
 from eora_lab.model.load import load_skeleton, local_path
 from eora_lab.model.structure import block_linears
@@ -19,6 +20,7 @@ from eora_lab.run.adapters import stored_digest
 from eora_lab.run.folder import is_run, read_block, read_config, read_report
 
 OWN = ("adapter", "blocks")  # folders of a run
+EXPERT = re.compile(r"\.\d+\..*\.\d+\.")  # a linear in a list within a block
 FACTORS = ("lora_A", "lora_B")  # begin the names of the tensors that are not W^
 
 
@@ -60,10 +62,17 @@ def shapes_of(name: str) -> Shapes:
     return {module: (linear.out_features, linear.in_features) for module, linear in linears.items()}
 
 
-def skeleton_of(name: str) -> nn.Module | None:
-    """The modules of a run's base model; None where it is no longer there, or is a GGUF file, which tells none."""
+def modules_of(name: str | Path) -> nn.Module | None:
+    """The modules of a run's base model, or of a model, for what its linears are called in adapters.
+
+    None where it is no longer there, or is a GGUF file, and without experts nothing is lost. Raises EoraLabError where
+    there are any.
+    """
+    base = read_config(name)["settings"]["model"] if is_run(Path(name)) else str(name)
+    if any(EXPERT.search(module) for module in shapes_of(str(name))):
+        return load_skeleton(base, quantised=True)
     try:
-        return None if local_path(name, fetch=False, weights=False).is_file() else load_skeleton(name, quantised=True)
+        return None if local_path(base, fetch=False, weights=False).is_file() else load_skeleton(base, quantised=True)
     except EoraLabError:
         return None
 

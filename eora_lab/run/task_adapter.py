@@ -8,7 +8,7 @@ from torch import nn
 
 from eora_lab.compress import Compressed
 from eora_lab.errors import EoraLabError
-from eora_lab.formats.peft import Factors
+from eora_lab.formats.names import Factors
 from eora_lab.layer.linear import CompensatedLinear
 from eora_lab.model.structure import block_linears
 from eora_lab.run.adapters import compensated_layers
