@@ -10,6 +10,7 @@ from torch import nn
 
 from eora_lab import EoraLabError, Report, collect_statistics
 from eora_lab.calibrate.contract import check_blocks
+from eora_lab.calibrate.stream import BlockStream
 from eora_lab.cli import main
 from eora_lab.layer.linear import compensated
 from eora_lab.model.structure import block_linears, decoder_blocks
@@ -183,7 +184,7 @@ class Block(nn.Module):
         if self.fault == "shares some inputs":
             return x + self.down(x) + self.up(hidden)
         y = x + self.down(hidden) + (0 if extra is None else extra)
-        return (y, hidden) if self.fault == "hands on more" else y
+        return (y, hidden) if "hands on" in self.fault else y
 
 
 class Model(nn.Module):
@@ -202,10 +203,10 @@ class Model(nn.Module):
 
     def forward(self, tokens, use_cache=False):
         x = self.embed(tokens)
-        if self.fault == "hands on more":
+        if "hands on" in self.fault:
             extra = None
             for block in self.blocks:
-                x, extra = block(x, extra)
+                x, extra = block(x, extra if extra is None or self.fault == "hands on more" else 2 * extra)
             return self.head(x)
         for i, block in enumerate(self.blocks):
             if self.fault == "argument of a block's output":
@@ -225,7 +226,7 @@ class Model(nn.Module):
         ("in place", r"^blocks\.0 gives other hidden states by itself"),
         ("module state", r"^blocks\.\d gives other hidden states by itself"),
         ("counts", r"^blocks\.0 gives other hidden states by itself"),
-        ("hands on more", r"^blocks\.0 hands on more than hidden states, to blocks\.1"),
+        ("hands on what the model changes", r"^blocks\.1 gives other hidden states by itself"),
         ("argument of a block's output", r"^blocks\.1 gives other hidden states by itself"),
         ("between blocks", r"^blocks\.1 gives other hidden states by itself"),
         ("other order", r"^blocks\.2 runs before blocks\.0"),
@@ -242,6 +243,23 @@ def test_a_block_that_cannot_be_streamed_exactly_is_refused_by_name(fault, messa
 
 def test_blocks_without_such_a_fault_are_not():
     assert len(compress_small(Model("none")).layers) == 6
+
+
+@pytest.mark.parametrize("samples", [1, 4, 6, 9])
+def test_what_a_block_hands_on_beside_hidden_states_reaches_the_next_one(samples):
+    """As the blocks before make it, also after they were changed."""
+    model, tokens, inputs = Model("hands on more"), tiny_tokens(samples), []
+    stream = BlockStream(model, tokens)
+    with torch.no_grad():
+        model.blocks[0].up.weight.mul_(2)
+        for index in (0, 1):
+            stream.advance(index)
+        found = stream.statistics(2, keep_outputs=False)
+        model.blocks[2].down.register_forward_pre_hook(lambda _module, args: inputs.append(args[0].flatten(0, -2)))
+        model(tokens)
+    x = torch.cat(inputs)
+    torch.testing.assert_close(found["blocks.2.down"].second_moment, x.T @ x / len(x), rtol=1e-5, atol=1e-6)
+    assert len(compress_small(Model("hands on more")).layers) == 6
 
 
 def compress_small(model: nn.Module):

@@ -3,7 +3,7 @@
 It is noted for every mini-batch, because it may depend on the tokens.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +27,13 @@ class _Away(NamedTuple):
     device: torch.device
 
 
+class _Handed(NamedTuple):
+    """A tensor that a block before returned after its hidden states: which block, and which tensor."""
+
+    giver: str
+    number: int
+
+
 class _AllBlocksSeen(Exception):
     pass
 
@@ -35,14 +42,21 @@ class BlockCalls:
     """The calls of every block, a set for each mini-batch that entered.
 
     A tensor that is the same in the mini-batch before is held once; one that depends on the tokens waits on the CPU
-    until its block runs. What else is handed on, such as a store of keys that blocks share, is the mini-batch's own.
+    until its block runs. What a block returns after its hidden states, and another one is handed as it is, is what that
+    block returned last. What else is handed on, such as a store of keys that blocks share, is the mini-batch's own.
 
     blocks: name -> block, in the order they run.
     rest:   name -> what a block returns after the hidden states, for models that unpack it.
     """
 
     def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], rest: Mapping[str, tuple | list]):
-        self.model, self.blocks, self.rest = model, dict(blocks), rest
+        self.model, self.blocks = model, dict(blocks)
+        # copies, so that one that several blocks return is told apart
+        self.rest = {name: _mapped(one, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, {})
+                     for name, one in rest.items()}  # fmt: skip
+        self._places = {id(t): _Handed(name, i) for name, one in self.rest.items() for i, t in enumerate(tensors(one))}
+        self._handed: list[dict[str, list[Tensor]]] = []  # a mini-batch: giver -> what it returned last
+        self._givers: set[str] = set()
         self._calls: list[dict[str, Call]] = []
         self._before: list[Tensor] = []  # tensors of the mini-batch before, in the order they were met
 
@@ -72,13 +86,24 @@ class BlockCalls:
             for block in self.blocks.values():
                 del block.forward
         self._calls.append(self._kept(calls))
+        self._handed.append({})
         return states[0]
 
     @torch.no_grad()
     def run(self, mini_batch: int, name: str, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "... hidden"]:
         """Run a block as it is now on hidden states of that mini-batch."""
-        args, kwargs = _mapped(self._calls[mini_batch][name], _back, {})
-        return hidden_states(name, self.blocks[name](hidden, *args, **kwargs))
+        handed = self._handed[mini_batch]
+
+        def back(leaf: Any) -> Any:
+            if isinstance(leaf, _Handed):
+                return handed[leaf.giver][leaf.number]
+            return leaf.tensor.to(leaf.device) if isinstance(leaf, _Away) else leaf
+
+        args, kwargs = _mapped(self._calls[mini_batch][name], back, {})
+        output = self.blocks[name](hidden, *args, **kwargs)
+        if name in self._givers:
+            handed[name] = list(tensors(output[1:]))
+        return hidden_states(name, output)
 
     def _kept(self, calls: dict[str, Call]) -> dict[str, Call]:
         before, met = self._before, list[Tensor]()
@@ -86,6 +111,9 @@ class BlockCalls:
         def keep(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
                 return leaf
+            if place := self._places.get(id(leaf)):
+                self._givers.add(place.giver)
+                return place
             known = before[len(met)] if len(met) < len(before) else None
             if known is not None and same(known, leaf):
                 met.append(known)
@@ -120,8 +148,13 @@ def hidden_states(name: str, output: Any) -> Float[Tensor, "... hidden"]:
     return first
 
 
-def _back(leaf: Any) -> Any:
-    return leaf.tensor.to(leaf.device) if isinstance(leaf, _Away) else leaf
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in plain containers, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from tensors(one)
 
 
 def _mapped(value: Any, change: Callable[[Any], Any], done: dict[int, Any]) -> Any:

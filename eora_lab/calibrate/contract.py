@@ -44,7 +44,7 @@ def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Co
     """Try the blocks on the first tokens. The model is not changed.
 
     Raises EoraLabError with the name of a block that cannot be streamed exactly: one that does not run once a pass, in
-    order; one that hands on more than hidden states; one that by itself gives others than within the model.
+    order; one that by itself gives other hidden states than within the model.
     """
     blocks = decoder_blocks(model)
     _check_modules(model, blocks)
@@ -98,29 +98,18 @@ def _plain_pass(model: nn.Module, blocks: dict[str, nn.Module], tokens: Tensor) 
     """What every block returns within the model, for one sequence."""
     ran: list[str] = []
     outputs: dict[str, Any] = {}
-    givers: dict[int, str] = {}  # tensors that a block returns after the hidden states -> the block
-
-    def before(name: str):
-        def hook(_module, args, kwargs):
-            for tensor in _tensors((args[1:], kwargs)):
-                if giver := givers.get(id(tensor)):
-                    raise EoraLabError(f"{giver} hands on more than hidden states, to {name}: it cannot be run alone")
-
-        return hook
 
     def after(name: str):
         def hook(_module, _args, output):
             ran.append(name)
             others = output[1:] if isinstance(output, tuple | list) else None
-            givers.update({id(tensor): name for tensor in _tensors(others)})
             # a copy, for a model may go on to change its hidden states in place
             first = hidden_states(name, output).clone()
             outputs[name] = first if others is None else type(others)([first, *others])
 
         return hook
 
-    handles = [block.register_forward_pre_hook(before(name), with_kwargs=True) for name, block in blocks.items()]
-    handles += [block.register_forward_hook(after(name)) for name, block in blocks.items()]
+    handles = [block.register_forward_hook(after(name)) for name, block in blocks.items()]
     try:
         with _one_line(f"{type(model).__name__} does not run on these tokens alone"):
             model(tokens, use_cache=False)
@@ -141,14 +130,6 @@ def _check_order(ran: list[str], blocks: dict[str, nn.Module]) -> None:
             )
     if ran != list(blocks):
         raise EoraLabError(f"{ran[0]} runs before {next(iter(blocks))}: the decoder blocks do not run in their order")
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict | tuple | list):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(one)
 
 
 @contextmanager
