@@ -32,11 +32,13 @@ class Contract:
     left: full names of linears that are no plain product to the model (it reads the weight itself, or the class
           multiplies in a way of its own), and those of `lent`: they have to stay as they are.
     lent: linears that do not run, and share their weight with one that does, as in blocks that share a transformer.
+    apart: linears that share some of their inputs with another one, but not all: each is measured by itself.
     """
 
     rest: dict[str, tuple | list]
     left: frozenset[str]
     lent: frozenset[str]
+    apart: frozenset[str]
 
 
 @torch.no_grad()
@@ -55,7 +57,7 @@ def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Co
         raise EoraLabError(f"{changed[0]} is changed by the model itself as it runs: what it was cannot be compressed")
     rest = {name: output[1:] for name, output in plain[0].items() if isinstance(output, tuple | list)}
     calls = BlockCalls(model, blocks, rest)
-    ran = set[str]()
+    ran, apart = set[str](), set[str]()
     with _stand_ins(model) as (left, inputs):
         with _one_line(f"{type(model).__name__} cannot be run block by block"):
             hidden = [calls.enter(probe) for probe in probes]
@@ -68,12 +70,12 @@ def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Co
                         found = calls.run(i, name, hidden[i])
                     _compare(name, found, wanted)
                     ran |= inputs.keys()
-            _check_shared(inputs)
+            apart |= share_some(inputs)
             hidden = within
     every = block_linears(model)
     used = {id(linear.weight) for name, linear in every.items() if name in ran}
     lent = frozenset(name for name, linear in every.items() if name not in ran and id(linear.weight) in used)
-    return Contract(rest, lent | left, lent)
+    return Contract(rest, lent | left, lent, frozenset(apart))
 
 
 def _check_modules(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
@@ -153,13 +155,16 @@ def _compare(name: str, found: Tensor, wanted: Tensor) -> None:
         )
 
 
-def _check_shared(inputs: dict[str, list[Tensor]]) -> None:
-    """Raise EoraLabError where linears share one input but not all of them: statistics are kept for all or none."""
+def share_some(inputs: dict[str, list[Tensor]]) -> set[str]:
+    """Names of linears that share one input, but not every one. inputs: name -> the tensors that it was handed."""
     first: dict[int, str] = {}
+    apart = set()
     for name, own in inputs.items():
-        other = first.setdefault(id(own[0]), name)
-        if [id(x) for x in inputs[other]] != [id(x) for x in own]:
-            raise EoraLabError(f"{name} and {other} share one input, but not every one: they cannot be measured apart")
+        for x in own:
+            other = first.setdefault(id(x), name)
+            if [id(x) for x in inputs[other]] != [id(x) for x in own]:
+                apart |= {name, other}
+    return apart
 
 
 def _tolerance(dtype: torch.dtype) -> float:

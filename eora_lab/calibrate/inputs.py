@@ -1,6 +1,6 @@
 """Measure the inputs of linears while their block runs: who shares an input, what is held out, what experts pool."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 from torch import Tensor, nn
 
@@ -16,10 +16,11 @@ class Inputs:
 
     linears:  full module name -> linear.
     mixtures: names of those that the experts of a mixture have in common.
+    apart:    names of those that share an input with another one now and then: they have statistics of their own.
     """
 
-    def __init__(self, linears: Mapping[str, nn.Linear], mixtures: list[list[str]]):
-        self._linears = linears
+    def __init__(self, linears: Mapping[str, nn.Linear], mixtures: list[list[str]], apart: Container[str] = ()):
+        self._linears, self._apart = linears, apart
         self._mixtures = [names for names in mixtures if all(name in linears for name in names)]
         self._one_for_all = {n: names[0] for names in self._mixtures if too_large(names, linears) for n in names}
         self._in_halves = {name for names in self._mixtures for name in judged(names) if name not in self._one_for_all}
@@ -37,12 +38,13 @@ class Inputs:
         """A forward pre-hook for the linear of that name."""
 
         def watch(_module, args):
-            x = args[0]
-            shared = next((statistics for tensor, statistics in self._seen if tensor is x), None)
+            x, apart = args[0], name in self._apart
+            shared = next((statistics for tensor, statistics in self._seen if tensor is x and not apart), None)
             if name not in self._found:
                 self._found[name] = shared or self._start(name, x)
             if (one := self._found[name]) is not shared:
-                self._seen.append((x, one))
+                if not apart:
+                    self._seen.append((x, one))
                 self._part(one).update(x)
 
         return watch

@@ -107,7 +107,7 @@ class BlockStream:
         # experts are measured together: what one sees counts for the others too
         needed = wanted.union(*(names for names in mixtures if wanted & set(names)))
         measured = {f"{prefix}.{name}": linear for name, linear in linears(block).items() if name in needed}
-        inputs = Inputs(measured, [[f"{prefix}.{name}" for name in names] for names in mixtures])
+        inputs = Inputs(measured, [[f"{prefix}.{name}" for name in names] for names in mixtures], self.contract.apart)
         handles = [linear.register_forward_pre_hook(inputs.hook(name)) for name, linear in measured.items()]
         inputs.begin(0, self._held_out[0])
         try:

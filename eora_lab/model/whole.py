@@ -143,7 +143,8 @@ def _check_types(name: str, model: nn.Module, headers: Headers) -> None:
         if dtype in FLOATS or _harmless(f"{key} {shape}") or any(re.search(pattern, key) for pattern in known):  # type: ignore[union-attr, arg-type]
             continue
         place = _of(key, places)
-        if place is None or place.is_floating_point():
+        index = place is None and dtype == "I64"  # such as a table of tokens: no weight is quantised to 64 bits
+        if not index and (place is None or place.is_floating_point()):
             raise EoraLabError(
                 f"{name} holds {key} as {dtype}: weights of that type are quantised, and config.json does not say how; "
                 "give the full-precision model"
