@@ -172,7 +172,7 @@ def test_act_order_survives_run_folder_and_export(original, tmp_path):
     assert modules_of(model)["model.layers.0.mlp.up_proj"].compressed.g_idx is not None
     assert torch.equal(logits(load_run(tmp_path / "run")[0]), logits(model))
     on_disk = sum(f.stat().st_size for f in (tmp_path / "run/blocks").iterdir())
-    assert report.nbytes < on_disk < report.nbytes + 20_000
+    assert report.nbytes < on_disk < report.nbytes + 24_000  # headers, and the report of 14 layers
     config = write_checkpoint(tmp_path / "again", model, tokenizer)
     assert config.desc_act and config.group_size == 32
     again = GptqCheckpoint(tmp_path / "again")

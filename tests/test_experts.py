@@ -3,12 +3,14 @@
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from eora_lab import EoraLabError, InputStatistics, collect_statistics, generate, load_model, load_run, solve
 from eora_lab.calibrate import experts
 from eora_lab.calibrate.experts import Halves, draw_together
 from eora_lab.calibrate.stream import BlockStream
 from eora_lab.formats.dense import write_dense
+from eora_lab.formats.gptq_checkpoint import write_checkpoint
 from eora_lab.model.experts import Experts, unfold_experts
 from eora_lab.run.adapters import Adapters
 from tests.tiny import SMALL, compress, logits, tiny_tokenizer, tiny_tokens
@@ -198,6 +200,21 @@ def test_a_compressed_mixture_is_exported_as_transformers_reads_it(merge, saved)
     if not merge:
         Adapters(model).use(None)
     torch.testing.assert_close(logits(plain, tiny_tokens(2)), logits(model, tiny_tokens(2)), rtol=1e-4, atol=1e-5)
+
+
+def test_a_gptq_checkpoint_holds_no_experts_but_what_is_beside_them(saved):
+    grid = {"bits": 4, "sym": True, "zero_point": "integer", "scale_dtype": "float16"}
+    for skip in ("", r"\.experts\."):
+        model, tokenizer = load_model(saved / "model")
+        compress(model, tiny_tokens(8), **SMALL | grid, skip=skip)
+        if not skip:
+            with pytest.raises(EoraLabError, match=r"experts\.0\.gate_up_proj is of an expert, .* use format dense"):
+                write_checkpoint(saved / "out", model, tokenizer)
+            continue
+        write_checkpoint(saved / "out", model, tokenizer)
+        found, before = (load_file(saved / folder / "model.safetensors") for folder in ("out", "model"))
+        assert "model.layers.0.self_attn.q_proj.qweight" in found
+        assert [key for key in found if "experts" in key] == [key for key in before if "experts" in key]
 
 
 def test_a_mixture_is_compressed_in_bfloat16_and_written_token_by_token(saved):

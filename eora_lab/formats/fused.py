@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from eora_lab.formats.names import Factors, match_names
-from eora_lab.model.experts import Experts, Leaf
+from eora_lab.model.experts import Experts, Leaf, mixtures
 
 Shapes = dict[str, tuple[int, int]]  # module name -> (out_features, in_features)
 Part = tuple[str, slice]  # name of a linear, and which output features of the expert's linear it has
@@ -44,7 +44,7 @@ class Fused:
 
 def fused_linears(model: nn.Module) -> list[Fused]:
     """Those of a model whose experts are unfolded, compressed or not, in the order in which modules define them."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+    found = mixtures(model)
     published = _published(model, found)
     return [
         Fused(

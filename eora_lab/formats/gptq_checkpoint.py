@@ -16,6 +16,7 @@ from eora_lab.formats.dense import dense_tensors, write_model_folder
 from eora_lab.formats.gptq import TENSORS, read_linear, write_linear
 from eora_lab.formats.gptq_config import GptqConfig, stated, unquantised
 from eora_lab.layer.linear import compensated
+from eora_lab.model.experts import fuse, mixtures
 from eora_lab.model.structure import block_linears, model_name
 
 SAME = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
@@ -179,13 +180,20 @@ def write_checkpoint(
 
     dtype: of the tensors that are not quantised; linears among them are named in the configuration.
     checkpoint_format: "gptq", which every loader knows but cannot hold a zero point of 0, or "gptq_v2".
-    Raises EoraLabError when the model is not compressed, or on grids that the format cannot say, with what to do.
+    Raises EoraLabError when the model is not compressed, on compressed experts, and on grids that the format cannot
+    say, with what to do.
     """
     modules = compensated(model)
     if not modules:
         raise EoraLabError("this model is not compressed: give a run folder")
     tensors, weights = dense_tensors(model, dtype), {}
+    fuse(model, tensors)
     for name, module in modules.items():
+        if any(name.startswith(f"{prefix}.") for prefix in mixtures(model)):
+            raise EoraLabError(
+                f"{name} is of an expert, and no GPTQ checkpoint of experts is written here: use format dense or "
+                'merged, or compress without them (--skip "[.]experts[.]")'
+            )
         weight = module.compressed
         if not isinstance(weight, GridWeight):
             raise EoraLabError(

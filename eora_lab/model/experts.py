@@ -274,11 +274,15 @@ def unfold_experts(model: nn.Module) -> None:
             model.set_submodule(name, experts.train(module.training))
 
 
+def mixtures(model: nn.Module) -> dict[str, Experts]:
+    """Full name -> experts."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+
+
 def fuse(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put fused tensors, as files hold them, in place of those of all experts in dense tensors by name."""
-    for name, module in model.named_modules():
-        if isinstance(module, Experts):
-            _fuse(module, tensors, f"{name}.", None)
+    for name, module in mixtures(model).items():
+        _fuse(module, tensors, f"{name}.", None)
 
 
 def _alike(fused: nn.Module, kind: type[Experts]) -> Experts | None:
