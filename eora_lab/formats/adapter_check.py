@@ -4,7 +4,7 @@ The rules were read in the sources of the loaders (peft 0.21, vLLM, SGLang, GPTQ
 nothing is run.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -164,10 +164,26 @@ def _peft_on(config: dict, ranks: dict[str, int], model: nn.Module):
             f"refuses {_some(refused)}: no out_proj in models of type {kind}; add the path to the weights for it "
             "(eora-lab export --format merged)",
         )
+    if renamed := renamed_by_peft(ranks, model):
+        yield "peft", f"looks for {_some(renamed)} by another name, which is none of the model, and drops it"
     names = [] if target == "all-linear" else [name for name, _ in model.named_modules()]
     also = [name for name in names if name not in ranks and named(name)]
     if also and not config.get("exclude_modules") and not config.get("layers_to_transform"):
         yield "peft", f"takes {_some(also)} for a target as well, of which the adapter holds nothing: write full names"
+
+
+def renamed_by_peft(modules: Iterable[str], model: nn.Module) -> list[str]:
+    """Those of the model's own names that peft takes for a published checkpoint's, and renames as transformers would."""
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    if not isinstance(model, PreTrainedModel):
+        return []
+    table = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
+    known = {name for name, _ in model.named_modules()}
+    keys = {module: f"{module}.lora_A.weight" for module in modules if module in known}
+    return [module for module, key in keys.items() if any(one.rename_source_key(key)[0] != key for one in table)]
 
 
 def _vllm(config: dict, ranks: dict[str, int]):

@@ -27,6 +27,7 @@ class Fused:
     leaf:      name of the linear within an expert.
     parameter: name of the tensor in `module` as peft finds it; "" where experts lie below one another, which it cannot
                wrap.
+    beyond:    rows of the tensor after those of the experts, which belong to none.
     flipped:   peft takes inputs for outputs: (experts, in, out), and the module does not say so (`is_transposed`).
     parts:     of every expert, the linears that its own is made of where experts are written one by one.
     """
@@ -34,6 +35,7 @@ class Fused:
     module: str
     leaf: str
     parameter: str
+    beyond: int
     flipped: bool
     parts: tuple[tuple[Part, ...], ...]
 
@@ -51,6 +53,7 @@ def fused_linears(model: nn.Module) -> list[Fused]:
             name,
             leaf.name,
             "" if leaf.matrix else leaf.weight,
+            experts.beyond(leaf),
             leaf.transposed and not getattr(experts.fused, "is_transposed", False),
             tuple(
                 published.get(f"{name}.{index}.{leaf.name}") or _apart(f"{name}.{index}", experts, leaf)

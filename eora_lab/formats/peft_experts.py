@@ -57,6 +57,8 @@ def pack(factors: Factors, fused: Sequence[Fused]) -> list[Entry]:
         given = [(each, of_one_rank(factors, each)) for each in group if each.parameter]
         for depth, (each, pairs) in enumerate(reversed([(each, pairs) for each, pairs in given if pairs])):
             rank = len(pairs[0][0])
+            A, B = pairs[0]
+            pairs = pairs + [(torch.zeros_like(A), torch.zeros_like(B))] * each.beyond
             if each.flipped:  # peft holds (B A)^T
                 pairs = [(B.T, A.T) for A, B in pairs]
             target = f"{module}.{each.parameter}"
@@ -146,8 +148,10 @@ def unpack(factors: Factors, targets: Mapping[str, str], ranks: Mapping[str, int
             raise EoraLabError(f"{key}: its {len(A)} ranks are not those of experts of rank {ranks[key]}")
         experts.setdefault(module, {})[parameter] = _one_by_one(A, B, len(A) // ranks[key])
     for module, leaves in experts.items():
-        if len({len(pairs) for pairs in leaves.values()}) > 1:
+        count = min(len(pairs) for pairs in leaves.values())
+        if any(pair[1].any() for pairs in leaves.values() for pair in pairs[count:]):
             raise EoraLabError(f"the factors of {module} are of different numbers of experts")
+        leaves = {leaf: pairs[:count] for leaf, pairs in leaves.items()}  # the others belong to no expert
         if _flipped(leaves):
             leaves = {leaf: [(B.T, A.T) for A, B in pairs] for leaf, pairs in leaves.items()}
         for leaf, pairs in leaves.items():

@@ -103,6 +103,10 @@ class Experts(nn.Module):
         for leaf in self.leaves:
             yield [f"{index}.{leaf.name}" for index in range(self.count)]
 
+    def beyond(self, leaf: Leaf) -> int:
+        """Rows of a fused tensor after those of the experts."""
+        return len(self._rest.get(leaf.weight, ()))
+
     def expert(self, index: int, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
         """What one expert makes of the tokens routed to it."""
         raise NotImplementedError
