@@ -32,12 +32,14 @@ class Contract:
     left: full names of linears that are no plain product to the model (it reads the weight itself, or the class
           multiplies in a way of its own), and those of `lent`: they have to stay as they are.
     lent: linears that do not run, and share their weight with one that does, as in blocks that share a transformer.
+    idle: modules outside the blocks of which nothing ran on text, such as a tower for pictures.
     apart: linears that share some of their inputs with another one, but not all: each is measured by itself.
     """
 
     rest: dict[str, tuple | list]
     left: frozenset[str]
     lent: frozenset[str]
+    idle: frozenset[str]
     apart: frozenset[str]
 
 
@@ -52,7 +54,8 @@ def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Co
     _check_modules(model, blocks)
     probes = tokens[:SEQUENCES, :TOKENS].to(next(model.parameters()).device).split(1)
     versions = {name: parameter._version for name, parameter in model.named_parameters()}
-    plain = [_plain_pass(model, blocks, probe) for probe in probes]
+    called = set[nn.Module]()
+    plain = [_plain_pass(model, blocks, probe, called) for probe in probes]
     if changed := [name for name, parameter in model.named_parameters() if parameter._version != versions[name]]:
         raise EoraLabError(f"{changed[0]} is changed by the model itself as it runs: what it was cannot be compressed")
     rest = {name: output[1:] for name, output in plain[0].items() if isinstance(output, tuple | list)}
@@ -75,7 +78,7 @@ def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Co
     every = block_linears(model)
     used = {id(linear.weight) for name, linear in every.items() if name in ran}
     lent = frozenset(name for name, linear in every.items() if name not in ran and id(linear.weight) in used)
-    return Contract(rest, lent | left, lent, frozenset(apart))
+    return Contract(rest, lent | left, lent, frozenset(_idle(model, blocks, called)), frozenset(apart))
 
 
 def _check_modules(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
@@ -96,8 +99,10 @@ def _check_modules(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
                 )
 
 
-def _plain_pass(model: nn.Module, blocks: dict[str, nn.Module], tokens: Tensor) -> dict[str, Any]:
-    """What every block returns within the model, for one sequence."""
+def _plain_pass(
+    model: nn.Module, blocks: dict[str, nn.Module], tokens: Tensor, called: set[nn.Module]
+) -> dict[str, Any]:
+    """What every block returns within the model, for one sequence. Adds all modules that run to `called`."""
     ran: list[str] = []
     outputs: dict[str, Any] = {}
 
@@ -112,6 +117,7 @@ def _plain_pass(model: nn.Module, blocks: dict[str, nn.Module], tokens: Tensor) 
         return hook
 
     handles = [block.register_forward_hook(after(name)) for name, block in blocks.items()]
+    handles += [module.register_forward_pre_hook(lambda one, _args: called.add(one)) for module in model.modules()]
     try:
         with _one_line(f"{type(model).__name__} does not run on these tokens alone"):
             model(tokens, use_cache=False)
@@ -120,6 +126,17 @@ def _plain_pass(model: nn.Module, blocks: dict[str, nn.Module], tokens: Tensor) 
             handle.remove()
     _check_order(ran, blocks)
     return outputs
+
+
+def _idle(model: nn.Module, blocks: dict[str, nn.Module], called: set[nn.Module]) -> Iterator[str]:
+    """Names of modules with parts, no block within them or around them, of which nothing ran; the outermost."""
+    found: list[str] = []
+    for name, module in model.named_modules():
+        near = any(f"{name}.".startswith(f"{one}.") or f"{one}.".startswith(f"{name}.") for one in blocks)
+        within = any(name.startswith(f"{one}.") for one in found)
+        if name and not near and not within and any(module.children()) and not called & set(module.modules()):
+            found.append(name)
+            yield name
 
 
 def _check_order(ran: list[str], blocks: dict[str, nn.Module]) -> None:

@@ -173,7 +173,7 @@ def _peft_on(config: dict, ranks: dict[str, int], model: nn.Module):
 
 
 def renamed_by_peft(modules: Iterable[str], model: nn.Module) -> list[str]:
-    """Those of the model's own names that peft takes for a published checkpoint's, and renames as transformers would."""
+    """Those of the model's own names that peft takes for a published checkpoint's, and renames as transformers does."""
     from transformers import PreTrainedModel
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming

@@ -59,14 +59,14 @@ def matrices(
     model: nn.Module,
     part: tuple[str, nn.Module],
     of: Container[str] | None = None,
-    lent: Container[str] = (),
+    but: Container[str] = (),
 ) -> dict[str, int]:
     """Weights of two or more dimensions in a part of the model; name, with * for numbers -> how many.
 
     part: its name and module, as from `decoder`. Embeddings and the head do not count, nor do compressed layers, whose
           weights are packed.
     of:   names of modules; others do not count either.
-    lent: nor do these (`Contract.lent`).
+    but:  nor do these, and what is within them (`Contract.lent`, `Contract.idle`).
     """
     found: Counter[str] = Counter()
     try:
@@ -77,7 +77,8 @@ def matrices(
     apart |= set(head.parameters()) if head is not None else set()
     for name, parameter in part[1].named_parameters(prefix=part[0]):
         module = name.rpartition(".")[0]
-        wanted = (of is None or module in of) and module not in lent
+        around = [module[: end.start()] for end in re.finditer(r"\.|$", module)]
+        wanted = (of is None or module in of) and not any(name in but for name in around)
         if wanted and parameter.squeeze().ndim >= 2 and parameter not in apart:
             found[re.sub(r"(^|\.)\d+(?=\.)", r"\1*", name)] += parameter.numel()
     return dict(found)

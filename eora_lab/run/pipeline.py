@@ -114,7 +114,7 @@ def compress_model(
         report.seconds = time.perf_counter() - started
         report.peak_memory = peak_memory(next(model.parameters()).device)
         report.backends = backends_in_use(model)
-        report.left = matrices(model, part, lent=contract.lent)
+        report.left = matrices(model, part, but=contract.lent | contract.idle)
         for reason in sorted(set(chosen.values())):
             if found := matrices(model, part, {name for name, why in chosen.items() if why == reason}):
                 report.by_choice[reason] = found
