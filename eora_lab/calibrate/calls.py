@@ -54,7 +54,7 @@ class BlockCalls:
         # copies, so that one that several blocks return is told apart
         self.rest = {name: _mapped(one, lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, {})
                      for name, one in rest.items()}  # fmt: skip
-        self._places = {id(t): _Handed(name, i) for name, one in self.rest.items() for i, t in enumerate(tensors(one))}
+        self._places = {id(t): _Handed(name, i) for name, one in self.rest.items() for i, t in enumerate(_tensors(one))}
         self._handed: list[dict[str, list[Tensor]]] = []  # a mini-batch: giver -> what it returned last
         self._givers: set[str] = set()
         self._calls: list[dict[str, Call]] = []
@@ -102,7 +102,7 @@ class BlockCalls:
         args, kwargs = _mapped(self._calls[mini_batch][name], back, {})
         output = self.blocks[name](hidden, *args, **kwargs)
         if name in self._givers:
-            handed[name] = list(tensors(output[1:]))
+            handed[name] = list(_tensors(output[1:]))
         return hidden_states(name, output)
 
     def _kept(self, calls: dict[str, Call]) -> dict[str, Call]:
@@ -148,13 +148,13 @@ def hidden_states(name: str, output: Any) -> Float[Tensor, "... hidden"]:
     return first
 
 
-def tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any) -> Iterator[Tensor]:
     """The tensors in plain containers, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict | tuple | list):
         for one in value.values() if isinstance(value, dict) else value:
-            yield from tensors(one)
+            yield from _tensors(one)
 
 
 def _mapped(value: Any, change: Callable[[Any], Any], done: dict[int, Any]) -> Any:
