@@ -1,11 +1,16 @@
 """Shapes in annotations are checked while tests run; small tests use one thread, which is faster for them."""
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
+
+# In the background of a shell Ctrl-C is ignored, and would be by the commands that tests stop with it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 WHOLE = ("eora_lab", "eora_lab.layer", "eora_lab.layer.triton_kernels")  # a package's name stands for all in it
 
