@@ -22,8 +22,17 @@ def windows(split: str, n: int, seed: int) -> torch.Tensor:
     return torch.stack([data[start : start + 128] for start in starts])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Training comes out otherwise with more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
-def trained():
+def trained(one_thread):
     """State of a byte-level DeepSeek of three blocks, after a minute of training or less."""
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config())

@@ -2,19 +2,22 @@
 
 S_e = (n_e S_routed + k S_layer) / (n_e + k)
 
-where S_layer weighs every routed token alike, and k, in tokens, is the one that foretells tokens best that were left
-out: those of every second mini-batch, and then of the others.
+where S_layer weighs every routed token alike, and k, in tokens, is the one whose leading eigenvectors capture most of
+the tokens that were left out: those of every second mini-batch, and then of the others. Such directions EoRA mends.
 """
 
 from collections.abc import Iterable, Mapping
 
-from torch import nn
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.model.experts import Experts
 
-STRENGTHS = (0.0, 2**-5, 2**-3, 2**-1, 2.0, 8.0, 32.0, 1024.0)  # k, in input channels
+STRENGTHS = (0.0, 2**-5, 2**-3, 2**-1, 2.0, 8.0)  # k, in input channels
 JUDGED = 8  # experts of a layer that k is chosen on
+LEADING, STEPS = 8, 3  # one in so many eigenvectors, and steps of subspace iteration to them
 BOUND = 4 * 2**30  # bytes of S of all experts of a layer; above that they share one
 
 
@@ -75,7 +78,7 @@ def pooled(members: Iterable[InputStatistics]) -> InputStatistics:
 
 
 def strength(halves: list[Halves], channels: int) -> float:
-    """k, in tokens, by which one part of the tokens foretells the S of the other best, in the Frobenius norm.
+    """k, in tokens, whose leading eigenvectors of one part of the tokens capture most of the S of the other.
 
     What is left out is left out of S_layer too: its tokens are of the same texts. As many as there are input channels
     where no expert has tokens in both parts.
@@ -84,15 +87,24 @@ def strength(halves: list[Halves], channels: int) -> float:
     if not telling:
         return float(channels)
     layers = [pooled([half.parts[i] for half in halves]) for i in range(2)]
-    losses = dict.fromkeys(STRENGTHS, 0.0)
+    captured = dict.fromkeys(STRENGTHS, 0.0)
     for half in telling:
         for layer, seen, left_out in zip(layers, half.parts, half.parts[::-1], strict=True):
-            apart, wanted = (other.second_moment - seen.second_moment for other in (layer, left_out))
-            square, product = float(apart.pow(2).sum()), float((apart * wanted).sum())
             for times in STRENGTHS:
-                drawn = drawn_share(seen, layer, times * channels)
-                losses[times] += left_out.tokens * (drawn * drawn * square - 2 * drawn * product)
-    return min(losses, key=losses.__getitem__) * channels
+                share = drawn_share(seen, layer, times * channels)
+                vectors = leading(torch.lerp(seen.second_moment, layer.second_moment, share))
+                captured[times] += left_out.tokens * float(((left_out.second_moment @ vectors) * vectors).sum())
+    return max(captured, key=captured.__getitem__) * channels
+
+
+def leading(second_moment: Float[Tensor, "in in"]) -> Float[Tensor, "in leading"]:
+    """An orthonormal basis of the leading eigenvectors, nearly."""
+    channels = len(second_moment)
+    start = torch.randn(channels, max(channels // LEADING, 1), generator=torch.Generator().manual_seed(0))
+    basis = start.to(second_moment)
+    for _ in range(STEPS):
+        basis = torch.linalg.qr(second_moment @ basis).Q
+    return basis
 
 
 def drawn_share(member: InputStatistics, layer: InputStatistics, k: float) -> float:
