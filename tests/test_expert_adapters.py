@@ -14,7 +14,7 @@ from eora_lab.formats.fused import fused_linears, one_by_one, whole
 from eora_lab.formats.names import Factors
 from eora_lab.formats.peft import adapter_factors, read_adapter, read_files, write_adapter
 from eora_lab.layer.linear import compensated
-from eora_lab.model.experts import unfold_experts
+from eora_lab.model.expert_kinds import unfold_experts
 from eora_lab.model.structure import block_linears, linear_at
 from eora_lab.run.adapters import Adapters, use_only
 from tests.test_experts import MIXTURES, MOE, SIZES, mixture

@@ -11,7 +11,8 @@ from eora_lab.calibrate.experts import Halves, draw_together
 from eora_lab.calibrate.stream import BlockStream
 from eora_lab.formats.dense import write_dense
 from eora_lab.formats.gptq_checkpoint import write_checkpoint
-from eora_lab.model.experts import Experts, unfold_experts
+from eora_lab.model.expert_kinds import unfold_experts
+from eora_lab.model.experts import Experts
 from eora_lab.run.adapters import Adapters
 from tests.tiny import SMALL, compress, logits, tiny_tokenizer, tiny_tokens
 
@@ -179,6 +180,13 @@ def test_an_expert_without_tokens_is_compressed_by_those_of_its_layer():
     assert (alone.tokens, alone.data_free) == (0, False) and alone.pooled_tokens > 0
     said = "saw no token, and were compressed by those of their layer: model.layers.1.mlp.experts.2.gate_up_proj"
     assert said in report.summary()
+
+
+def test_an_expert_without_held_out_tokens_is_judged_by_those_of_its_layer():
+    report = compress(starved(), tiny_tokens(8), **SMALL | {"held_out": 0.25, "shrink": True})
+    layers = {layer.name: layer for layer in report.layers}
+    alone = layers["model.layers.1.mlp.experts.2.down_proj"]
+    assert (alone.tokens, alone.data_free) == (0, False) and 0 < alone.held_out_after < alone.held_out_before
 
 
 @pytest.mark.parametrize("compressor", ["rtn", "gptq", "wanda"])

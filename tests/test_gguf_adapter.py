@@ -19,11 +19,11 @@ from eora_lab import EoraLabError, load_model
 from eora_lab.cli import main
 from eora_lab.formats.fused import fused_linears
 from eora_lab.formats.gguf_adapter import architecture_of, write_gguf_adapter
-from eora_lab.model.experts import unfold_experts
+from eora_lab.model.expert_kinds import unfold_experts
 from eora_lab.model.structure import linear_at
 from eora_lab.run.stored import run_factors
 from tests.test_expert_adapters import merged, mixture, ragged
-from tests.tiny import SMALL, compress, tiny_model, tiny_tokenizer, tiny_tokens
+from tests.tiny import SMALL, compress, tiny_model, tiny_tokenizer, tiny_tokens, write_sizes
 
 PYTHON = os.environ.get("EORA_LAB_LLAMACPP")
 PEER = Path(__file__).with_name("llamacpp_peer.py")
@@ -49,13 +49,7 @@ def write_base(path: Path, model) -> None:
     """A plain model as llama.cpp's converter would write it, in float32, with a vocabulary of letters."""
     config, name = model.config, architecture_of(model).name
     writer = gguf.GGUFWriter(path, name)
-    writer.add_context_length(128)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    write_sizes(writer, config)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_rope_dimension_count(head)

@@ -294,6 +294,13 @@ def test_a_cell_that_leaves_nothing_is_called_as_before():
     assert named.recipe.base == "gptq 4-bit g64 skip q_proj only attn keep first 1 keep last 2"
 
 
+def test_an_older_cell_in_which_only_chose_ranks_is_not_taken_for_one_that_leaves_layers():
+    """Its configuration named `only` what is `rank_only` now: a store must not return its number."""
+    older = Cell().config() | {"only": "q_proj"}
+    assert Cell.from_config(older).config() == older | {"skip": "", "keep_first": 0, "keep_last": 0, "rank_only": ""}
+    assert Cell.from_config(Cell.from_config(older).config()).config() == Cell.from_config(older).config()
+
+
 def test_an_estimate_counts_what_is_compressed(workplace):
     shape = model_shape("model")
     whole, part = (Cell.from_config(CELL | {"skip": skip}) for skip in ("", "mlp"))

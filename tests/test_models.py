@@ -20,7 +20,7 @@ import transformers
 from eora_lab.errors import EoraLabError
 from eora_lab.model.load import load_model
 from eora_lab.run.folder import load_model_or_run
-from tests.tiny import CONFIGS, compress, logits, save_tiny, tiny_model, tiny_tokens
+from tests.tiny import CONFIGS, compress, logits, save_tiny, tiny_model, tiny_tokens, write_sizes
 
 ROOT = Path(__file__).parents[1]
 
@@ -113,13 +113,7 @@ def save_gguf(path: Path, tensors: dict | None = None, keys: dict | None = None)
     model = tiny_model("llama")
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(128)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    write_sizes(writer, config)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     letters = "abcdefghijklmnopqrstuvwxyzĠ"

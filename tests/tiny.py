@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
+import gguf
 import tokenizers
 import torch
 import transformers
@@ -134,3 +135,14 @@ def moe_model() -> torch.nn.Module:
     for block in model.model.layers:
         block.mlp = Experts(model.config)
     return model
+
+
+def write_sizes(writer: gguf.GGUFWriter, config: transformers.PreTrainedConfig) -> None:
+    """The metadata of a GGUF file that every architecture has."""
+    writer.add_context_length(128)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)

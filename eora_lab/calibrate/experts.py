@@ -66,7 +66,7 @@ def draw_together(experts: Iterable[InputStatistics], halves: Iterable[Halves]) 
 
 
 def pooled(members: Iterable[InputStatistics]) -> InputStatistics:
-    """The statistics of all tokens that any of them saw."""
+    """The statistics of all tokens that any of them saw, and of all that were held out."""
     members = list(members)
     total = sum(member.tokens for member in members)
     layer = InputStatistics(members[0].in_features, members[0].second_moment.device, members[0].name)
@@ -74,6 +74,8 @@ def pooled(members: Iterable[InputStatistics]) -> InputStatistics:
     for member in members:
         layer.second_moment.add_(member.second_moment, alpha=member.tokens / max(total, 1))
         layer.mean_abs.add_(member.mean_abs, alpha=member.tokens / max(total, 1))
+    held_out = [member.held_out for member in members if member.held_out]
+    layer.held_out = pooled(held_out) if held_out else None
     return layer
 
 

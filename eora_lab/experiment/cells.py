@@ -81,7 +81,8 @@ class Cell:
             found |= {name: getattr(part, name) for name in names if name not in PARTS and name not in unused}
         if not self.evaluation.perplexity:
             found = {name: value for name, value in found.items() if name not in ("windows", "window_length")}
-        found = {name: value for name, value in found.items() if name not in LATER or value != LATER[name]}
+        later = LATER if not found.get("only") else {}  # in older cells `only` was what `rank_only` is: told apart
+        found = {name: value for name, value in found.items() if name not in later or value != later[name]}
         head = {} if self.recipe else {"compressor": DENSE}
         return head | {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 

@@ -3,7 +3,7 @@
 from torch import nn
 
 from eora_lab.model.conv1d import unfold_conv1d
-from eora_lab.model.experts import unfold_experts
+from eora_lab.model.expert_kinds import unfold_experts
 
 
 def unfold(model: nn.Module) -> None:
