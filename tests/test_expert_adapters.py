@@ -41,7 +41,7 @@ MORE = {
     ),
 }  # fmt: skip
 MIXTURES |= MORE
-KINDS = ["mixtral", *MORE, "gpt_oss", "llama4", "jetmoe"]
+KINDS = ["mixtral", *MORE, "gpt_oss", "llama4", "jetmoe", "longcat"]
 TOKENS = tiny_tokens(3)
 
 
@@ -49,7 +49,8 @@ def ragged(model, seed: int = 0) -> Factors:
     """Random pairs that float16 holds, of ranks 0 to 6, for every linear in the blocks of an unfolded model."""
     random = torch.Generator().manual_seed(seed)
     found = {}
-    plain = {n: m for n, m in block_linears(model).items() if type(m).forward is torch.nn.Linear.forward}  # no routers
+    linears = {name: m for name, m in block_linears(model).items() if type(m).forward is torch.nn.Linear.forward}
+    plain = {name: m for name, m in linears.items() if ".router." not in name}  # some models read its weight themselves
     for place, (name, linear) in enumerate(plain.items()):
         rank = place * 5 % 7
         A = torch.randn(rank, linear.in_features, generator=random) / linear.in_features**0.5
