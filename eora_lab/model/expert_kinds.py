@@ -97,6 +97,7 @@ class SortedExperts(Experts):
         super().__init__(fused, len(fused.get_parameter("down_proj")), leaves)
 
     def expert(self, index: int, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
+        """What one expert makes of the tokens it was chosen for."""
         linears = self.linears(index)
         gate, up = linears["gate_up_proj"](x).chunk(2, dim=-1)
         return linears["down_proj"](up * self.fused.act_fn(gate))
@@ -120,6 +121,7 @@ class ParallelExperts(Experts):
         super().__init__(fused, len(fused.get_parameter("weight")), [Leaf("linear", "weight")])
 
     def expert(self, index: int, x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
+        """What one expert makes of its rows."""
         return self.linears(index)["linear"](x)
 
     def forward(self, inputs: Float[Tensor, "tokens in"], expert_size: list[int]) -> Float[Tensor, "tokens out"]:
