@@ -6,7 +6,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eora_lab.compress import GridWeight, SparseWeight, tagged_state_dict, weight_from_state_dict
+from eora_lab.compress import (
+    CodebookWeight,
+    DenseWeight,
+    GridWeight,
+    SparseWeight,
+    tagged_state_dict,
+    weight_from_state_dict,
+)
 from eora_lab.compress.packing import pack, pack_kept, pack_mask, unpack, unpack_kept, unpack_mask
 from eora_lab.errors import EoraLabError
 
@@ -107,3 +114,34 @@ def test_bits_a_weight(bits, pattern, expected):
         zeros = torch.zeros(32, 8, dtype=torch.uint8)
         weight = GridWeight(torch.zeros(32, 512, dtype=torch.uint8), zeros.half() + 1, zeros, bits, mask)
     assert 8 * weight.nbytes / (32 * 512) == pytest.approx(expected)
+
+
+@given(
+    st.integers(1, 8),
+    st.integers(1, 40),
+    st.sampled_from([1, 7, 16, 32]),
+    st.sampled_from([torch.float32, torch.float16, torch.float8_e4m3fn]),
+    st.booleans(),
+    st.integers(0, 2**32 - 1),
+)
+def test_a_codebook_weight_is_its_levels_times_scales_and_survives_its_file(bits, columns, size, dtype, divided, seed):
+    random = torch.Generator().manual_seed(seed)
+    levels = torch.randn(2**bits, generator=random)
+    codes = torch.randint(2**bits, (5, columns), generator=random, dtype=torch.uint8)
+    scales = (torch.rand(5, -(-columns // size), generator=random) + 0.1).to(dtype)
+    weight = CodebookWeight(codes, levels, scales, bits, size, torch.tensor([3.0]) if divided else None)
+    by_element = scales.float() / 3 if divided else scales.float()
+    wanted = levels[codes.long()] * by_element.repeat_interleave(size, 1)[:, :columns]
+    assert torch.equal(weight.dense(), wanted)
+    state = tagged_state_dict(weight)
+    rows = {name: part if name in (*weight.whole, "kind") else part[1:3] for name, part in state.items()}
+    for read, expected in ((weight_from_state_dict(state), wanted), (weight_from_state_dict(rows), wanted[1:3])):
+        assert torch.equal(read.dense(), expected) and read.shape == expected.shape
+    assert state["codes"].shape == (5, -(-columns * bits // 8)) and state["scales"].dtype == dtype
+
+
+def test_a_dense_weight_keeps_its_values_and_their_type():
+    values = torch.randn(4, 6).bfloat16()
+    state = tagged_state_dict(DenseWeight(values))
+    read = weight_from_state_dict(state)
+    assert torch.equal(read.dense(torch.bfloat16), values) and read.bits == 16 and read.nbytes == 48
