@@ -82,6 +82,13 @@ def test_bad_dtype(tmp_path, dtype):
     fails(save(tmp_path), "is not one of float32", dtype=dtype)
 
 
+@pytest.mark.parametrize("named", [0.5, 3, {"a": 1}, [1, 2], [None]])
+def test_a_class_that_is_no_name(tmp_path, named):
+    config = json.loads((save(tmp_path) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"architectures": named}))
+    fails(tmp_path, "architectures in config.json must be")
+
+
 def test_bad_device(tmp_path):
     fails(save(tmp_path), "cannot put the model on device 'tpu99'", device="tpu99")
 

@@ -6,17 +6,23 @@ So modules have the names that they have where the model is served.
 import inspect
 from typing import Any
 
+from eora_lab.errors import as_setting
+
 TWO_WAYS = ("xlnet",)  # listed by transformers as causal alone, and yet not
 
 
 def class_of(config: Any) -> Any:
-    """The class that a configuration names, or else the one that also sees or hears; None: transformers has none."""
+    """The class that a configuration names, or else the one that also sees or hears; None: transformers has none.
+
+    Raises EoraLabError where it names them otherwise than by names.
+    """
     import transformers
     from transformers.models.auto import modeling_auto as auto
 
     mappings = auto.MODEL_FOR_MULTIMODAL_LM_MAPPING, auto.MODEL_FOR_CAUSAL_LM_MAPPING
     known = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
-    named = [getattr(transformers, str(architecture), None) for architecture in config.architectures or ()]
+    names = as_setting(tuple[str, ...], config.architectures or (), "architectures in config.json")
+    named = [getattr(transformers, name, None) for name in names]
     # a text part alone, such as that of Emu 3, is in no mapping
     listed = {*auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES.values(), *auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()}
     parts = [one for one in named if getattr(one, "__name__", "") in listed and one.config_class is type(config)]  # type: ignore[union-attr]

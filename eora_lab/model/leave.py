@@ -72,7 +72,9 @@ def left_by_choice(
             )
     if left.keys() >= set(names):
         why = ", ".join(dict.fromkeys(left[name] for name in names))
-        raise EoraLabError(f"nothing is left to compress in the {len(blocks)} blocks ({why}): {_named(names)}")
+        asked = {"skip": skip, "only": only, "keep_first": keep_first, "keep_last": keep_last}
+        by = ", ".join(f"{setting} {value}" for setting, value in asked.items() if value) or "the defaults"
+        raise EoraLabError(f"nothing is left to compress in the {len(blocks)} blocks by {by} ({why}): {_named(names)}")
     return left
 
 

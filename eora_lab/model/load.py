@@ -174,7 +174,8 @@ def _read_config(folder: Path, name: str, quantised: bool = False) -> tuple[Any,
                 "use a model whose architecture is part of transformers"
             ) from error
         raise EoraLabError(f"{unusable}: {_key_to_change(said) or one_line(error)}") from error
-    kind = class_of(config)
+    with naming(name):
+        kind = class_of(config)
     if reason := why_not_decoder(config, kind):
         raise EoraLabError(
             f"{name} is a {config.model_type} model: EoRA Lab needs a decoder-only language model (such as a Llama), "
