@@ -111,6 +111,7 @@ class SortedExperts(Experts):
         return out.view(hidden_states.shape)
 
     def probe(self, random: torch.Generator) -> tuple:
+        """Random arguments of forward."""
         return (random_tokens(self, random, PROBES * self.count),)
 
 
@@ -129,6 +130,7 @@ class ParallelExperts(Experts):
                           for index, x in enumerate(inputs.split(expert_size, dim=0))])  # fmt: skip
 
     def probe(self, random: torch.Generator) -> tuple:
+        """Random arguments of forward."""
         return random_tokens(self, random, PROBES * self.count), [PROBES] * self.count
 
 
@@ -151,6 +153,7 @@ class SharedExperts(Experts):
         return out.to(x.dtype).view(hidden_states.shape)
 
     def probe(self, random: torch.Generator) -> tuple:
+        """Random arguments of forward."""
         x = random_tokens(self, random)
         return x, torch.rand(len(x), self.count, generator=random).to(x)
 
