@@ -16,8 +16,10 @@ from docs.family_record import Family
 from docs.shrink import default_config, small_model
 from eora_lab import EoraLabError, Recipe, Report, collect_statistics, compress_model, load_model, load_run
 from eora_lab.errors import one_line
+from eora_lab.formats.adapter_check import check_adapter
+from eora_lab.formats.peft import read_files
 from eora_lab.model.structure import decoder, matrices
-from eora_lab.run.stored import run_factors
+from eora_lab.run.stored import run_factors, shapes_of
 from tests.tiny import tiny_tokenizer, tiny_tokens
 
 MAPPINGS = {
@@ -203,7 +205,7 @@ def run_folder(subject: Subject) -> None:
 def adapter(subject: Subject) -> None:
     """The run's adapter in peft, on transformers' own model, against B A added to the weights.
 
-    What peft or the package refuses is no adapter; what peft takes and computes otherwise is wrong.
+    What peft or the package refuses is no adapter, nor is what `adapter check` foresees; other differences are wrong.
     """
     import peft
 
@@ -219,7 +221,10 @@ def adapter(subject: Subject) -> None:
     wanted = logits(model, TEST)
     off = distance(wanted, logits(wrapped, TEST)) / distance(wanted, subject.reference)
     if not off < SAME_PRODUCT:
-        raise Wrong(f"logits of peft's model are off by {off:.1g} of what the adapter changes")
+        findings = check_adapter(*read_files(subject.run / "adapter"), shapes_of(str(subject.run)), model)
+        if not (foreseen := [str(finding) for finding in findings if finding.loader == "peft"]):
+            raise Wrong(f"logits of peft's model are off by {off:.1g} of what the adapter changes")
+        subject.seen.no_adapter = f"adapter check says {'; '.join(foreseen)}"
 
 
 def generation(subject: Subject) -> None:

@@ -46,7 +46,7 @@ HEADS = (
 )
 GROUPS = r"(num|swa_num|num_global)_key_value_heads|num_query_groups|num_kv_heads|kv_n_heads|num_attention_groups"
 HEAD = (
-    r"((swa|global|resampler|attention|index|swa_v|v|qk_nope|qk_rope)_)?head_dim|dim_head|d_head|d_kv|kv_channels"
+    r"((swa|global|resampler|attention|index(er)?|swa_v|v|qk_nope|qk_rope)_)?head_dim|dim_head|d_head|d_kv|kv_channels"
     r"|attention_head_size|resampler_dim_head"
 )
 LAYERS = (
@@ -90,7 +90,7 @@ AT_MOST: tuple[tuple[str, str | int], ...] = (  # of what may be smaller already
     (r"sliding_window(_size)?|attention_window_size|local_attention|attention_chunk_size|chunk_size|block_size", 8),
     (r"(lsh|local)_attn_chunk_length|additional_vocab_size|linear_chunk_size", 8),
     (r"local_attention_window_len|index_topk_blocks|centroid_intermediate_top_k", 16),
-    (r"index_topk|max_source_positions", 64),
+    (r"index_topk|indexer_budget|max_source_positions", 64),
     (r"(original_)?max_position_embeddings|n_positions|n_ctx|max_seq_len|model_max_length|context_length", 512),
     (r"ngram_vocab_size_base", 500),
 )
@@ -162,6 +162,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "zamba": HYBRID,
     "zamba2": HYBRID | {"hybrid_layer_ids": [1, 3], "mamba_headdim": 64, "num_key_value_heads": 4, "kv_channels": 16},
 }
+QWEN4: dict[str, Any] = {  # the indexer of the published model, and rotary channels that fit its heads
+    **{"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 128},
+    **{"indexer_budget": 2048, "indexer_compress_ratio": 4},
+    **sections(11, 11, 10, partial_rotary_factor=0.25),
+}
 FIRST: dict[str, dict[str, Any]] = {  # what a default configuration lacks
-    "dbrx": {"attn_config": {"rope_theta": 500000.0, "kv_n_heads": 8, "clip_qkv": 8}}
+    "dbrx": {"attn_config": {"rope_theta": 500000.0, "kv_n_heads": 8, "clip_qkv": 8}},
+    "qwen4_exp": {"text_config": QWEN4},
+    "qwen4_exp_text": QWEN4,
 }

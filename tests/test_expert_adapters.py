@@ -9,7 +9,7 @@ import transformers
 
 from eora_lab import EoraLabError, load_model, load_run
 from eora_lab.cli import main
-from eora_lab.formats.adapter_check import check_adapter, fix_adapter, renamed_by_peft
+from eora_lab.formats.adapter_check import check_adapter, fix_adapter
 from eora_lab.formats.fused import fused_linears, one_by_one, whole
 from eora_lab.formats.names import Factors
 from eora_lab.formats.peft import adapter_factors, read_adapter, read_files, write_adapter
@@ -266,13 +266,3 @@ def test_bfloat16_in_peft(tmp_path):
     wrapped = peft.PeftModel.from_pretrained(plain.bfloat16(), tmp_path).eval()
     found = logits(wrapped, TOKENS).float()
     assert (found - wanted).norm() < 0.1 * (wanted - before).norm()
-
-
-def test_names_that_peft_renames_are_told():
-    """Laguna's table has `mlp.shared_expert.`, where a point is any letter: peft drops shared_experts."""
-    config = transformers.LagunaConfig()
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    names = ["model.layers.1.mlp.shared_experts.down_proj", "model.layers.1.self_attn.q_proj"]
-    assert renamed_by_peft(names, model) == names[:1]
-    assert renamed_by_peft(["model.layers.1.mlp.experts", "model.layers.0.self_attn.q_proj"], mixture()) == []

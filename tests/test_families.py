@@ -37,6 +37,11 @@ def test_a_family_that_needs_more_than_text(tmp_path):
     assert seen.verdict == "not built" and "pixel_values" in seen.reason
 
 
+def test_an_adapter_that_peft_gets_wrong_as_foreseen(tmp_path):
+    seen = check(TEXT, "dbrx", tmp_path)
+    assert seen.verdict == "no adapter" and "cannot wrap transformer.blocks.0.ffn.experts" in seen.reason
+
+
 def test_what_is_wrong_is_seen(tmp_path):
     subject = Subject(Family(TEXT, "llama"), tmp_path)
     for step in (build, load, compress, run_folder):

@@ -4,7 +4,7 @@ The rules were read in the sources of the loaders (peft 0.21, vLLM, SGLang, GPTQ
 nothing is run.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from eora_lab.formats.fused import Fused, Shapes, apart_shapes, fused_linears, w
 from eora_lab.formats.names import Factors, key_of, match_names, pairs
 from eora_lab.formats.peft import SERVED_RANKS, adapter_factors, by_pattern, peft_scaling, scaling
 from eora_lab.formats.peft_experts import parameter_targets
+from eora_lab.formats.renaming import as_loaded, by_own_names, lost
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # projections that servers join into one
 MAMBAS = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")  # whose out_proj peft does not wrap
@@ -42,8 +43,12 @@ def check_adapter(
     shapes:          of all linears in the decoder blocks of the base model.
     model:           its modules alone (`load_skeleton`), for what tools make of their names.
     """
+    fused: list[Fused] = []
+    renamed: list[tuple[str, str]] = []
+    if model is not None:
+        fused, renamed = fused_linears(model), list(_renamed(tensors, model))
+        tensors = by_own_names(tensors, model)
     found, unknown = pairs(tensors)
-    fused = fused_linears(model) if model is not None else []
     try:
         targets, wrong = parameter_targets(list(found), config), []
     except EoraLabError as error:
@@ -59,6 +64,7 @@ def check_adapter(
     ranks = {module: len(halves["A"]) for module, halves in complete.items()}
     findings = [
         *wrong,
+        *renamed,
         *_damage(found, unknown, names, shapes),
         *_keys(found, tensors),
         *_features(config),
@@ -81,6 +87,8 @@ def fix_adapter(tensors: dict[str, Tensor], config: dict, shapes: Shapes, model:
     have, NaN or Inf, DoRA, saved modules.
     """
     fused = fused_linears(model) if model is not None else []
+    if model is not None:
+        tensors = by_own_names(tensors, model)
     factors = whole(adapter_factors(tensors, config), fused)
     names = match_names(factors, shapes)
     mended = {}
@@ -164,26 +172,20 @@ def _peft_on(config: dict, ranks: dict[str, int], model: nn.Module):
             f"refuses {_some(refused)}: no out_proj in models of type {kind}; add the path to the weights for it "
             "(eora-lab export --format merged)",
         )
-    if renamed := renamed_by_peft(ranks, model):
-        yield "peft", f"looks for {_some(renamed)} by another name, which is none of the model, and drops it"
     names = [] if target == "all-linear" else [name for name, _ in model.named_modules()]
     also = [name for name in names if name not in ranks and named(name)]
     if also and not config.get("exclude_modules") and not config.get("layers_to_transform"):
         yield "peft", f"takes {_some(also)} for a target as well, of which the adapter holds nothing: write full names"
 
 
-def renamed_by_peft(modules: Iterable[str], model: nn.Module) -> list[str]:
-    """Those of the model's own names that peft takes for a published checkpoint's, and renames as transformers does."""
-    from transformers import PreTrainedModel
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming
-
-    if not isinstance(model, PreTrainedModel):
-        return []
-    table = [one for one in get_model_conversion_mapping(model) if isinstance(one, WeightRenaming)]
-    known = {name for name, _ in model.named_modules()}
-    keys = {module: f"{module}.lora_A.weight" for module in modules if module in known}
-    return [module for module, key in keys.items() if any(one.rename_source_key(key)[0] != key for one in table)]
+def _renamed(tensors: dict[str, Tensor], model: nn.Module):
+    """What comes of names that peft changes (see `renaming`)."""
+    names = list(pairs(tensors)[0])
+    loaded = as_loaded(names, model)
+    if dropped := [name for name in lost(names, model) if name not in loaded]:
+        yield "peft", f"looks for {_some(dropped)} by another name, which is none of the model, and drops it"
+    if other := [name for name in names if loaded.get(name, name) != name]:
+        yield "gptqmodel", f"does not know {_some(other)} by its published name ({loaded[other[0]]} in the model)"
 
 
 def _vllm(config: dict, ranks: dict[str, int]):

@@ -24,6 +24,7 @@ from eora_lab.formats.fused import fused_linears, one_by_one
 from eora_lab.formats.made_for import WEIGHTS, MadeFor
 from eora_lab.formats.names import KEY, Factors, key_of, pairs
 from eora_lab.formats.peft_experts import pack, parameter_targets, unpack
+from eora_lab.formats.renaming import as_written, by_own_names
 
 SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank can be
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -47,9 +48,11 @@ def write_adapter(
     gate and up apart, by the names of the model's checkpoint.
     made_for: which compressed weights it belongs to, and no others.
     model:    the base model, compressed or not, or its modules alone (`load_skeleton`). Without it, target_modules has
-              full names, fan_in_fan_out is false, and experts have the names that they have in `factors`.
+              full names, fan_in_fan_out is false, and all linears have the names that they have in `factors`. With it,
+              tensors of linears that peft would take for others have their published names (see `renaming`), by which
+              vLLM knows them too; the configuration has the model's own.
     Raises EoraLabError when there is nothing to write, when the rank is above what a universal adapter can have, and
-    when factors do not fit float16.
+    when factors do not fit float16, or peft would give some to another linear.
     """
     folder, highest = Path(folder), max((len(A) for A, _ in factors.values()), default=0)
     if not highest:
@@ -84,10 +87,11 @@ def write_adapter(
     }
     if parameters:
         config["target_parameters"] = sorted(parameters)
-    tensors = {}
+    tensors, keys = {}, [entry.key for entry in entries]
+    written = as_written(keys, model) if model is not None else dict(zip(keys, keys, strict=True))
     for entry in entries:
         for half, tensor in (("A", entry.A), ("B", entry.B)):  # which may be parts of one, or twice the same
-            tensors[key_of(entry.key, half)] = tensor.clone(memory_format=torch.contiguous_format)
+            tensors[key_of(written[entry.key], half)] = tensor.clone(memory_format=torch.contiguous_format)
     write_safetensors(folder / WEIGHTS, tensors, {"format": "pt"} | (made_for.metadata() if made_for else {}))
     write_json(folder / CONFIG, config)
 
@@ -223,10 +227,13 @@ def adapter_factors(tensors: dict[str, Tensor], config: dict) -> Factors:
     return unpack(factors, targets, ranks)
 
 
-def read_adapter(folder: Path | str) -> tuple[Factors, dict]:
-    """(factors, config) of an adapter folder; see `adapter_factors`. Raises EoraLabError when it cannot be used."""
+def read_adapter(folder: Path | str, model: nn.Module | None = None) -> tuple[Factors, dict]:
+    """(factors, config) of an adapter folder; see `adapter_factors`. Raises EoraLabError when it cannot be used.
+
+    model: that it is for, or its modules alone, whose names the factors get. Without it they keep those of the file.
+    """
     tensors, config = read_files(folder)
     try:
-        return adapter_factors(tensors, config), config
+        return adapter_factors(by_own_names(tensors, model) if model is not None else tensors, config), config
     except EoraLabError as error:
         raise EoraLabError(f"{folder}: {error}") from error

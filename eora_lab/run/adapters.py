@@ -41,7 +41,7 @@ class Adapters:
             self._factors[OWN] = {name: layer.factors for name, layer in self._layers.items()}
         self.active: str | None = next(iter(self._factors), None)
         for name, folder in (folders or {}).items():
-            factors, config = read_adapter(folder)
+            factors, config = read_adapter(folder, model)
             with naming(str(folder)):
                 self._check_base(folder, config)
                 self.add(name, factors)
