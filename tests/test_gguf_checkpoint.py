@@ -36,7 +36,7 @@ from tests.gguf_files import (
     write_gguf,
     write_metadata,
 )
-from tests.test_expert_adapters import mixture
+from tests.test_expert_adapters import merged, mixture, ragged
 from tests.tiny import compress, logits, save_tiny, tiny_model, tiny_tokens
 
 READ = [
@@ -259,6 +259,26 @@ def test_llamacpp_computes_the_mended_model(kind, tmp_path):
     noise = (there[0] - here[0]).abs().mean()
     assert noise < 0.01 and (there[1] - here[1]).abs().mean() < 2 * noise
     assert (here[1] - here[0]).abs().mean() > (0.5 if kind == "Q8_0" else 2) * noise
+
+
+@needs_llamacpp
+@torch.no_grad()
+def test_llamacpp_computes_with_scales_beside_blocks(tmp_path):
+    """NVFP4 as converters write it: the scale of the whole tensor stands beside it."""
+    own = {"blk.0.attn_v": 0.25, "blk.1.attn_q": 0.5}
+    more = {f"{name}.scale": [scale] for name, scale in own.items()}
+    write_gguf(tmp_path / "base.gguf", tiny_model("llama"), lambda key: "NVFP4" if key[:-7] in own else "F32", more)
+    model = tiny_model("llama")
+    weights = read_checkpoint(tmp_path / "base.gguf").of(model)
+    assert {type(weight.scales) for weight in weights.values()} == {torch.Tensor} and len(weights) == 2
+    for name, weight in weights.items():
+        linear_at(model, name).weight.copy_(weight.dense())
+        assert weight.dense().norm() > 1
+    factors = ragged(model)
+    write_gguf_adapter(tmp_path / "adapter.gguf", factors, model)
+    for adapter, one in ((None, model), (tmp_path / "adapter.gguf", merged(model, factors))):
+        here = torch.stack([one(torch.tensor([p])).logits[0, -1].log_softmax(-1) for p in PROMPTS])
+        assert (in_llamacpp(tmp_path / "base.gguf", adapter) - here).abs().max() < 0.02, adapter
 
 
 def read_for(path, model) -> None:
