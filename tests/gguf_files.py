@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from eora_lab.formats.fused import fused_linears
 from eora_lab.formats.gguf_names import GgufNames, of_all_experts
@@ -22,7 +23,15 @@ from tests.tiny import tiny_model, write_sizes
 PYTHON = os.environ.get("EORA_LAB_LLAMACPP")
 PEER = Path(__file__).with_name("llamacpp_peer.py")
 PROMPTS = [torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 17, 30)]
-DENSE = ["llama", "qwen2", "gemma"]
+MORE = {
+    "smollm3": (transformers.SmolLM3Config, {}),
+    "granite": (transformers.GraniteConfig, {}),
+    "phi3": (transformers.Phi3Config, {}),  # q, k and v in one linear
+    "olmo2": (transformers.Olmo2Config, {}),
+    "exaone4": (transformers.Exaone4Config, {}),
+    "seed_oss": (transformers.SeedOssConfig, {"head_dim": 16}),
+}
+DENSE = ["llama", "qwen2", "gemma", *MORE]
 GRANTED = {"qwen3_moe": {"norm_topk_prob": True}, "olmoe": {"num_key_value_heads": 4}}  # by llama.cpp
 ROUTERS = {"mixtral": "block_sparse_moe.gate."}
 
@@ -31,6 +40,13 @@ needs_llamacpp = pytest.mark.skipif(not PYTHON, reason="EORA_LAB_LLAMACPP names 
 
 
 def model_of(kind: str):
+    if kind in MORE:
+        config_class, more = MORE[kind]
+        sizes = tiny_model("llama").config.to_dict()
+        kept = {key: value for key, value in sizes.items() if key.endswith(("_size", "_id", "_layers", "_heads"))}
+        torch.manual_seed(0)
+        config = config_class(**kept, tie_word_embeddings=False, max_position_embeddings=128, **more)
+        return transformers.AutoModelForCausalLM.from_config(config).eval()
     return tiny_model(kind) if kind in DENSE else mixture(kind, **GRANTED.get(kind, {}))
 
 
@@ -65,6 +81,14 @@ def write_metadata(writer: gguf.GGUFWriter, config) -> None:
         writer.add_expert_feed_forward_length(width)
     if width := getattr(config, "shared_expert_intermediate_size", None):
         writer.add_expert_shared_feed_forward_length(width)
+    if config.model_type == "granite":
+        writer.add_attention_scale(config.attention_multiplier)
+        writer.add_embedding_scale(config.embedding_multiplier)
+        writer.add_residual_scale(config.residual_multiplier)
+        writer.add_logit_scale(config.logits_scaling)
+    if config.model_type in ("phi3", "exaone4"):
+        writer.add_rope_scaling_orig_ctx_len(128)
+        writer.add_sliding_window(4096)
     writer.add_tokenizer_model("llama")
     writer.add_token_list([f"<t{index}>" for index in range(config.vocab_size)])
     writer.add_token_scores([0.0] * config.vocab_size)
