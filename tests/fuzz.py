@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from eora_lab.cli import main as eora_lab
 from tests.fuzz_commands import Commands
-from tests.fuzz_kinds import OTHER, REFUSED, Adapters, Checkpoints, Kind, Models, Runs, Stores, Texts
+from tests.fuzz_kinds import OTHER, REFUSED, Adapters, Checkpoints, Ggufs, Kind, Models, Runs, Stores, Texts
 from tests.mutations import Change
 
 SECONDS = 30  # of work that a command may take
@@ -37,13 +37,14 @@ MEMORY = 8 * 2**30  # bytes of address space that all cases may take
 KINDS: dict[str, type[Kind]] = {
     "models": Models,
     "checkpoints": Checkpoints,
+    "ggufs": Ggufs,
     "adapters": Adapters,
     "runs": Runs,
     "stores": Stores,
     "texts": Texts,
     "commands": Commands,
 }
-FOLDERS = ("a_model", "a_checkpoint", "an_adapter", "a_run", "a_store", "a_text", "a_copy")
+FOLDERS = ("a_model", "a_checkpoint", "a_base.gguf", "an_adapter", "a_run", "a_store", "a_text", "a_copy")
 OUTCOMES = ("harmless", "right", "refused", "finding")
 
 

@@ -8,10 +8,12 @@ from random import Random
 from typing import ClassVar
 
 import pandas
+from gguf import GGUFReader
 
 from eora_lab.cli import main
+from tests.gguf_files import write_gguf
 from tests.mutations import BYTES, TABLES, Change, misspelt, mutate_bytes, mutate_file
-from tests.tiny import save_tiny
+from tests.tiny import save_tiny, tiny_model
 
 # What may come of a change, beside a refusal, which always may: the same numbers, other ones, or neither
 SAME, OTHER, REFUSED = "same", "other", "refused"
@@ -97,9 +99,7 @@ class Checkpoints(Kind):
     """GPTQ checkpoints: only codes and scales may differ, for W^ is what it is."""
 
     files = ("a_checkpoint/*.safetensors", "a_checkpoint/*config.json")
-    uses = (
-        f"compensate a_checkpoint out --model a_model --rank 8 --no-evaluate {CALIBRATION} && evaluate out {EVALUATE}",
-    )
+    uses = (f"mend a_checkpoint out --model a_model --rank 8 --no-evaluate {CALIBRATION} && evaluate out {EVALUATE}",)
 
     def prepare(self) -> None:
         super().prepare()
@@ -114,6 +114,31 @@ class Checkpoints(Kind):
             values = change.what in VALUES and (part in ("qweight", "scales") or change.what in ("permute", "swap"))
             return OTHER if values else SAME
         return SAME
+
+
+class Ggufs(Kind):
+    """GGUF files to mend: the bytes of weights are content, the head says what they are."""
+
+    files = ("a_base.gguf",)
+    uses = (f"mend a_base.gguf out --model a_model --rank 8 --no-evaluate {CALIBRATION} && evaluate out {EVALUATE}",)
+
+    def prepare(self) -> None:
+        super().prepare()
+        write_gguf(Path("a_base.gguf"), tiny_model("llama"), lambda key: "Q4_0" if key.startswith("blk.") else "F32")
+
+    def mutate(self, use: list[list[str]], random: Random) -> Change:
+        if random.random() < 0.3:
+            return super().mutate(use, random)
+        path = Path("a_base.gguf")
+        content, head = bytearray(path.read_bytes()), GGUFReader(path).data_offset
+        what, begin, end = random.choice((("head", 0, head), ("head", 0, head), ("rest", head, len(content))))
+        for _ in range(random.randint(1, 3)):
+            content[random.randrange(begin, end)] = random.randrange(256)
+        path.write_bytes(content)
+        return Change(what, path.name)
+
+    def expects(self, change: Change) -> str:
+        return OTHER if change.what == "rest" else SAME
 
 
 MEANINGS = {  # keys of an adapter_config.json with values by which peft makes something else of the same factors
