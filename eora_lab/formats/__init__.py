@@ -7,6 +7,7 @@ from pathlib import Path
 
 from eora_lab.formats.adapter_check import Finding, check_adapter, fix_adapter
 from eora_lab.formats.checkpoint import Checkpoint
+from eora_lab.formats.compressed_tensors_writer import write_compressed_tensors
 from eora_lab.formats.dense import write_dense
 from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, write_checkpoint
 from eora_lab.formats.peft import read_adapter, read_files, write_adapter
@@ -23,6 +24,7 @@ __all__ = [
     "read_files",
     "write_adapter",
     "write_checkpoint",
+    "write_compressed_tensors",
     "write_dense",
 ]
 
@@ -50,6 +52,10 @@ FORMATS = {
     "gptq_v2": Format(
         "the same with zero points as they are, for asymmetric grids",
         partial(write_checkpoint, checkpoint_format="gptq_v2"),
+    ),
+    "compressed-tensors": Format(
+        "checkpoint of compressed-tensors, without the low-rank path: integers, NVFP4, MXFP4 or FP8",
+        write_compressed_tensors,
     ),
     "dense": Format("W^ in full, pruned weights as zeros", write_dense),
     "merged": Format("W^ + B A in full", partial(write_dense, merge=True)),
