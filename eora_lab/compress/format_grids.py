@@ -173,9 +173,11 @@ class NVFP4(FP4):
 
     @classmethod
     def of(cls, weight: Float[Tensor, "out in"], mse: bool) -> "NVFP4":
-        """tensor_scale = 448 * 6 / max|w|."""
-        largest = weight.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
-        return cls(mse, torch.nan_to_num(E4M3_MAX * 6 / largest, nan=1.0, posinf=1.0).reshape(1))
+        """tensor_scale = 448 * 6 / max|w|, down to a power of two: so that linears which a server fuses, and which must
+        then have one, can be given it without a change of their weights (`eora_lab.formats`)."""
+        largest = E4M3_MAX * 6 / weight.abs().amax().clamp_min(torch.finfo(torch.float32).tiny)
+        exponent = torch.nan_to_num(largest, nan=1.0, posinf=1.0).frexp().exponent - 1
+        return cls(mse, torch.ldexp(torch.ones(1, device=weight.device), exponent.reshape(1)))
 
     def scale(self, peak: Groups) -> Groups:
         """tensor_scale * max|w| / 6, rounded to E4M3; 0.125 in place of 0."""

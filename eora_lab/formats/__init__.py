@@ -11,6 +11,7 @@ from eora_lab.formats.awq_checkpoint import AwqCheckpoint
 from eora_lab.formats.bitsandbytes_checkpoint import BitsAndBytesCheckpoint
 from eora_lab.formats.checkpoint import Checkpoint, quantised_as, quantization
 from eora_lab.formats.compressed_tensors_checkpoint import CompressedTensorsCheckpoint
+from eora_lab.formats.compressed_tensors_writer import write_compressed_tensors
 from eora_lab.formats.dense import write_dense
 from eora_lab.formats.fp8_checkpoint import Fp8Checkpoint
 from eora_lab.formats.gguf_checkpoint import GgufCheckpoint, is_gguf
@@ -39,6 +40,7 @@ __all__ = [
     "read_files",
     "write_adapter",
     "write_checkpoint",
+    "write_compressed_tensors",
     "write_dense",
 ]
 
@@ -71,9 +73,10 @@ FORMATS = {
         partial(write_checkpoint, checkpoint_format="gptq_v2"),
     ),
     "compressed-tensors": Format(
-        "compressed-tensors checkpoint, of llm-compressor",
-        read=CompressedTensorsCheckpoint,
-        detects=quantised_as("compressed-tensors"),
+        "checkpoint of compressed-tensors, without the low-rank path: integers, NVFP4, MXFP4 or FP8",
+        write_compressed_tensors,
+        CompressedTensorsCheckpoint,
+        quantised_as("compressed-tensors"),
     ),
     "fp8": Format("FP8 checkpoint, in blocks", read=Fp8Checkpoint, detects=quantised_as("fp8")),
     "awq": Format("AWQ checkpoint", read=AwqCheckpoint, detects=quantised_as("awq")),

@@ -3,7 +3,7 @@
 This file does not import torch, nor what needs it before a recipe is made: commands show these settings.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import fields
 from inspect import signature
 from typing import TYPE_CHECKING, Literal
@@ -119,7 +119,7 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
         bits, group_size = settle(**self.base_settings())
         object.__setattr__(self, "bits", bits)
         object.__setattr__(self, "group_size", group_size)
-        able = [name for name, one in COMPRESSORS.items() if "grid" in signature(one).parameters]
+        able = [name for name, one in COMPRESSORS.items() if takes_formats(one)]
         if self.grid != INTEGER and self.compressor not in able:
             raise EoraLabError(
                 f"{self.compressor} cannot round to {self.grid}: use {' or '.join(able)}, or leave grid out"
@@ -227,6 +227,12 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
         left = self.left(model) if left is None else left
         linears = {name: linear for name, linear in block_linears(model).items() if name not in left}
         return {name: min(self.rank, highest_rank(linear)) for name, linear in linears.items()}
+
+
+def takes_formats(compressor: Callable) -> bool:
+    """Whether a compressor names the grid among its settings."""
+    grid = signature(compressor).parameters.get("grid")
+    return grid is not None and grid.kind is not grid.VAR_KEYWORD
 
 
 def highest_rank(linear: "torch.nn.Linear") -> int:
