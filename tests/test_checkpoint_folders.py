@@ -20,7 +20,7 @@ from eora_lab import EoraLabError, load_model, load_run
 from eora_lab.compress.packing import pack
 from eora_lab.formats import FORMATS, AwqCheckpoint, Fp8Checkpoint, Mxfp4Checkpoint, read_checkpoint
 from eora_lab.model.unfold import unfold
-from tests.tiny import compress, logits, save_tiny, tiny_model, tiny_tokens
+from tests.tiny import compress, edit_json, logits, save_tiny, tiny_model, tiny_tokens
 
 Linear = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 PASS = {"rank": 8, "inputs": "original", "progress": False}
@@ -126,6 +126,54 @@ def test_awq_is_what_compressed_tensors_makes_of_it(group_size, tmp_path):
         size = shape[1] // scales.shape[1]
         truth = (codes.half().unflatten(1, (-1, size)) - zeros.half()[..., None]) * scales[..., None]
         assert torch.equal(weight.dense(torch.float16), truth.flatten(1))
+
+
+def nvfp4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    """As ModelOpt's NVFP4QTensor: whole = max|w| / (6 * 448), scales in E4M3, the first code in the lower half."""
+    whole = weight.abs().amax() / (6 * 448)
+    groups = weight.unflatten(1, (-1, 16))
+    scales = (groups.abs().amax(-1) / (6 * whole)).to(torch.float8_e4m3fn)
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    scaled = groups / (scales.float() * whole)[..., None]
+    codes = ((scaled.abs()[..., None] - levels).abs().argmin(-1) + 8 * (scaled < 0)).to(torch.uint8).flatten(1)
+    own = {"weight": codes[:, ::2] | codes[:, 1::2] << 4, "weight_scale": scales, "weight_scale_2": whole}
+    return own | {"input_scale": torch.tensor(0.1)}
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("kind", ["NVFP4", "FP8"])
+def test_modelopt_is_what_its_dequantiser_says(kind, beside, tmp_path):
+    """ModelOpt's `dequantize`, not installed here: level * (weight_scale.float() * weight_scale_2)."""
+
+    def per_tensor(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        scale = weight.abs().amax() / 448
+        return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
+
+    said = {"quant_algo": kind, "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    said |= {"group_size": 16} if kind == "NVFP4" else {}
+    tensors = quantise(tmp_path, nvfp4 if kind == "NVFP4" else per_tensor, said | {"quant_method": "modelopt"})
+    rewrite(tmp_path, tensors | {"model.layers.0.self_attn.k_proj.k_scale": torch.ones(1)}, said)
+    if beside:
+        edit_json(tmp_path / "config.json", quantization_config=None)
+        (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": said, "producer": {"name": "x"}}))
+    else:
+        edit_json(tmp_path / "config.json", quantization_config=said | {"quant_method": "modelopt"})
+    checkpoint = read_checkpoint(tmp_path)
+    assert checkpoint.base == f"ModelOpt {kind}"
+    signed = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    for name, weight in checkpoint.of(tiny_model("llama")).items():
+        values, scales = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"].float()
+        if kind == "NVFP4":
+            levels = signed[torch.stack([values & 15, values >> 4], -1).flatten(1).long()]
+            scales = (scales * tensors[f"{name}.weight_scale_2"]).repeat_interleave(16, 1)
+            assert torch.equal(weight.dense(), levels * scales)
+        else:
+            assert torch.equal(weight.dense(), values.float() * scales)
+    edit_json(
+        tmp_path / "config.json", quantization_config={"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
+    )
+    with pytest.raises(EoraLabError, match="quant_algo 'mixed_precision' is not read, only NVFP4 and FP8"):
+        read_checkpoint(tmp_path)
 
 
 def gpt_oss() -> torch.nn.Module:

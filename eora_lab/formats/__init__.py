@@ -16,6 +16,7 @@ from eora_lab.formats.dense import write_dense
 from eora_lab.formats.fp8_checkpoint import Fp8Checkpoint
 from eora_lab.formats.gguf_checkpoint import GgufCheckpoint, is_gguf
 from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, is_gptq, write_checkpoint
+from eora_lab.formats.modelopt_checkpoint import ModelOptCheckpoint, is_modelopt
 from eora_lab.formats.mxfp4_checkpoint import Mxfp4Checkpoint
 from eora_lab.formats.peft import read_adapter, read_files, write_adapter
 from eora_lab.formats.torchao_checkpoint import TorchaoCheckpoint
@@ -31,6 +32,7 @@ __all__ = [
     "Fp8Checkpoint",
     "GgufCheckpoint",
     "GptqCheckpoint",
+    "ModelOptCheckpoint",
     "Mxfp4Checkpoint",
     "TorchaoCheckpoint",
     "check_adapter",
@@ -80,6 +82,7 @@ FORMATS = {
     ),
     "fp8": Format("FP8 checkpoint, in blocks", read=Fp8Checkpoint, detects=quantised_as("fp8")),
     "awq": Format("AWQ checkpoint", read=AwqCheckpoint, detects=quantised_as("awq")),
+    "modelopt": Format("ModelOpt checkpoint, NVFP4 or FP8", read=ModelOptCheckpoint, detects=is_modelopt),
     "bitsandbytes": Format(
         "bitsandbytes checkpoint, of 4 or 8 bits", read=BitsAndBytesCheckpoint, detects=quantised_as("bitsandbytes")
     ),

@@ -52,10 +52,10 @@ class PublishedNames:
                     self.tensors[name] = partial(_fused, mixture, local)
             for index, (module, parts) in enumerate(zip(each.names(), each.parts, strict=True)):
                 whole, linear = self._find(module), mixture.linears(index)[each.leaf]
-                parts = [(self._find(name), rows) for name, rows in parts]
-                self.linears[module] = [(whole, slice(None))] if whole in held else parts
+                apart = [(self._find(name), rows) for name, rows in parts]
+                self.linears[module] = [(whole, slice(None))] if whole in held else apart
                 for local, name in zip(("weight", "bias"), together.values(), strict=False):
-                    for part, rows in parts if name not in held and whole not in held else ():
+                    for part, rows in apart if name not in held and whole not in held else ():
                         self.tensors[f"{part}.{local}"] = partial(_rows, linear, local, rows)
 
     def ignored(self, key: str) -> bool:
