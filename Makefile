@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := eval,lab,dev
+INTEROP := build/interop
 
 help: ## list the commands
 	@grep -hE '^[a-z.]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -20,7 +21,10 @@ test: lint unit ## all tests
 	$(BIN)/pytest -m browser
 
 unit: $(BIN)/eora-lab ## the tests that need no language model
-	$(BIN)/pytest -n 2 -m "not real and not kernels and not notebooks and not browser"
+	$(BIN)/pytest -n 2 -m "not real and not kernels and not notebooks and not browser and not interop"
+
+interop: $(INTEROP)/bin/pytest ## test against other tools, in an environment of their own (build/interop)
+	$(INTEROP)/bin/pytest -m interop
 
 lab: $(BIN)/eora-lab ## open JupyterLab (ARGS="..." is passed on)
 	$(BIN)/jupyter lab $(ARGS)
@@ -57,5 +61,11 @@ $(BIN)/eora-lab: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS)]'
 	@touch $@
 
-.PHONY: help demo figures test unit lab docs numbers families fuzz lint
+$(INTEROP)/bin/pytest: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(INTEROP)
+	@rm -f $@
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,interop]'
+	@touch $@
+
+.PHONY: help demo figures test unit interop lab docs numbers families fuzz lint
 .DELETE_ON_ERROR:

@@ -17,7 +17,7 @@ from eora_lab.formats.dense import write_dense
 from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, write_checkpoint
 from eora_lab.layer.linear import CompensatedLinear
 from eora_lab.model.load import load_model as load_dense
-from tests.tiny import CONFIGS, compress, save_tiny, tiny_model, tiny_tokens
+from tests.tiny import CONFIGS, compress, edit_json, save_tiny, tiny_model, tiny_tokens
 
 GRID = {"group_size": 32, "zero_point": "integer", "scale_dtype": "float16"}
 PASS = {"rank": 8, "inputs": "original", "progress": False}
@@ -154,10 +154,6 @@ def edit_both(folder, **changes) -> None:
     edit_json(folder / "quantize_config.json", **changes)
     quantization = json.loads((folder / "quantize_config.json").read_text())
     edit_json(folder / "config.json", quantization_config=quantization)
-
-
-def edit_json(path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def test_act_order_survives_run_folder_and_export(original, tmp_path):

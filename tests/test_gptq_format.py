@@ -153,18 +153,18 @@ def test_a_scale_of_zero_is_a_group_of_zeros():
     ],
 )
 def test_configurations_of_several_years(spelling):
-    assert GptqConfig.from_dict(spelling, "folder") == GptqConfig(4, 128, True, False, "gptq")
+    assert GptqConfig.from_dict(spelling) == GptqConfig(4, 128, True, False, "gptq")
 
 
 def test_a_configuration_reads_back():
     config = GptqConfig(3, -1, False, True, "gptq_v2")
-    assert GptqConfig.from_dict(config.to_dict(), "folder") == config
+    assert GptqConfig.from_dict(config.to_dict()) == config
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"quant_method": "awq"}, "folder: quant_method 'awq' is not read, only gptq"),
+        ({"quant_method": "awq"}, "quant_method 'awq' is not read, only gptq"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format 'marlin' is not read, only gptq and gptq_v2"),
         ({"is_marlin_format": True}, "checkpoint_format 'marlin'"),
         ({"bits": 5}, "bits must be one of 2, 3, 4 and 8, not 5"),
@@ -174,20 +174,20 @@ def test_a_configuration_reads_back():
         ({"pack_dtype": "int16"}, "pack_dtype 'int16' is not read"),
         ({"dynamic": {"+:.*q_proj": {"bits": 8}}}, "settings of their own"),
         ({"dynamic": [{"bits": 8}]}, r"dynamic must be names with values, not \[\{'bits': 8\}\]"),
-        ({"bits": "4"}, "folder: bits must be a whole number, not '4'"),
+        ({"bits": "4"}, "bits must be a whole number, not '4'"),
         ({"bits": True}, "bits must be a whole number, not True"),
         ({"group_size": "128"}, "group_size must be a whole number, not '128'"),
         ({"sym": "true"}, "sym must be true or false, not 'true'"),
         ({"desc_act": 1}, "desc_act must be true or false, not 1"),
         ({"quant_method": 4}, "quant_method must be text, not 4"),
-        ({"wbits": 3}, "folder: wbits is 3, but bits 4: correct the wrong one"),
+        ({"wbits": 3}, "wbits is 3, but bits 4: correct the wrong one"),
         ({"format": "gptq_v2", "checkpoint_format": "gptq"}, "format is 'gptq_v2', but checkpoint_format 'gptq'"),
         ({"rotation": "hadamard"}, r"rotation \('hadamard'\) is not known here, and may change what the values mean"),
     ],
 )
 def test_configurations_that_are_not_read(change, message):
     with pytest.raises(EoraLabError, match=message):
-        GptqConfig.from_dict({"bits": 4, "group_size": 128} | change, "folder")
+        GptqConfig.from_dict({"bits": 4, "group_size": 128} | change)
 
 
 @pytest.mark.parametrize(

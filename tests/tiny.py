@@ -1,5 +1,6 @@
 """Small random models of three architectures, for tests that need structure and not language."""
 
+import json
 import resource
 import string
 from collections.abc import Iterator
@@ -90,6 +91,11 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
     )
+
+
+def edit_json(path: Path, **changes) -> None:
+    """Change keys of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 @contextmanager

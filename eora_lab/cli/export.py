@@ -15,6 +15,8 @@ class Export:
 
     gptq and gptq_v2: a GPTQ checkpoint. It holds no low-rank path; that is the adapter in the run folder. Needs grids
     made with --zero-point integer --scale-dtype float16. Asymmetric ones may need gptq_v2.
+    compressed-tensors: for vLLM, SGLang and transformers, also without the path. Grids nvfp4, mxfp4 and fp8 as they
+    are; integers in 2, 4 or 8 bits, made with --zero-point integer --scale-dtype float16.
     dense: an ordinary folder with dequantised weights; pruned ones are zeros. merged: with the low-rank path added.
     """
 
@@ -23,7 +25,7 @@ class Export:
     output: Annotated[Path, tyro.conf.Positional]
     """folder to write"""
     format: str = "gptq"
-    """gptq, gptq_v2, dense or merged"""
+    """gptq, gptq_v2, compressed-tensors, dense or merged"""
     dtype: Dtype = "float16"
     """type of the tensors that are not quantised"""
     base: str | None = None

@@ -7,19 +7,34 @@ from pathlib import Path
 
 from eora_lab.errors import EoraLabError, unknown
 from eora_lab.formats.adapter_check import Finding, check_adapter, fix_adapter
-from eora_lab.formats.checkpoint import Checkpoint, quantization
+from eora_lab.formats.awq_checkpoint import AwqCheckpoint
+from eora_lab.formats.bitsandbytes_checkpoint import BitsAndBytesCheckpoint
+from eora_lab.formats.checkpoint import Checkpoint, quantised_as, quantization
+from eora_lab.formats.compressed_tensors_checkpoint import CompressedTensorsCheckpoint
+from eora_lab.formats.compressed_tensors_writer import write_compressed_tensors
 from eora_lab.formats.dense import write_dense
+from eora_lab.formats.fp8_checkpoint import Fp8Checkpoint
 from eora_lab.formats.gguf_checkpoint import GgufCheckpoint, is_gguf
 from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, is_gptq, write_checkpoint
+from eora_lab.formats.modelopt_checkpoint import ModelOptCheckpoint, is_modelopt
+from eora_lab.formats.mxfp4_checkpoint import Mxfp4Checkpoint
 from eora_lab.formats.peft import read_adapter, read_files, write_adapter
+from eora_lab.formats.torchao_checkpoint import TorchaoCheckpoint
 
 __all__ = [
     "FORMATS",
+    "AwqCheckpoint",
+    "BitsAndBytesCheckpoint",
     "Checkpoint",
+    "CompressedTensorsCheckpoint",
     "Finding",
     "Format",
+    "Fp8Checkpoint",
     "GgufCheckpoint",
     "GptqCheckpoint",
+    "ModelOptCheckpoint",
+    "Mxfp4Checkpoint",
+    "TorchaoCheckpoint",
     "check_adapter",
     "fix_adapter",
     "read_adapter",
@@ -27,6 +42,7 @@ __all__ = [
     "read_files",
     "write_adapter",
     "write_checkpoint",
+    "write_compressed_tensors",
     "write_dense",
 ]
 
@@ -58,6 +74,20 @@ FORMATS = {
         "the same with zero points as they are, for asymmetric grids",
         partial(write_checkpoint, checkpoint_format="gptq_v2"),
     ),
+    "compressed-tensors": Format(
+        "checkpoint of compressed-tensors, without the low-rank path: integers, NVFP4, MXFP4 or FP8",
+        write_compressed_tensors,
+        CompressedTensorsCheckpoint,
+        quantised_as("compressed-tensors"),
+    ),
+    "fp8": Format("FP8 checkpoint, in blocks", read=Fp8Checkpoint, detects=quantised_as("fp8")),
+    "awq": Format("AWQ checkpoint", read=AwqCheckpoint, detects=quantised_as("awq")),
+    "modelopt": Format("ModelOpt checkpoint, NVFP4 or FP8", read=ModelOptCheckpoint, detects=is_modelopt),
+    "bitsandbytes": Format(
+        "bitsandbytes checkpoint, of 4 or 8 bits", read=BitsAndBytesCheckpoint, detects=quantised_as("bitsandbytes")
+    ),
+    "torchao": Format("torchao checkpoint", read=TorchaoCheckpoint, detects=quantised_as("torchao")),
+    "mxfp4": Format("MXFP4 experts of gpt-oss", read=Mxfp4Checkpoint, detects=quantised_as("mxfp4")),
     "gguf": Format("GGUF file of llama.cpp", read=GgufCheckpoint, detects=is_gguf),
     "dense": Format("W^ in full, pruned weights as zeros", write_dense),
     "merged": Format("W^ + B A in full", partial(write_dense, merge=True)),

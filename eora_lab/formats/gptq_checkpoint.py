@@ -1,26 +1,20 @@
 """GPTQ checkpoints, whole folders: codes beside the tensors that stay dense, in safetensors, with two JSON files."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from jaxtyping import Shaped
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from eora_lab.compress import GridWeight
 from eora_lab.errors import EoraLabError, naming
-from eora_lab.formats.checkpoint import Checkpoint, json_object, quantization
-from eora_lab.formats.dense import dense_tensors, write_model_folder
+from eora_lab.formats.checkpoint import json_object, quantization
+from eora_lab.formats.dense import compressed_linears, dense_tensors, write_model_folder
 from eora_lab.formats.gptq import TENSORS, read_linear, write_linear
 from eora_lab.formats.gptq_config import GptqConfig, stated, unquantised
-from eora_lab.layer.linear import compensated
-from eora_lab.model.experts import fuse, mixtures
-from eora_lab.model.structure import block_linears, model_name
+from eora_lab.formats.quantised_folder import QuantisedFolder
+from eora_lab.model.experts import fuse
 
-SAME = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
 CONFIG = "quantize_config.json"
-ROUNDING = 0.05  # relative distance of a dense tensor that 16 bits explain many times over
 
 
 def is_gptq(folder: Path) -> bool:
@@ -30,140 +24,39 @@ def is_gptq(folder: Path) -> bool:
     return str(said.get("quant_method") or said.get("method") or (alone and "gptq")).lower() == "gptq"
 
 
-class GptqCheckpoint(Checkpoint):
-    """The quantised linears of a GPTQ checkpoint folder: module name -> W^, read from the files when asked for.
+class GptqCheckpoint(QuantisedFolder):
+    """The quantised linears of a GPTQ checkpoint folder; configuration in quantize_config.json or config.json."""
 
-    One safetensors file or several; configuration in quantize_config.json or config.json.
-    Raises EoraLabError when the folder is no such checkpoint, is incomplete or damaged, or of a kind that is not read;
-    reading a linear does so when a tensor of it is missing or damaged.
-    """
-
-    def __init__(self, folder: Path | str):
-        self.path = Path(folder)
-        self.model_config = json_object(self.path / "config.json")
-        self.config = self._read_config()
-        self._files = self._read_headers()
-        self._names = sorted(key.removesuffix(".qweight") for key in self._files if key.endswith(".qweight"))
-        if not self._names:
-            raise EoraLabError(
-                f"{folder} is no GPTQ checkpoint: no tensor in it is named qweight; if its weights are dense, delete "
-                "quantization_config from its config.json, and quantize_config.json, and use it as a model"
-            )
-
-    def __contains__(self, name: object) -> bool:
-        return f"{name}.qweight" in self._files
-
-    def __getitem__(self, name: str) -> GridWeight:
-        if name not in self:
-            raise KeyError(name)
-        found = {key: self.tensor(f"{name}.{key}") for key in TENSORS if f"{name}.{key}" in self._files}
-        with naming(str(self.path)):
-            return read_linear(found, self.config, name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
+    format = "GPTQ"
+    tensors = TENSORS
 
     @property
     def base(self) -> str:
         """How the weights were compressed, in short."""
         return f"GPTQ {self.config.bits}-bit g{self.config.group_size}"
 
-    def tensor(self, key: str) -> Shaped[Tensor, "..."]:
-        """Any tensor of the files."""
-        try:
-            with safe_open(self.path / self._files[key], framework="pt") as file:
-                return file.get_tensor(key)
-        except (OSError, SafetensorError) as error:
-            raise EoraLabError(f"cannot read {key} in {self.path}: {error}") from error
-
-    def check_model(self, model: nn.Module) -> None:
-        """Raise EoraLabError unless this can be a checkpoint of `model`, by all but the codes themselves.
-
-        Compared are the sizes in config.json, the names of linears, and the tensors that are not quantised.
-        """
-        original = model_name(model) or "the given model"
-        for key in SAME:
-            ours, theirs = self.model_config.get(key), getattr(model.config, key, None)
-            if None not in (ours, theirs) and ours != theirs:
-                raise EoraLabError(
-                    f"{self.path} was not made from {original}: its {key} is {ours}, that of the model {theirs}"
-                )
-        linears = block_linears(model)
-        for name in self._names:
-            if name not in linears:
-                raise EoraLabError(
-                    f"{self.path} quantises {name}, which is no linear layer in the decoder blocks of {original}"
-                )
-        state = model.state_dict()
-        for name in self._names:  # some tools write a bias of zeros for every linear
-            bias = f"{name}.bias"
-            if bias in self._files and bias not in state and self.tensor(bias).any():
-                raise EoraLabError(f"{self.path} was not made from {original}: the model has no {bias}")
-        stored = {tensor.data_ptr() for key, tensor in state.items() if key in self._files}  # tied: under one name
-        for key, tensor in state.items():
-            module, kind = key.rpartition(".")[::2]
-            if key not in self._files and tensor.data_ptr() not in stored and not (module in self and kind == "weight"):
-                raise EoraLabError(f"{self.path} lacks the tensor {key} of {original}")
-        for key in filter(self._files.__contains__, state):
-            ours, theirs = self.tensor(key), state[key].float()
-            if ours.shape != theirs.shape:
-                raise EoraLabError(
-                    f"{self.path} was not made from {original}: {key} is {tuple(ours.shape)}, in the model "
-                    f"{tuple(theirs.shape)}"
-                )
-            if not (ours.to(theirs) - theirs).norm() <= ROUNDING * theirs.norm():
-                raise EoraLabError(f"{self.path} was not made from {original}: the values of {key} differ")
-
-    def _read_config(self) -> GptqConfig:
+    def configure(self) -> None:
         """What quantize_config.json and config.json say; each may leave out what the other says."""
-        inner, alone = quantization(self.path), json_object(self.path / CONFIG)
+        inner, alone = self.said, json_object(self.path / CONFIG)
         if not (alone or inner):
             raise EoraLabError(
-                f"{self.path} is no GPTQ checkpoint: it has neither quantize_config.json nor a quantization_config "
-                "in config.json"
+                "this is no GPTQ checkpoint: it has neither quantize_config.json nor a quantization_config in "
+                "config.json"
             )
-        with naming(str(self.path)):
-            first, second = stated(alone), stated(inner)
-            for key in first.keys() & second.keys():
-                if first[key] != second[key]:
-                    raise EoraLabError(
-                        f"{key} is {first[key]!r} in quantize_config.json and {second[key]!r} in config.json: correct "
-                        "the wrong one"
-                    )
-        said = {key: value for key, value in alone.items() if value is not None}
-        return GptqConfig.from_dict(inner | said, str(self.path))
-
-    def _read_headers(self) -> dict[str, str]:
-        """Tensor name -> file name."""
-        indices = sorted(self.path.glob("*.safetensors.index.json"))
-        listed: dict[str, str] = {}
-        for index in indices:
-            weight_map = json_object(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise EoraLabError(f"{index} has no weight_map: copy or download it again")
-            for key, name in weight_map.items():
-                if not isinstance(name, str):
-                    raise EoraLabError(f"{index}: weight_map must name a file for {key}, not {name!r}")
-            listed |= weight_map
-        names = set(listed.values()) if indices else {path.name for path in self.path.glob("*.safetensors")}
-        if not names:
-            raise EoraLabError(f"{self.path} has no safetensors weights; pickled ones (.bin, .pt) are not read")
-        files: dict[str, str] = {}
-        for name in sorted(names):
-            try:
-                with safe_open(self.path / name, framework="pt") as file:
-                    files |= dict.fromkeys(file.keys(), name)
-            except (OSError, SafetensorError) as error:
+        first, second = stated(alone), stated(inner)
+        for key in first.keys() & second.keys():
+            if first[key] != second[key]:
                 raise EoraLabError(
-                    f"{self.path / name} is missing or damaged ({error}): copy or download it again"
-                ) from error
-        for key, name in listed.items():
-            if key not in files:
-                raise EoraLabError(f"{self.path / name} lacks the tensor {key}: copy or download it again")
-        return files
+                    f"{key} is {first[key]!r} in quantize_config.json and {second[key]!r} in config.json: correct "
+                    "the wrong one"
+                )
+        self.config = GptqConfig.from_dict(inner | {key: value for key, value in alone.items() if value is not None})
+
+    def read(self, name: str) -> GridWeight:
+        """W^ of one linear."""
+        found = {key: self.tensor(f"{name}.{key}") for key in TENSORS if self.has(f"{name}.{key}")}
+        with naming(str(self.path)):
+            return read_linear(found, self.config, name)
 
 
 def write_checkpoint(
@@ -176,21 +69,13 @@ def write_checkpoint(
     Raises EoraLabError when the model is not compressed, on compressed experts, and on grids that the format cannot
     say, with what to do.
     """
-    modules = compensated(model)
-    if not modules:
-        raise EoraLabError("this model is not compressed: give a run folder")
     tensors, weights = dense_tensors(model, dtype), {}
     fuse(model, tensors)
-    for name, module in modules.items():
-        if any(name.startswith(f"{prefix}.") for prefix in mixtures(model)):
-            raise EoraLabError(
-                f"{name} is of an expert, and no GPTQ checkpoint of experts is written here: use format dense or "
-                'merged, or compress without them (--skip "[.]experts[.]")'
-            )
-        weight = module.compressed
+    for name, weight in compressed_linears(model, "GPTQ checkpoint").items():
         if not isinstance(weight, GridWeight):
             raise EoraLabError(
-                f"{name} is stored as {weight.kind}, and a GPTQ checkpoint holds grids: use format dense"
+                f"{name} is stored as {weight.kind}, and a GPTQ checkpoint holds grids: use format compressed-tensors "
+                "or dense"
             )
         weights[name] = weight
         linear = write_linear(weight, checkpoint_format, name)
@@ -199,7 +84,7 @@ def write_checkpoint(
     head = model.get_output_embeddings()  # type: ignore[operator]
     left = [name for name, one in model.named_modules() if isinstance(one, nn.Linear) and one is not head]
     about = config.to_dict() | unquantised(left, weights)
-    write_model_folder(folder, model, tokenizer, tensors, dtype, about)
+    write_model_folder(folder, model, tokenizer, tensors, dtype, about, beside=CONFIG)
     return config
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
-from eora_lab.errors import WORDS, EoraLabError, naming
+from eora_lab.errors import WORDS, EoraLabError
 
 BITS = (2, 3, 4, 8)
 FORMATS = ("gptq", "gptq_v2")
@@ -46,20 +46,19 @@ class GptqConfig:
     checkpoint_format: str = "gptq"
 
     @classmethod
-    def from_dict(cls, data: dict, where: str) -> "GptqConfig":
+    def from_dict(cls, data: dict) -> "GptqConfig":
         """Read today's keys or older spellings.
 
         Raises EoraLabError on a method or format that is not GPTQ's, on a value of another type, and on keys that
         contradict each other or may change what the values mean.
         """
-        with naming(where):
-            said = stated(data)
-            bits, group_size = said.get("bits"), said.get("group_size")
-            if bits not in BITS:
-                raise EoraLabError(f"bits must be one of 2, 3, 4 and 8, not {bits}")
-            if group_size is None or (group_size < 1 and group_size != -1):
-                raise EoraLabError(f"group_size must be a positive number or -1, not {group_size}")
-            return cls(**{key: said[key] for key in said if key in FIELDS})
+        said = stated(data)
+        bits, group_size = said.get("bits"), said.get("group_size")
+        if bits not in BITS:
+            raise EoraLabError(f"bits must be one of 2, 3, 4 and 8, not {bits}")
+        if group_size is None or (group_size < 1 and group_size != -1):
+            raise EoraLabError(f"group_size must be a positive number or -1, not {group_size}")
+        return cls(**{key: said[key] for key in said if key in FIELDS})
 
     def to_dict(self) -> dict:
         """For both JSON files. Older loaders know checkpoint_format and quant_method, newer ones format and method."""

@@ -35,15 +35,17 @@ def key_of(module: str, half: str) -> str:
     return f"base_model.model.{module}.lora_{half}.weight"
 
 
+def plain(name: str) -> str:
+    """A name in lower case and without `language_model`."""
+    return ".".join(part for part in name.lower().split(".") if part != "language_model")
+
+
 def match_names(modules: Iterable[str], known: Collection[str]) -> dict[str, str]:
     """Adapter's module name -> the model's; those that the model lacks are left out.
 
     They may differ in case, for GPTQModel writes lower case, and by `language_model`, which a model that also sees has.
     Raises EoraLabError where two are one module of the model.
     """
-
-    def plain(name: str) -> str:
-        return ".".join(part for part in name.lower().split(".") if part != "language_model")
 
     spelt = {plain(name): name for name in known}
     names = {m: m if m in known else spelt[plain(m)] for m in modules if m in known or plain(m) in spelt}
