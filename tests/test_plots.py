@@ -174,6 +174,7 @@ def test_what_a_grid_varies_becomes_its_axes(tmp_path):
         "equal-bytes": ("bits a weight, all counted", 1, None),
         "task-mix": ("calibration text", 3, ["wikitext2:validation", "arc"]),
         "rivals": ("bits a weight, all counted", 1, None),
+        "formats": ("bits a weight, all counted", 1, None),
     }
     found = figures_of_grids(tmp_path)
     assert set(found) == set(wanted)

@@ -216,6 +216,10 @@ def test_the_form_builds_the_grid_of_its_controls(workplace):
     assert "empty" in form._plan.value and form.run.disabled
     form.controls["rank"].value = (4,)
     assert not form.run.disabled
+    form.controls["grid"].value = ("integer", "fp8", "mxfp4")
+    form.controls["bits"].value = (3,)  # of the integers
+    found = {(r.compressor, r.base) for r in (cell.recipe for cell in expand(form.grid))}
+    assert found == {("rtn", "rtn 3-bit g32"), ("rtn", "rtn fp8"), ("rtn", "rtn mxfp4"), ("wanda", "wanda 2:4")}
 
 
 def test_the_form_runs_stops_and_goes_on(workplace):

@@ -13,7 +13,6 @@ q8_0    8-bit integers, groups of 32, float16 scale
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -47,13 +46,10 @@ Weights = Float[Tensor, "*weight"]
 Codes = Shaped[Tensor, "*weight"]
 
 
-@dataclass(frozen=True)
 class FormatGrid(RoundingGrid):
     """W^ = levels[code] * scale / tensor_scale. It is fitted as the scales, before they are stored.
 
     reciprocal: weights are multiplied by 1 / scale before they are rounded, and not divided by the scale.
-    mse: see `Grid`; ranges larger than that of the weights are tried, too.
-    tensor_scale: see `CodebookWeight`; None: the format has none.
     """
 
     levels: ClassVar[Tensor]
@@ -62,8 +58,12 @@ class FormatGrid(RoundingGrid):
     reciprocal = False
     shrinks = (2.0, 1.5, *SHRINKS)
 
-    mse: bool = False
-    tensor_scale: Float32[Tensor, "1"] | None = None
+    def __init__(self, mse: bool = False, tensor_scale: Float32[Tensor, "1"] | None = None):
+        """mse: see `Grid`; ranges larger than that of the weights are tried, too.
+
+        tensor_scale: see `CodebookWeight`; None: the format has none.
+        """
+        self.mse, self.tensor_scale = mse, tensor_scale
 
     @classmethod
     def of(cls, weight: Float[Tensor, "out in"], mse: bool) -> "FormatGrid":
@@ -100,11 +100,15 @@ class FormatGrid(RoundingGrid):
             scale = scale / self.tensor_scale
         return 1 / torch.where(scales.abs() < SMALLEST, SMALLEST, scales) if self.reciprocal else scale, scale
 
-    def nearest(self, weight: Weights, unit: Shaped[Tensor, "*groups"], _: Tensor) -> Codes:  # type: ignore[override]
+    def nearest(  # type: ignore[override]
+        self, weight: Weights, unit: Shaped[Tensor, "*groups"], _: Shaped[Tensor, "*groups"]
+    ) -> Codes:
         """The codes of the nearest levels."""
         return self.code(weight * unit if self.reciprocal else weight / unit)
 
-    def points(self, codes: Codes, _: Tensor, scale: Shaped[Tensor, "*groups"]) -> Weights:  # type: ignore[override]
+    def points(  # type: ignore[override]
+        self, codes: Codes, _: Shaped[Tensor, "*groups"], scale: Shaped[Tensor, "*groups"]
+    ) -> Weights:
         """What codes stand for."""
         return self.levels.to(scale.device)[codes.int()] * scale
 

@@ -119,11 +119,9 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
         bits, group_size = settle(**self.base_settings())
         object.__setattr__(self, "bits", bits)
         object.__setattr__(self, "group_size", group_size)
-        able = [name for name, one in COMPRESSORS.items() if takes_formats(one)]
-        if self.grid != INTEGER and self.compressor not in able:
-            raise EoraLabError(
-                f"{self.compressor} cannot round to {self.grid}: use {' or '.join(able)}, or leave grid out"
-            )
+        if self.grid != INTEGER and not takes_formats(COMPRESSORS[self.compressor]):
+            able = " or ".join(name for name, one in COMPRESSORS.items() if takes_formats(one))
+            raise EoraLabError(f"{self.compressor} cannot round to {self.grid}: use {able}, or leave grid out")
         if self.prunes != bool(self.sparsity):
             raise EoraLabError(
                 f"{self.compressor} needs a sparsity, such as 2:4"

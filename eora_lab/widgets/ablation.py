@@ -9,7 +9,8 @@ import ipywidgets
 import traitlets
 
 from eora_lab.compensate import SOLVERS
-from eora_lab.compress import PRUNERS, QUANTISERS
+from eora_lab.compress import GRIDS, PRUNERS, QUANTISERS
+from eora_lab.compress.format_grids import INTEGER
 from eora_lab.errors import EoraLabError
 from eora_lab.experiment.cells import DENSE
 from eora_lab.experiment.store import ResultStore
@@ -19,7 +20,7 @@ from eora_lab.run.plugins import plugin_of
 from eora_lab.widgets.table import html_table, interesting
 
 METHODS = ("none", "svd", "act_s", "qera_approx", "eora")  # and those of plugins
-SEVERAL = ("compressor", "bits", "method", "rank")  # settings with several values, each an axis of the grid
+SEVERAL = ("compressor", "grid", "bits", "method", "rank")  # settings with several values, each an axis of the grid
 NUMBERS = {"group_size": 64, "nsamples": 16, "seqlen": 512, "windows": 10, "window_length": 512}
 TEXTS = {"model": "smollm2-135m", "source": "pydoc", "perplexity": "pydoc:heldout"}
 WIDTH = {"width": "19em"}
@@ -81,8 +82,12 @@ class AblationForm(ipywidgets.VBox):
         grid = [{"compressor": DENSE} | evaluation] if self.dense.value else []
         quantisers = [name for name in values["compressor"] if name in QUANTISERS]
         pruners = [name for name in values["compressor"] if name in PRUNERS]
-        if quantisers:
+        formats = [name for name in values.pop("grid") if name != INTEGER]
+        if quantisers and INTEGER in self.controls["grid"].value:
             grid.append(values | {"compressor": quantisers})
+        if quantisers and formats:  # which have bits and groups of their own
+            free = {name: value for name, value in values.items() if name not in ("bits", "group_size")}
+            grid.append(free | {"compressor": quantisers, "grid": formats})
         if pruners:
             grid.append({"sparsity": "2:4"} | values | {"compressor": pruners, "bits": 16})
         return grid
@@ -167,7 +172,7 @@ def make_controls() -> dict[str, ipywidgets.ValueWidget]:
     style = {"description_width": "8em"}
     controls: dict[str, ipywidgets.ValueWidget] = {}
     added = [name for name in SOLVERS if plugin_of("SOLVERS", name)]
-    choices: dict[str, tuple] = {"compressor": (*QUANTISERS, *PRUNERS), "bits": (2, 3, 4)}
+    choices: dict[str, tuple] = {"compressor": (*QUANTISERS, *PRUNERS), "grid": (INTEGER, *GRIDS), "bits": (2, 3, 4)}
     choices |= {"method": (*METHODS, *added), "rank": (4, 8, 16, 32, 64, 128)}
     for name, options in choices.items():
         shown = [(method_name(value), value) for value in options] if name == "method" else options
