@@ -9,8 +9,9 @@ import transformers
 
 from eora_lab import EoraLabError, load_model, load_run
 from eora_lab.cli import main
-from eora_lab.formats.adapter_check import check_adapter, fix_adapter, renamed_by_peft
+from eora_lab.formats.adapter_check import check_adapter, fix_adapter
 from eora_lab.formats.fused import fused_linears, one_by_one, whole
+from eora_lab.formats.loaders.peft import renamed_by_peft
 from eora_lab.formats.names import Factors
 from eora_lab.formats.peft import adapter_factors, read_adapter, read_files, write_adapter
 from eora_lab.layer.linear import compensated
