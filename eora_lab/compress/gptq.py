@@ -28,7 +28,7 @@ def gptq(
     """
     grid, in_features = Grid(**settings), weight.shape[1]
     group_size = check_grid(in_features, grid.bits, grid.group_size)
-    power = statistics.second_moment.diagonal()
+    power = statistics.power
     weight = weight.float().masked_fill(power == 0, 0)  # dead input channels
     order = power.argsort(descending=True, stable=True) if desc_act else torch.arange(in_features, device=power.device)
     group = (order // group_size).tolist()

@@ -84,7 +84,7 @@ def fit_layer(name: str, weight: Float[Tensor, "out in"], statistics: InputStati
         fit = Fit(compressed, error, low_rank, shrinkage)
         if rounds > 1:
             path = low_rank.dense()
-            loss = output_energy(error - path, statistics.second_moment)
+            loss = output_energy(error - path, statistics.metric)
             if best and loss >= lowest:
                 break
             target, lowest = weight.float() - path, loss
