@@ -58,7 +58,9 @@ class Export:
                 print(f"{short} factors are F16: their rows are no multiples of 32, which Q8_0 needs")
             text = card.card_text(settings, report, made_for, {"llama.cpp": card.GGUF})
             card.write_card(self.output.with_suffix(".md"), text)
-            print(f"wrote {self.output}: llama-server -m BASE.gguf {shlex.join(['--lora', str(self.output)])}")
+            base = str(settings.get("checkpoint", ""))
+            base = base if base.endswith(".gguf") else "BASE.gguf"
+            print(f"wrote {self.output}: try  {shlex.join(['llama-server', '-m', base, '--lora', str(self.output)])}")
             return
         made_for = run_made_for(self.run_folder, {"export": self.universal if self.format == "peft" else self.format})
         if self.format == "mlx":

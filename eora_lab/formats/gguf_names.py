@@ -1,4 +1,4 @@
-"""What llama.cpp's conversion makes of a model: names of its architecture and of each tensor, and the order of rows."""
+"""What llama.cpp's conversion makes of a model: names of its architecture and its tensors, and the order of rows."""
 
 import re
 from dataclasses import dataclass
@@ -71,7 +71,7 @@ class GgufNames:
         return name
 
     def permuted(self, name: str, rows: Shaped[Tensor, "out ..."]) -> Shaped[Tensor, "out ..."]:
-        """Rows of that tensor as the file has them: of each head in pairs, the first half's and the second half's."""
+        """Rows of that tensor as the file has them: pairs in each head, the first half's beside the second half's."""
         heads = self._moved(name)
         return rows if heads is None else rows.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 

@@ -156,7 +156,9 @@ def _read_gguf(path: Path) -> Entries:
     except Exception as error:  # the reader raises whatever it stumbles over in a damaged file
         raise EoraLabError(f"cannot read {path} as an imatrix: {one_line(error)}") from error
     if kind != "imatrix":
-        raise EoraLabError(f"{path} is no imatrix, but a GGUF file of type {kind or 'model'}: make one with llama-imatrix")
+        raise EoraLabError(
+            f"{path} is no imatrix, but a GGUF file of type {kind or 'model'}: make one with llama-imatrix"
+        )
     entries: Entries = {}
     for key, sums in tensors.items():
         if not key.endswith(SUMS):
