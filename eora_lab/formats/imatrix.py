@@ -1,7 +1,7 @@
 """Importance matrices of llama.cpp: E[x²] of every input channel of every weight, as llama-imatrix measures them.
 
 A GGUF file of type "imatrix" has for each tensor T of a model `T.in_sum2` (matrices, in), sums of x² over tokens, and
-`T.counts` (matrices, 1), how many tokens; an expert is a matrix. The older form (.dat) has mean values times a number of
+`T.counts` (matrices, 1), how many tokens; an expert is a matrix. The older form (.dat) has means times a number of
 chunks. Both are read, the first is written; llama-quantize takes it (--imatrix).
 Source: tools/imatrix/imatrix.cpp of llama.cpp, October 2026.
 """
@@ -15,43 +15,50 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eora_lab.calibrate.statistics import InputStatistics
+from eora_lab.calibrate.statistics import CHANNELS_A_TOKEN, InputStatistics
 from eora_lab.errors import EoraLabError, one_line
 from eora_lab.files import write_atomically
 from eora_lab.formats.fused import fused_linears
 from eora_lab.formats.gguf_names import GgufNames, of_all_experts
 from eora_lab.model.structure import block_linears
+from eora_lab.model.unfold import unfold
 
 SUMS, COUNTS = ".in_sum2", ".counts"
+DAT_CHUNK = 512  # tokens of a chunk, which the older form does not say: llama-imatrix's default
 Entries = dict[str, tuple[Float[Tensor, "matrices in"], Float[Tensor, " matrices"]]]  # tensor -> (E[x²], tokens)
 
 
 def read_imatrix(path: Path | str, model: nn.Module) -> dict[str, InputStatistics]:
     """Statistics of the linears of a model that a file knows: module name -> the diagonal of S.
 
-    What the model's gate and up projections share, and its q, k and v, has an object for each.
-    Experts that saw no token get the mean of those that did, as no statistics would be zero.
+    An expert that saw few tokens is drawn towards the mean of all experts of its layer, as if so many of their tokens
+    were its own as it has inputs (see `eora_lab.calibrate.experts`).
 
-    model: with its experts unfolded; without weights will do (`load_skeleton`).
+    model: its experts are unfolded in place; without weights will do (`load_skeleton`).
     Raises EoraLabError when the file cannot be read or is of another model, and for a model type whose names in GGUF
     files are not known.
     """
-    path, entries = Path(path), _read(Path(path))
-    linears, found = block_linears(model), {}
-    for name, places in _places(model).items():
-        given = [(entries[tensor], index) for tensor, index in places if tensor in entries]
-        if not given:
+    unfold(model)
+    path, linears, places = Path(path), block_linears(model), _places(model)
+    entries = _read(path)
+    matrices: dict[str, int] = {}
+    for several in places.values():
+        for tensor, index in several:
+            matrices[tensor] = max(index + 1, matrices.get(tensor, 0))
+    found = {}
+    for name, several in places.items():
+        tensor, index = next(((tensor, index) for tensor, index in several if tensor in entries), ("", 0))
+        if not tensor:
             continue
-        (means, tokens), index = given[0]
-        if means.shape[1] != linears[name].in_features or index >= len(means):
+        (means, tokens), width = entries[tensor], linears[name].in_features
+        if means.numel() != matrices[tensor] * width:
             raise EoraLabError(
-                f"{path} is of another model: {places[0][0]} has {len(means)} x {means.shape[1]} values, and {name} "
-                f"{linears[name].in_features} inputs"
+                f"{path} is of another model: it has {means.numel()} values of {tensor}, and this one "
+                f"{matrices[tensor]} x {width}"
             )
-        found[name] = _statistics(name, means, tokens, index)
+        found[name] = _statistics(name, means.view(-1, width), tokens.expand(matrices[tensor]), index)
     if not found:
-        example = next(iter(entries), "nothing")
-        raise EoraLabError(f"{path} is of another model: it holds {example} and knows none of this model's linears")
+        raise EoraLabError(f"{path} is of another model: it holds {next(iter(entries), 'nothing')}, which is not in it")
     return found
 
 
@@ -72,6 +79,7 @@ def write_imatrix(
     """
     import gguf
 
+    unfold(model)
     path = Path(path)
     sums: dict[str, dict[int, tuple[Tensor, float]]] = {}
     for name, places in _places(model).items():
@@ -110,7 +118,11 @@ def write_imatrix(
 def _places(model: nn.Module) -> dict[str, list[tuple[str, int]]]:
     """Module name -> tensors of a GGUF file that have its inputs, and which of their matrices it is."""
     names, fused = GgufNames(model), fused_linears(model)
-    parts = {name: (parts, index) for each in fused for index, (name, parts) in enumerate(_zip(each))}
+    parts = {
+        name: (parts, index)
+        for each in fused
+        for index, (name, parts) in enumerate(zip(each.names(), each.parts, strict=True))
+    }
     places: dict[str, list[tuple[str, int]]] = {}
     for name in block_linears(model):
         several, index = parts.get(name, (None, 0))
@@ -120,16 +132,19 @@ def _places(model: nn.Module) -> dict[str, list[tuple[str, int]]]:
     return places
 
 
-def _zip(fused):
-    return zip(fused.names(), fused.parts, strict=True)
-
-
-def _statistics(name: str, means: Tensor, tokens: Tensor, index: int) -> InputStatistics:
+def _statistics(
+    name: str, means: Float[Tensor, "matrices in"], tokens: Float[Tensor, " matrices"], index: int
+) -> InputStatistics:
     """Of one matrix of a tensor."""
-    if tokens[index] > 0:
-        return InputStatistics.from_power(means[index].contiguous(), int(tokens[index]), name)
-    mean = (means * tokens[:, None]).sum(0) / tokens.sum().clamp_min(1)
-    return InputStatistics.from_power(mean, 0, name)
+    own, count, channels = means[index].contiguous(), float(tokens[index]), means.shape[1]
+    pool = 0.0
+    if len(means) > 1 and count < channels / CHANNELS_A_TOKEN:
+        pool = min(float(channels), float(tokens.sum()))
+        layer = (means * tokens[:, None]).sum(0) / tokens.sum().clamp_min(1)
+        own = (count * own + pool * layer) / max(count + pool, 1.0)
+    statistics = InputStatistics.from_power(own, int(count), name)
+    statistics.pooled_tokens = pool
+    return statistics
 
 
 def _read(path: Path) -> Entries:
@@ -175,12 +190,13 @@ def _read_gguf(path: Path) -> Entries:
 
 
 def _read_dat(path: Path) -> Entries:
-    """The older form; the matrices of experts are told apart by the model, and tokens are not in it."""
+    """The older form: the matrices of experts lie in one row, and have one number of chunks."""
     entries: Entries = {}
     try:
         data = path.read_bytes()
         for tensor, chunks, values in _records(data):
-            entries[tensor] = torch.from_numpy(values / max(chunks, 1))[None], torch.tensor([float(max(chunks, 0))])
+            means, tokens = torch.from_numpy(values / max(chunks, 1)), float(max(chunks, 0) * DAT_CHUNK)
+            entries[tensor] = means[None], torch.tensor([tokens])
     except (struct.error, ValueError, UnicodeDecodeError) as error:
         raise EoraLabError(f"{path} is no imatrix, or damaged ({one_line(error)}): copy it again") from error
     return entries
