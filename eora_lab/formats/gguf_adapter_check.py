@@ -13,16 +13,19 @@ import numpy as np
 from eora_lab.errors import EoraLabError, one_line
 from eora_lab.formats.loaders.given import some
 
-LATENT = r"attn_(q_a|q_b|kv_a_mqa|k_b)"  # projections of multi-head latent attention
+LATENT = r"attn_(q|q_a|q_b|kv_a_mqa|kv_b|k_b|v_b)|indexer\.\w+"  # of multi-head latent attention
+DELTA = r"ssm_(beta|f_a|f_b|g|g_a|g_b)"  # of linear attention
 PLAIN = {  # general.architecture -> tensors that its graph multiplies without asking for adapters
-    **dict.fromkeys(("deepseek2", "deepseek2-ocr", "deepseek32", "glm-dsa", "glm5-next", "hy-v4"), LATENT),
-    **dict.fromkeys(("dots3note", "minicpm3", "plm"), LATENT),
-    "deepseek4": r"attn_output_a|attn_wo_a",
-    "kimi-linear": r"attn_\w+|ssm_\w+",
-    "kimi-k3": r"attn_\w+|ssm_\w+|ffn_(up|gate|down)(_shexp)?",
-    "bailingmoe3": r"attn_\w+",
-    **dict.fromkeys(("nemotron_h", "nemotron_h_moe"), r"ffn_latent_\w+"),
-    **dict.fromkeys(("rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"), r"(time|channel)_mix_\w+"),
+    **dict.fromkeys(("deepseek2", "deepseek32", "dots3note", "glm-dsa", "minicpm3", "mistral4", "plm"), LATENT),
+    "deepseek4": r"attn_output_a",
+    "hy_v4": rf"{LATENT}|attn_gate",
+    "glm5-next": rf"{LATENT}|{DELTA}|attn_output",
+    "bailingmoe3": rf"{DELTA}|attn_\w+",
+    "kimi-linear": rf"{DELTA}|attn_\w+",
+    "kimi-k3": rf"{DELTA}|attn_\w+|ffn_(up|gate|down)(_shexp)?|ffn_routed_(up|down)",
+    **dict.fromkeys(("nemotron_h", "nemotron_h_moe"), r"ffn_latent_(up|down)"),
+    **dict.fromkeys(("rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"), r"time_mix_(decay_)?[agvw][12]"),
+    "granite-switch": r"attn_qkv",
 }
 HALF = re.compile(r"(.+)\.lora_([ab])")
 
