@@ -11,6 +11,7 @@ from eora_lab.formats.checkpoint import Checkpoint, quantization
 from eora_lab.formats.dense import write_dense
 from eora_lab.formats.gguf_checkpoint import GgufCheckpoint, is_gguf
 from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, is_gptq, write_checkpoint
+from eora_lab.formats.imatrix import read_imatrix, write_imatrix
 from eora_lab.formats.peft import read_adapter, read_files, write_adapter
 
 __all__ = [
@@ -25,9 +26,11 @@ __all__ = [
     "read_adapter",
     "read_checkpoint",
     "read_files",
+    "read_imatrix",
     "write_adapter",
     "write_checkpoint",
     "write_dense",
+    "write_imatrix",
 ]
 
 

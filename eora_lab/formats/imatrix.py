@@ -67,14 +67,15 @@ def write_imatrix(
     statistics: Mapping[str, InputStatistics],
     model: nn.Module,
     dataset: str = "",
-    chunks: int = 0,
+    chunks: int = 1,
     chunk_size: int = 0,
 ) -> int:
     """Write statistics of a model's linears as an imatrix. Returns how many tensors it holds.
 
     statistics: from `collect_statistics`. Where those of several linears are of one tensor (gate and up of an expert)
                 they are the same.
-    dataset, chunks, chunk_size: what they were measured on, how many sequences, tokens a sequence: kept in the file.
+    dataset, chunks, chunk_size: what they were measured on, how many sequences, tokens a sequence: kept in the file,
+                which has to have them. Without a chunk_size, it is the number of tokens.
     Raises EoraLabError for a model type whose names in GGUF files are not known, and when there is nothing to write.
     """
     import gguf
@@ -97,7 +98,8 @@ def write_imatrix(
         writer.add_type("imatrix")
         writer.add_array("imatrix.datasets", [dataset])
         writer.add_uint32("imatrix.chunk_count", chunks)
-        writer.add_uint32("imatrix.chunk_size", chunk_size)
+        tokens_seen = max(int(tokens) for rows in sums.values() for _, tokens in rows.values())
+        writer.add_uint32("imatrix.chunk_size", chunk_size or max(tokens_seen, 1))
         for tensor, rows in sorted(sums.items()):
             width = len(next(iter(rows.values()))[0])
             count = max(rows) + 1

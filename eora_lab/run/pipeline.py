@@ -156,8 +156,9 @@ def _walk(
     recipe, blocks = steps.recipe, decoder_blocks(model)
     ranks = recipe.ranks(model, left) if ranks is None else ranks
     original = recipe.inputs == "original"
-    told = tokens is None or statistics is not None
-    stream = None if told else BlockStream(model, tokens, recipe.held_out, contract)
+    stream = None
+    if tokens is not None and statistics is None:
+        stream = BlockStream(model, tokens, recipe.held_out, contract)
     reports: list[LayerReport] = []
     bar = tqdm(blocks.items(), desc="compress", unit="block", disable=not progress, leave=False)
     for index, (prefix, block) in enumerate(bar):
