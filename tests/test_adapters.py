@@ -155,25 +155,36 @@ BROKEN = {
     "no alpha pattern": (ragged, "peft", "scales model.layers.1.self_attn.q_proj by 4, 1 is meant"),
     "alpha pattern unlike": (
         setting(alpha_pattern={"q_proj": 32}),
-        "vllm",
+        "sglang",
         "scales model.layers.0.self_attn.q_proj (and 1 more) by 1, 2 is meant",
     ),
+    "alpha pattern in a converter": (setting(alpha_pattern={"q_proj": 32}), "llama.cpp", "by 1, 2 is meant"),
+    "rslora in a converter": (setting(use_rslora=True), "llama.cpp", "by 1, 4 is meant"),
     "alpha": (setting(lora_alpha=32), "gptqmodel", "by 1, 2 is meant"),
     "rslora": (setting(use_rslora=True), "sglang", "by 1, 4 is meant"),
-    "rank list": (setting(r=24, lora_alpha=24), "vllm", "rank 24 is none of the --max-lora-rank"),
     "rank too high": (setting(r=600, lora_alpha=600), "vllm", "refuses rank 600: at most 512"),
     "rank above r": (setting(r=8, lora_alpha=8), "vllm", "reserves room for rank 8, a layer has 16"),
     "rank in the file": (setting(r=8, lora_alpha=8), "peft", "rank 16 in the file, 8 in the configuration"),
     "uneven ranks": (ragged, "sglang", "q_proj has 4"),
     "no q": (without("q_proj"), "sglang", "layers.0.self_attn (and 1 more) lacks q_proj"),
-    "no up": (without("1.mlp.up_proj"), "sglang", "model.layers.1.mlp lacks up_proj"),
+    "no v": (without("1.self_attn.v_proj"), "sglang", "model.layers.1.self_attn lacks v_proj"),
+    "no gate": (without("1.mlp.gate_proj"), "sglang", "model.layers.1.mlp lacks gate_proj"),
+    "targets by a pattern": (setting(target_modules=".*_proj"), "sglang", "refuses target_modules '.*_proj'"),
     "missing module": (without("1.mlp.down_proj"), "gptqmodel", "model.layers.1.mlp.down_proj has none"),
     "missing half": (without("1.mlp.down_proj.lora_B"), "any", "missing of model.layers.1.mlp.down_proj"),
     "untargeted": (setting(target_modules=["q_proj"]), "peft", "ignores"),
     "no target": (setting(target_modules=None), "vllm", "needs target_modules"),
-    "modules_to_save": (setting(modules_to_save=["lm_head"]), "vllm", "refuses modules_to_save"),
+    "modules_to_save": (setting(modules_to_save=["lm_head"]), "vllm", "refuses modules_to_save (lm_head)"),
     "dora": (setting(use_dora=True), "vllm", "refuses DoRA"),
+    "dora in sglang": (setting(use_dora=True), "sglang", "refuses DoRA"),
+    "dora in gptqmodel": (setting(use_dora=True), "gptqmodel", "ignores DoRA's magnitudes"),
     "bias": (setting(bias="all"), "vllm", "refuses biases"),
+    "lora_bias": (setting(lora_bias=True), "vllm", "refuses biases in an adapter (lora_bias)"),
+    "activated": (setting(alora_invocation_tokens=[1]), "vllm", "refuses activated LoRA"),
+    "replication": (setting(layer_replication=[[0, 2]]), "vllm", "refuses layer_replication"),
+    "block-diagonal": (setting(use_bdlora={"q_proj": 2}), "vllm", "refuses block-diagonal LoRA"),
+    "QA-LoRA": (setting(use_qalora=True), "vllm", "refuses QA-LoRA"),
+    "PiSSA": (setting(init_lora_weights="pissa"), "vllm", "refuses init_lora_weights 'pissa'"),
     "unknown key": (added(f"{Q}.lora_magnitude_vector", torch.ones(64)), "any", "is no lora_A or lora_B matrix"),
     "unknown module": (
         added("base_model.model.model.layers.7.mlp.up_proj.lora_A.weight", torch.ones(16, 64)),
@@ -192,6 +203,28 @@ BROKEN = {
         "is spelt otherwise in the model (model.layers.0.self_attn.q_proj)",
     ),
 }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        setting(rank_pattern={"q_proj": 16}, alpha_pattern={"q_proj": 16}),
+        setting(modules_to_save=["score"], init_lora_weights="gaussian"),
+        without("1.mlp.up_proj", "1.self_attn.k_proj"),
+        ragged,
+    ],
+)
+def test_what_vllm_takes_is_not_named(universal, shapes, change):
+    tensors, config, _ = universal
+    change(tensors, config)
+    config["alpha_pattern"] = config["rank_pattern"]
+    assert [f for f in check_adapter(tensors, config, shapes) if f.loader == "vllm"] == []
+
+
+def test_sglang_fills_in_k_and_up(universal, shapes):
+    tensors, config, _ = universal
+    without("1.mlp.up_proj", "1.self_attn.k_proj")(tensors, config)
+    assert [f for f in check_adapter(tensors, config, shapes) if f.loader == "sglang"] == []
 
 
 @pytest.mark.parametrize("name", BROKEN)
@@ -220,7 +253,7 @@ def test_a_ragged_run_is_named_on_the_command_line_and_mended(place, tmp_path, c
     adapter = str(tmp_path / "run" / "adapter")
     assert main(["adapter", "check", adapter]) == 1
     out, err = capsys.readouterr()
-    assert "sglang: older versions need rank 10" in out and "gptqmodel: needs both halves" in out
+    assert "sglang: needs rank 10" in out and "vllm" not in out and "gptqmodel: needs both halves" in out
     assert err.startswith("eora-lab: ") and "--fix" in err
     assert main(["adapter", "check", adapter, "--fix", str(tmp_path / "fixed")]) == 0
     assert "at rank 16" in capsys.readouterr().out

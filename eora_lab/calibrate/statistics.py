@@ -20,7 +20,8 @@ CHANNELS_A_TOKEN = 32  # below in_features / 32 tokens, GPTQ no longer beats rou
 class InputStatistics:
     """Running means over tokens of one input.
 
-    second_moment: S = E[x xᵀ], (in_features, in_features) float32, not centred.
+    second_moment: S = E[x xᵀ], (in_features, in_features) float32, not centred. Raises EoraLabError where only its
+                   diagonal is known (`from_power`).
     mean_abs:      m = E|x|, (in_features,) float32.
     tokens:        how many tokens were seen; every token weighs the same, however they were batched.
     pooled_tokens: tokens of other experts that are mixed in, where this is one of a mixture.
@@ -31,7 +32,8 @@ class InputStatistics:
         self.name = name
         self.tokens = 0
         self.pooled_tokens = 0.0
-        self.second_moment = torch.zeros(in_features, in_features, device=device)
+        self._second_moment: Tensor | None = torch.zeros(in_features, in_features, device=device)
+        self._power: Tensor | None = None
         self.mean_abs = torch.zeros(in_features, device=device)
         self.held_out: InputStatistics | None = None
         self._root: Tensor | None = None
@@ -46,6 +48,44 @@ class InputStatistics:
         statistics.tokens = 1
         return statistics
 
+    @classmethod
+    def from_power(cls, power: Float[Tensor, " in"], tokens: int = 1, name: str = "input") -> "InputStatistics":
+        """Wrap E[x²] of every channel, the diagonal of S, of which nothing else is known. E|x| is as above."""
+        statistics = cls(0, name=name)
+        statistics._second_moment, statistics._power = None, power.float()
+        statistics.mean_abs = (statistics._power * (2 / torch.pi)).sqrt()
+        statistics.tokens = tokens
+        return statistics
+
+    @property
+    def second_moment(self) -> Float[Tensor, "in in"]:
+        """S, as said above."""
+        if self._second_moment is None:
+            raise EoraLabError(
+                "only E[x²] of every input channel is known here (an imatrix), and this needs E[x xᵀ]: take a method "
+                "that needs no more, such as qera_approx, or measure the inputs"
+            )
+        return self._second_moment
+
+    @second_moment.setter
+    def second_moment(self, second_moment: Float[Tensor, "in in"]) -> None:
+        self._second_moment, self._power = second_moment, None
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether no more than the diagonal of S is known."""
+        return self._second_moment is None
+
+    @property
+    def power(self) -> Float[Tensor, " in"]:
+        """E[x²] of every channel, the diagonal of S."""
+        return self.second_moment.diagonal() if self._power is None else self._power
+
+    @property
+    def metric(self) -> Float[Tensor, "*in in"]:
+        """What errors are measured in, see `output_energy`: S, or its diagonal where no more is known."""
+        return self.second_moment if self._power is None else self._power
+
     def or_identity(self, held_out: bool) -> "InputStatistics":
         """These statistics, or S = I where too few tokens were seen to tell S from noise.
 
@@ -56,6 +96,8 @@ class InputStatistics:
         enough = tokens >= self.in_features / CHANNELS_A_TOKEN and tokens
         if enough and (self.held_out or not held_out):
             return self
+        if self.diagonal:
+            return InputStatistics.from_power(torch.ones_like(self.power))
         identity = InputStatistics.from_second_moment(torch.eye(self.in_features, device=self.second_moment.device))
         identity.held_out = identity if held_out else None
         return identity
@@ -145,6 +187,10 @@ def all_finite(matrix: Shaped[Tensor, "..."]) -> bool:
     return bool(torch.isfinite(matrix.sum()) or torch.isfinite(matrix).all())
 
 
-def output_energy(matrix: Float[Tensor, "out in"], second_moment: Float[Tensor, "in in"]) -> float:
-    """E|M x|² = tr(M S Mᵀ)."""
+def output_energy(
+    matrix: Float[Tensor, "out in"], second_moment: Float[Tensor, "in in"] | Float[Tensor, " in"]
+) -> float:
+    """E|M x|² = tr(M S Mᵀ); of the diagonal (in,) of S alone, as if the channels of x were not correlated."""
+    if second_moment.ndim == 1:
+        return (matrix.square() @ second_moment).sum().item()
     return ((matrix @ second_moment) * matrix).sum().item()

@@ -17,6 +17,7 @@ from eora_lab.cli.evaluate import Evaluate
 from eora_lab.cli.export import Export
 from eora_lab.cli.finetune import Finetune
 from eora_lab.cli.generate import Generate
+from eora_lab.cli.imatrix import Imatrix
 from eora_lab.cli.mend import Mend
 from eora_lab.cli.models import Models
 from eora_lab.cli.paper import Paper
@@ -37,6 +38,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "finetune": Finetune,
     "sweep": Sweep,
     "paper": Paper,
+    "imatrix": Imatrix,
     "models": Models,
     "bench": Bench,
 }

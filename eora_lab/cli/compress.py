@@ -3,7 +3,7 @@
 import shlex
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -41,6 +41,9 @@ class Compress:
     evaluation: Evaluation = field(default_factory=Evaluation)
     evaluate: bool = True
     """measure the perplexity before and after"""
+    imatrix: Path | None = None
+    """importance matrix of the original model, of llama-imatrix or `eora-lab imatrix`: nothing is measured, and
+    compressor and method have to be such that look at channels alone, such as rtn and qera_approx"""
     dtype: Dtype = "float32"
     """type that the model is held in"""
     device: str = "cpu"
@@ -50,19 +53,34 @@ class Compress:
         from eora_lab.model.load import load_model
 
         check_run_folder(self.output)
+        recipe = with_imatrix(self.recipe, self.imatrix, given=False)
         judged = self.evaluation.perplexity if self.evaluate else ()
-        check_inputs(self.model, (self.calibration.text, *judged))
-        check_selection(self.model, self.recipe)
+        check_inputs(self.model, (*(() if self.imatrix else (self.calibration.text,)), *judged))
+        check_selection(self.model, recipe)
         model, tokenizer = load_model(self.model, dtype=self.dtype, device=self.device)
         run_pass(
             model,
             tokenizer,
-            self.recipe,
+            recipe,
             self.output,
             budget=self.budget,
             calibration=self.calibration,
             evaluation=self.evaluation if self.evaluate else None,
+            imatrix=self.imatrix,
         )
+
+
+def with_imatrix(recipe: Recipe, imatrix: Path | None, given: bool) -> Recipe:
+    """The recipe of a pass with an imatrix, if there is one: its inputs are those of the original model.
+
+    Raises EoraLabError when it needs more than an imatrix holds. given: weights come compressed.
+    """
+    from eora_lab.run.fit import check_diagonal
+
+    if imatrix is None:
+        return recipe
+    check_diagonal(recipe, given)
+    return replace(recipe, inputs="original")
 
 
 def run_pass(
@@ -75,22 +93,28 @@ def run_pass(
     calibration: Calibration,
     evaluation: Evaluation | None,
     weights: Mapping | None = None,
+    imatrix: Path | None = None,
 ) -> None:
-    """Compress into the folder `output`, and print the report."""
+    """Compress into the folder `output`, and print the report. imatrix: in place of texts to calibrate on."""
+    from eora_lab.files import file_digest
+    from eora_lab.formats.imatrix import read_imatrix
     from eora_lab.measure.evaluate import perplexities
     from eora_lab.model.start import start_text
     from eora_lab.run.pipeline import compress_model
 
+    statistics = read_imatrix(imatrix, model) if imatrix else None
     begun = start_text(tokenizer)
     say_start(begun)
     windows = evaluation.tokens(tokenizer) if evaluation else {}
+    measured = {"imatrix": imatrix.name, "imatrix_sha256": file_digest(imatrix)} if imatrix else asdict(calibration)
     report = compress_model(
         model,
-        calibration.batches(model, tokenizer),
+        None if imatrix else calibration.batches(model, tokenizer),
         recipe,
         ranks=budget,
         folder=output,
-        notes=asdict(calibration) | ({"bos": begun} if begun else {}),
+        notes=measured | ({"bos": begun} if begun else {}),
+        statistics=statistics,
         weights=weights,
         judge=(lambda one: perplexities(one, windows, progress=True)) if evaluation else None,
     )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from eora_lab.cli.compress import run_pass
+from eora_lab.cli.compress import run_pass, with_imatrix
 from eora_lab.cli.early import check_inputs, check_run_folder
 from eora_lab.model import Dtype
 from eora_lab.run.budget import Budget
@@ -38,6 +38,9 @@ class Mend:
     evaluation: Evaluation = field(default_factory=Evaluation)
     evaluate: bool = True
     """measure the perplexity before and after"""
+    imatrix: Path | None = None
+    """importance matrix of the original model, of llama-imatrix or `eora-lab imatrix`: nothing is measured, and the
+    method has to be one that looks at channels alone, such as qera_approx"""
     dtype: Dtype = "float32"
     """type that the model is held in"""
     device: str = "cpu"
@@ -50,8 +53,8 @@ class Mend:
         checkpoint = read_checkpoint(self.checkpoint, self.format)
         check_run_folder(self.output)
         judged = self.evaluation.perplexity if self.evaluate else ()
-        check_inputs(self.model, (self.calibration.text, *judged))
-        recipe = Recipe(**asdict(self.path), **asdict(self.measured))
+        recipe = with_imatrix(Recipe(**asdict(self.path), **asdict(self.measured)), self.imatrix, given=True)
+        check_inputs(self.model, (*(() if self.imatrix else (self.calibration.text,)), *judged))
         model, tokenizer = load_model(self.model, dtype=self.dtype, device=self.device)
         run_pass(
             model,
@@ -62,4 +65,5 @@ class Mend:
             calibration=self.calibration,
             evaluation=self.evaluation if self.evaluate else None,
             weights=checkpoint,
+            imatrix=self.imatrix,
         )

@@ -10,4 +10,4 @@ from eora_lab.compensate.projection import principal_errors
 
 def qera_approx(residual: Float[Tensor, "out in"], statistics: InputStatistics, rank: int) -> LowRank:
     """SVD of R diag(s) with s = sqrt(E[x²]), then A divided by s. Metric diag(S)."""
-    return principal_errors(residual, statistics.second_moment.diagonal(), rank)
+    return principal_errors(residual, statistics.power, rank)

@@ -29,7 +29,7 @@ def gptq(
         columns come as they are, and a group's grid is fitted to its weights as they stand when it is reached.
     damp_percent: see `inverse_factor`. settings: of `Grid`; its search weighs errors by E[x²].
     """
-    power = statistics.second_moment.diagonal()
+    power = statistics.power
     weight = weight.float().masked_fill(power == 0, 0)  # dead input channels
     chosen, in_features = choose(weight, grid, **settings), weight.shape[1]
     group_size = check_grid(in_features, chosen.bits, chosen.group_size)

@@ -33,7 +33,7 @@ def sparsegpt(
     """
     grid, pattern, in_features = Grid(**settings), Sparsity.parse(sparsity), weight.shape[1]
     pattern.check(in_features)
-    power = statistics.second_moment.diagonal()
+    power = statistics.power
     columns = weight.float().masked_fill(power == 0, 0).T.contiguous()  # (in, out), dead input channels zero
     factor = inverse_factor(statistics.second_moment, damp_percent)
     cost = factor.diagonal() ** -2  # of an error of 1 in every column, once the later ones have made up for it

@@ -19,5 +19,5 @@ def wanda(weight: Float[Tensor, "out in"], statistics: InputStatistics, *, spars
     """
     pattern, weight = Sparsity.parse(sparsity), weight.float()
     pattern.check(weight.shape[1])
-    score = weight.abs() * statistics.second_moment.diagonal().sqrt()
+    score = weight.abs() * statistics.power.sqrt()
     return store(weight, pattern.keep(score, by_row=True), Grid(**grid))

@@ -16,6 +16,7 @@ from eora_lab.formats.dense import write_dense
 from eora_lab.formats.fp8_checkpoint import Fp8Checkpoint
 from eora_lab.formats.gguf_checkpoint import GgufCheckpoint, is_gguf
 from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, is_gptq, write_checkpoint
+from eora_lab.formats.imatrix import read_imatrix, write_imatrix
 from eora_lab.formats.modelopt_checkpoint import ModelOptCheckpoint, is_modelopt
 from eora_lab.formats.mxfp4_checkpoint import Mxfp4Checkpoint
 from eora_lab.formats.peft import read_adapter, read_files, write_adapter
@@ -40,10 +41,12 @@ __all__ = [
     "read_adapter",
     "read_checkpoint",
     "read_files",
+    "read_imatrix",
     "write_adapter",
     "write_checkpoint",
     "write_compressed_tensors",
     "write_dense",
+    "write_imatrix",
 ]
 
 

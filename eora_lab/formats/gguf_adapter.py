@@ -13,41 +13,65 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, unknown
 from eora_lab.files import write_atomically
 from eora_lab.formats.fused import Fused, fused_linears
 from eora_lab.formats.gguf_names import GgufNames, of_all_experts
+from eora_lab.formats.made_for import MadeFor
 from eora_lab.formats.names import Factors
+from eora_lab.formats.peft import in_half
 from eora_lab.formats.peft_experts import of_one_rank
 
+KINDS = ("F16", "F32", "BF16", "Q8_0")  # F16: half the bytes of F32, and what the path of a run is stored in
+HALVES = ("F16", "Q8_0")  # of these, factors have to fit float16
+BLOCK = 32  # weights of a row that Q8_0 gives one scale
 
-def write_gguf_adapter(path: Path | str, factors: Factors, model: nn.Module) -> None:
-    """Write factors by this package's names, as float32; those of rank 0 are left out.
 
-    model: that they belong to, for its architecture and names; without weights will do (`load_skeleton`).
-    Raises EoraLabError for a model type whose conversion is not known, a layer that has no place in a GGUF file, and
-    when every rank is 0.
+def write_gguf_adapter(
+    path: Path | str,
+    factors: Factors,
+    model: nn.Module,
+    kind: str = "F16",
+    made_for: MadeFor | None = None,
+) -> int:
+    """Write factors by this package's names; those of rank 0 are left out.
+
+    model:    that they belong to, for its architecture and names; without weights will do (`load_skeleton`).
+    kind:     how factors are held, see `KINDS`. Q8_0 has blocks of 32 along a row: a half whose rows are no multiple of
+              that (the inputs of the layer, the rank) is held as F16.
+    made_for: which compressed weights it belongs to.
+    Returns how many halves are F16 though Q8_0 was asked for. Raises EoraLabError for a model type whose conversion is
+    not known, a layer that has no place in a GGUF file, factors that do not fit 16 bits, and when every rank is 0.
     """
     import gguf
 
+    if kind not in KINDS:
+        raise unknown("type of factors", kind, KINDS)
     path, tensors = Path(path), {}
+    if kind in HALVES:
+        factors = {module: in_half(A, B, module) if len(A) else (A, B) for module, (A, B) in factors.items()}
     for name, A, B in gguf_factors(factors, model):
         tensors[f"{name}.lora_a"], tensors[f"{name}.lora_b"] = _array(A), _array(B)
     if not tensors:
         raise EoraLabError(f"{path}: there is no low-rank path to write, every rank is 0")
+    short = [name for name, array in tensors.items() if kind == "Q8_0" and array.shape[-1] % BLOCK]
 
     def write(partial: Path) -> None:
         writer = gguf.GGUFWriter(partial, GgufNames(model).architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string("adapter.type", "lora")
+        for key, text in (made_for.metadata() if made_for else {}).items():
+            writer.add_string(key, text)
         for name, array in tensors.items():
-            writer.add_tensor(name, array)
+            held = gguf.GGMLQuantizationType["F16" if name in short else kind]
+            writer.add_tensor(name, gguf.quants.quantize(array, held), raw_dtype=held)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
 
     write_atomically(path, write)
+    return len(short)
 
 
 def gguf_factors(

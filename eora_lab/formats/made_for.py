@@ -14,6 +14,7 @@ from eora_lab.formats.adapter_config import CONFIG
 
 WEIGHTS = "adapter_model.safetensors"
 KEY = "eora_lab"
+CARD = "README.md"  # beside an adapter
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def check_folder(folder: Path, made_for: MadeFor) -> None:
     if not folder.is_dir():
         raise EoraLabError(f"{folder} is a file: choose another output folder")
     found = {path.name for path in folder.iterdir()}
-    if not found or (found <= {CONFIG, WEIGHTS} and WEIGHTS in found and read_made_for(folder) == made_for):
+    if not found or (found <= {CONFIG, WEIGHTS, CARD} and WEIGHTS in found and read_made_for(folder) == made_for):
         return
     what = "another adapter" if CONFIG in found else "a model or a run" if "config.json" in found else "other files"
     raise EoraLabError(f"{folder} holds {what}: choose another output folder")

@@ -6,13 +6,15 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
-from eora_lab.compensate import LowRank, solve
+from eora_lab.compensate import LowRank, solve, store_factors
 from eora_lab.compensate.shrinkage import solve_shrunk
 from eora_lab.compress import COMPRESSORS, Compressed, Grid, residual
+from eora_lab.errors import EoraLabError
 from eora_lab.run.recipe import Recipe
 
 
@@ -23,6 +25,40 @@ def taken(compressor: Callable, given: dict) -> dict:
         rest = parameter.kind is inspect.Parameter.VAR_KEYWORD
         names |= {field.name for field in fields(Grid)} if rest else {parameter.name}
     return {name: value for name, value in given.items() if name in names}
+
+
+def check_statistics(
+    statistics: Mapping[str, InputStatistics] | None, recipe: Recipe, given: bool, batches: bool
+) -> None:
+    """Raise EoraLabError where statistics that were measured before do not do for a recipe.
+
+    given: weights come compressed. batches: there are texts to measure on.
+    """
+    if statistics is None:
+        if not batches:
+            raise EoraLabError("batches are needed where there are no statistics")
+        return
+    if recipe.inputs != "original":
+        raise EoraLabError('statistics measured before are of the original model: pass inputs="original"')
+    if any(one.diagonal for one in statistics.values()):
+        check_diagonal(recipe, given)
+
+
+@torch.no_grad()
+def check_diagonal(recipe: Recipe, given: bool) -> None:
+    """Raise EoraLabError where a recipe needs more than E[x²] of every channel. given: weights come compressed."""
+    width = max(recipe.group_size or 0, 64)
+    weight, statistics, steps = torch.eye(8, width), InputStatistics.from_power(torch.ones(width), width), Steps(recipe)
+    if recipe.held_out:
+        raise EoraLabError("no tokens were held out where only E[x²] is known: leave held_out at 0")
+    try:
+        if not given:
+            steps.compress("", weight, statistics)
+        low_rank, _ = steps.compensate("", weight, statistics, 1)
+        store_factors(low_rank, recipe.factor_bits, (weight, statistics) if recipe.refit else None)
+    except EoraLabError as error:
+        what = recipe.method if given else f"{recipe.compressor} and {recipe.method}"
+        raise EoraLabError(f"{what}: {error}") from error
 
 
 class Steps:
@@ -84,7 +120,7 @@ def fit_layer(name: str, weight: Float[Tensor, "out in"], statistics: InputStati
         fit = Fit(compressed, error, low_rank, shrinkage)
         if rounds > 1:
             path = low_rank.dense()
-            loss = output_energy(error - path, statistics.second_moment)
+            loss = output_energy(error - path, statistics.metric)
             if best and loss >= lowest:
                 break
             target, lowest = weight.float() - path, loss

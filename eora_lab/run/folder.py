@@ -3,7 +3,7 @@
 config.json                  settings, versions, seed: what the run is
 ranks.json                   rank of every layer, where a budget was spread over them
 blocks/000.safetensors ...   packed compressed weights of one decoder block, with its part of the report
-adapter/                     the low-rank path as a PEFT adapter, each layer at its own rank
+adapter/                     the low-rank path as a PEFT adapter, each layer at its own rank, with a card
 report.json                  written last: a folder with a report is complete
 .lock                        held by the process that works here
 """
@@ -30,6 +30,7 @@ from eora_lab.model.digest import TENSORS, files_digest, tensors_digest, tokeniz
 from eora_lab.model.load import as_dtype, load_model, local_path
 from eora_lab.model.structure import linear_at
 from eora_lab.run.adapters import made_for
+from eora_lab.run.card import write_peft_card
 from eora_lab.run.recipe import Selection
 from eora_lab.run.report import LayerReport, Report, layer_report
 
@@ -94,6 +95,7 @@ class RunFolder:
             belongs = made_for(model, "run", str(self.settings.get("weights", "")))
             name = str(self.settings["model"])
             peft.write_adapter(self.path / "adapter", factors, name, made_for=belongs, model=model)
+            write_peft_card(self.path / "adapter", self.settings, report, belongs, model)
         write_report(self.path, report)
 
 

@@ -22,13 +22,14 @@ from eora_lab.compensate.eora import eora
 from eora_lab.compensate.factors import store_factors
 from eora_lab.environment import peak_memory
 from eora_lab.errors import EoraLabError, naming
+from eora_lab.files import add_tensor
 from eora_lab.layer.linear import CompensatedLinear, backends_in_use
 from eora_lab.model.digest import model_digest, origin
 from eora_lab.model.structure import block_linears, decoder, decoder_blocks, linear_at, linears, matrices, model_name
 from eora_lab.model.unfold import unfold
 from eora_lab.model.whole import check_finite
 from eora_lab.run.budget import Budget
-from eora_lab.run.fit import Steps, fit_layer
+from eora_lab.run.fit import Steps, check_statistics, fit_layer
 from eora_lab.run.folder import RunFolder, open_folder
 from eora_lab.run.given import check_given, named_for, origin_of
 from eora_lab.run.ranks import given_ranks, spread
@@ -36,11 +37,13 @@ from eora_lab.run.recipe import Recipe
 from eora_lab.run.report import LayerReport, Report
 from eora_lab.text.batches import Batches, as_tokens
 
+UNTRIED = Contract({}, *[frozenset()] * 4)  # of a model that nothing runs through
+
 
 @torch.no_grad()
 def compress_model(
     model: nn.Module,
-    batches: Batches,
+    batches: Batches | None,
     recipe: Recipe | None = None,
     *,
     ranks: Mapping | Budget | None = None,
@@ -57,13 +60,16 @@ def compress_model(
     Embeddings and lm_head stay as they are, and so do linears whose weight the model reads itself (Mamba's dt_proj) and
     those that the recipe leaves (`Selection`); the report says what was left, and why.
 
-    batches:    calibration token ids (nsamples, seqlen): a tensor, an array, or a list of sequences.
+    batches:    calibration token ids (nsamples, seqlen): a tensor, an array, or a list of sequences. None with
+                `statistics`: then nothing runs through the model, and whether a linear is a plain product to it is not
+                tried.
     recipe:     what to do; `Recipe()` if not given.
     ranks:      in place of one rank for all: a budget that is spread over the layers, with recipe.rank as the average,
                 or module name -> rank (others get rank 0).
     folder:     keep the run there, and resume it from there if it was interrupted.
     notes:      how the batches were made (source, seed, ...), to be kept in the folder's config.json.
-    statistics: of the original model, from `collect_statistics`; they replace the pass, so inputs must be "original".
+    statistics: of the original model, from `collect_statistics` or `read_imatrix`; they replace the pass, so inputs
+                must be "original".
     weights:    module name -> W^ made elsewhere, such as `read_checkpoint` gives, in place of the compressor, whose
                 settings then do not matter. Linears without one stay as they are.
     steps:      who compresses and compensates a layer, in place of the recipe alone (see `Steps`).
@@ -78,11 +84,10 @@ def compress_model(
     came, weights = origin_of(weights), named_for(model, weights)
     recipe.check_fit(model, asked, given=weights)
     chosen = recipe.left(model, weights)
-    batches = as_tokens(model, batches)
+    tokens = None if batches is None else as_tokens(model, batches)
     check_finite(model)
-    if statistics is not None and recipe.inputs != "original":
-        raise EoraLabError('statistics measured before are of the original model: pass inputs="original"')
-    contract = check_blocks(model, batches)
+    check_statistics(statistics, recipe, weights is not None, tokens is not None)
+    contract = UNTRIED if tokens is None else check_blocks(model, tokens)
     left = {*chosen, *contract.left}
     names = block_linears(model).keys() if weights is None else set(weights)
     if names <= left:
@@ -96,7 +101,7 @@ def compress_model(
         about = {"ranks": asked, "budget": budget and asdict(budget)} | asdict(recipe) | (notes or {}) | came
         unused = recipe.base_settings() if came else ()
         about = {key: value for key, value in about.items() if key not in unused}
-        opened = open_folder(folder, about | identity(model, batches))
+        opened = open_folder(folder, about | identity(model, tokens, statistics))
     with opened as run:
         before = judge(model) if judge else {}
         started = time.perf_counter()
@@ -106,7 +111,7 @@ def compress_model(
                 nonlocal statistics
                 found = statistics
                 if found is None:
-                    found = collect_statistics(model, batches, recipe.held_out, progress)
+                    found = collect_statistics(model, tokens, recipe.held_out, progress)
                 if recipe.inputs == "original":
                     statistics = found
                 return spread(model, found, steps, budget, progress, left)
@@ -114,7 +119,7 @@ def compress_model(
             asked = run.planned(plan) if run else plan()
             recipe.check_fit(model, asked, given=weights)  # they may come from a file
         part = decoder(model)
-        report = Report(_walk(model, batches, steps, asked, statistics, run, contract, left, progress))
+        report = Report(_walk(model, tokens, steps, asked, statistics, run, contract, left, progress))
         report.base = came.get("base", recipe.base)
         report.seconds = time.perf_counter() - started
         report.peak_memory = peak_memory(next(model.parameters()).device)
@@ -133,7 +138,7 @@ def compress_model(
 
 def _walk(
     model: nn.Module,
-    batches: Int[Tensor, "nsamples seqlen"],
+    tokens: Int[Tensor, "nsamples seqlen"] | None,
     steps: Steps,
     ranks: dict[str, int] | None,
     statistics: Mapping[str, InputStatistics] | None,
@@ -151,7 +156,9 @@ def _walk(
     recipe, blocks = steps.recipe, decoder_blocks(model)
     ranks = recipe.ranks(model, left) if ranks is None else ranks
     original = recipe.inputs == "original"
-    stream = BlockStream(model, batches, recipe.held_out, contract) if statistics is None else None
+    stream = None
+    if tokens is not None and statistics is None:
+        stream = BlockStream(model, tokens, recipe.held_out, contract)
     reports: list[LayerReport] = []
     bar = tqdm(blocks.items(), desc="compress", unit="block", disable=not progress, leave=False)
     for index, (prefix, block) in enumerate(bar):
@@ -196,16 +203,13 @@ def compress_linear(
     weight = linear.weight.float()
     left = fit.residual - module.lora_B.float() @ module.lora_A.float()
 
-    def energies(second_moment: Tensor) -> tuple[float, float, float]:
+    def energies(seen: InputStatistics) -> tuple[float, float, float]:
         """Of the output, its error before, its error after."""
-        return (
-            output_energy(weight, second_moment) or 1.0,
-            output_energy(fit.residual, second_moment),
-            output_energy(left, second_moment),
-        )
+        signal, before, after = (output_energy(matrix, seen.metric) for matrix in (weight, fit.residual, left))
+        return signal or 1.0, before, after
 
-    signal, before, after = energies(usable.second_moment)
-    held_out = energies(usable.held_out.second_moment) if usable.held_out else None
+    signal, before, after = energies(usable)
+    held_out = energies(usable.held_out) if usable.held_out else None
     return module, LayerReport(
         name=name,
         out_features=weight.shape[0],
@@ -222,6 +226,7 @@ def compress_linear(
         nbytes=module.nbytes,
         seconds_compress=fit.seconds_compress,
         seconds_solve=fit.seconds_solve,
+        diagonal=statistics.diagonal,
         data_free=usable is not statistics,
     )
 
@@ -240,15 +245,27 @@ def spectrum_summary(low_rank: LowRank, shape: torch.Size, error_energy: float |
     return {r: spectrum[:r].sum().item() / total if total else 1.0 for r in ranks if 0 < r <= len(spectrum)}
 
 
-def identity(model: nn.Module, batches: Int[Tensor, "nsamples seqlen"]) -> dict[str, str]:
-    """Which model, tokenizer and tokens: what a resumed run shares with the interrupted one, beside its settings."""
-    return {
+def identity(
+    model: nn.Module,
+    tokens: Int[Tensor, "nsamples seqlen"] | None,
+    statistics: Mapping[str, InputStatistics] | None = None,
+) -> dict[str, str]:
+    """Which model, tokenizer and tokens (nsamples, seqlen): what a resumed run shares with the interrupted one.
+
+    statistics: in place of tokens, where there are none.
+    """
+    about = {
         "model": model_name(model),
         "dtype": str(model.dtype),
         "weights": model_digest(model),
         "tokenizer": origin(model).tokenizer,
-        "tokens": tokens_digest(batches),
     }
+    if tokens is not None:
+        return about | {"tokens": tokens_digest(tokens)}
+    found = hashlib.sha256()
+    for name, one in (statistics or {}).items():
+        add_tensor(found, name, one.metric)
+    return about | {"statistics": found.hexdigest()}
 
 
 def tokens_digest(batches: Int[Tensor, "nsamples seqlen"]) -> str:

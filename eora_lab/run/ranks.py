@@ -91,7 +91,7 @@ def layer_spectra(
         highest = min(weight.shape) if maximum is None else min(*weight.shape, maximum)
         with naming(name):
             error = residual(weight, steps.compress(name, weight.float(), usable))
-            spectrum = solve("eora", error, usable, highest).spectrum
-        signal = output_energy(weight.float(), usable.second_moment)
+            spectrum = solve("qera_approx" if usable.diagonal else "eora", error, usable, highest).spectrum
+        signal = output_energy(weight.float(), usable.metric)
         layers[name] = LayerSpectrum(spectrum, signal, *weight.shape)
     return layers

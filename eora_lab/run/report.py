@@ -30,6 +30,7 @@ class LayerReport:
     seconds_compress: float
     seconds_solve: float
     pooled_tokens: float = 0.0  # of other experts, that the statistics of an expert were drawn towards
+    diagonal: bool = False  # of S only the diagonal was known: errors are as if input channels were not correlated
     data_free: bool = False  # too few tokens reached it: compressed, compensated and judged as if S were the identity
 
 
@@ -151,6 +152,8 @@ class Report:
         if self.layers and self.layers[0].held_out_after is not None:
             before, after = mean("held_out_before"), mean("held_out_after")
             lines.insert(-1, f"output error {before:.5f} -> {after:.5f}, mean of layers, held-out tokens")
+        if any(layer.diagonal for layer in self.layers):
+            lines.append("only mean squares were known (imatrix): output errors are as if channels were not correlated")
         if self.backends:
             lines.append(f"computed by {', '.join(f'{name} ({n} layers)' for name, n in self.backends.items())}")
         alone = [layer.name for layer in self.layers if not layer.tokens and not layer.data_free]
