@@ -1,7 +1,7 @@
 """Measure what EoRA gives back to GGUF files, in llama.cpp itself: `python -m docs.gguf`, an hour on two cores.
 
 It needs `EORA_LAB_LLAMACPP=/path/to/python`, a Python that has xllamacpp and numpy. It writes data/measured/gguf.csv, a
-line a file and adapter; files of types that stand there already are not measured again.
+line a file and adapter; those that stand there already are not measured again.
 
 The model is the embedded one. The blocks of k- and i-types have 256 weights, which its rows of 576 are no multiple of;
 llama.cpp would take other types in their place. So it is widened to 768 channels first: the same function, with zeros
@@ -27,6 +27,7 @@ from eora_lab import Recipe, block_linears, collect_statistics, compress_model, 
 from eora_lab.formats import read_checkpoint
 from eora_lab.formats.gguf_adapter import gguf_factors
 from eora_lab.formats.gguf_names import GgufNames
+from eora_lab.formats.names import Factors
 from eora_lab.layer.linear import compensated
 from eora_lab.run.adapters import Adapters
 
@@ -40,7 +41,8 @@ MIXTURES = {  # file type -> types of its linears, by the beginning of the name;
     "Q2_K": {"attn_v": "Q3_K", "attn_o": "Q3_K", "ffn_down": "Q3_K", "": "Q2_K"},
 }
 EARLY = {"IQ3_XXS": "Q4_K"}  # file type -> the type of ffn_down in the first eighth of the blocks
-ADAPTERS = (("eora", 8, "F16"), ("eora", 16, "F16"), ("eora", 64, "F16"), ("eora", 64, "Q8_0"))
+BARE = ("none", 0, "")
+ADAPTERS = (("eora", 64, "F16"), ("eora", 16, "F16"), ("eora", 8, "F16"), ("eora", 64, "Q8_0"))
 NARROW, WIDE, HEADS, KV_HEADS = 576, 768, 12, 4
 FIELDS = ("type", "bits", "method", "rank", "factors", "mbytes", "perplexity", "here", "difference")
 
@@ -109,9 +111,8 @@ def type_of(kind: str, name: str, blocks: int) -> str:
     return next(own for begin, own in MIXTURES[kind].items() if local.startswith(begin))
 
 
-def write_adapter(path: Path, model: Any, rank: int, kind: str) -> int:
-    """The first directions of the low-rank path, in the type where its rows have whole blocks. Returns its bytes."""
-    factors = {name: (A[:rank], B[:, :rank]) for name, (A, B) in Adapters(model).factors().items()}
+def write_adapter(path: Path, model: Any, factors: Factors, kind: str) -> int:
+    """An adapter with factors in a type. Returns their bytes."""
     writer = gguf.GGUFWriter(path, GgufNames(model).architecture)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string("adapter.type", "lora")
@@ -120,6 +121,13 @@ def write_adapter(path: Path, model: Any, rank: int, kind: str) -> int:
         add(writer, f"{name}.lora_b", B, kind)
     close(writer)
     return sum(tensor.n_bytes for tensor in gguf.GGUFReader(path).tensors)
+
+
+def bits_of(model: nn.Module) -> float:
+    """Of a weight, in the file."""
+    layers = compensated(model).values()
+    held = sum(one.nbytes - one.factors.nbytes for one in layers)
+    return 8 * held / sum(one.in_features * one.out_features for one in layers)
 
 
 def add(writer: gguf.GGUFWriter, name: str, matrix: torch.Tensor, kind: str) -> None:
@@ -179,35 +187,32 @@ def main() -> None:
         print(*row, flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        work, statistics = Path(folder), None
+        work, statistics, adapter = Path(folder), None, Path(folder) / "adapter.gguf"
         for kind in options.types:
-            if any(row["type"] == kind for row in done):
+            told = {(row["method"], int(row["rank"]), row["factors"]) for row in done if row["type"] == kind}
+            lines = [made for made in (BARE, *ADAPTERS * (kind != "F32")) if made not in told]
+            if not lines:
                 continue
-            base = work / f"{kind}.gguf"
+            base, model, bits = work / f"{kind}.gguf", wide, 32.0
             write_base(base, wide, kind, work)
-            there = losses_there(base, None, windows, work)
-            if kind == "F32":
-                keep(kind, 32, ("none", 0, ""), 0, there, wide)
-                continue
-            if statistics is None:
-                statistics = collect_statistics(wide, token_windows(tokenizer, text, 32, 512))
-            model = widened(narrow)
-            recipe = Recipe(method="eora", rank=64, inputs="original")
-            compress_model(model, windows, recipe, statistics=statistics, weights=read_checkpoint(base))
-            layers = compensated(model)
-            bits = 8 * sum(one.nbytes - one.factors.nbytes for one in layers.values())
-            bits /= sum(one.in_features * one.out_features for one in layers.values())
-            adapters = Adapters(model)
-            adapters.use(None)
-            keep(kind, bits, ("none", 0, ""), 0, there, model)
-            for made in ADAPTERS:
-                size = write_adapter(work / "adapter.gguf", model, *made[1:])
-                there = losses_there(base, work / "adapter.gguf", windows, work)
-                adapters.add(
-                    f"{made}", {n: (A[: made[1]], B[:, : made[1]]) for n, (A, B) in adapters.factors().items()}
-                )
-                adapters.use(f"{made}")
-                keep(kind, bits, made, size, there, model)
+            if kind != "F32":
+                if statistics is None:
+                    statistics = collect_statistics(wide, token_windows(tokenizer, text, 32, 512))
+                model, recipe = widened(narrow), Recipe(method="eora", rank=64, inputs="original")
+                compress_model(model, windows, recipe, statistics=statistics, weights=read_checkpoint(base))
+                bits = bits_of(model)
+                adapters = Adapters(model)
+                whole = adapters.factors()
+                adapters.use(None)
+            for made in lines:
+                size = 0
+                if made != BARE:
+                    factors = {name: (A[: made[1]], B[:, : made[1]]) for name, (A, B) in whole.items()}
+                    size = write_adapter(adapter, model, factors, made[2])
+                    adapters.add(f"{made}", factors)
+                    adapters.use(f"{made}")
+                keep(kind, bits, made, size, losses_there(base, adapter if size else None, windows, work), model)
+            base.unlink()
 
 
 if __name__ == "__main__":

@@ -164,6 +164,12 @@ def test_gate_and_up_of_two_types_come_in_full(tmp_path):
     assert isinstance(found, DenseWeight) and torch.equal(found.dense(), torch.cat(wanted))
 
 
+def test_a_file_with_fewer_experts_is_told(tmp_path):
+    write_gguf(tmp_path / "base.gguf", mixture(), in_blocks("Q4_0"))
+    with pytest.raises(EoraLabError, match=r"was not made from the given model: blk.0.ffn_gate_exps.weight has no exp"):
+        read_checkpoint(tmp_path / "base.gguf").of(unfolded_of(mixture("mixtral", num_local_experts=6)))
+
+
 def test_unquantised_linears_stay_as_they_are(tmp_path):
     model = tiny_model("llama")
     write_gguf(tmp_path / "base.gguf", model, lambda key: "F16" if "attn_v" in key else in_blocks("Q4_0")(key))
@@ -375,7 +381,7 @@ OTHER = np.random.default_rng(3).normal(size=(64, 64)).astype(np.float32) / 8
             put("blk.1.attn_q.weight", OTHER),
             r"q_proj .*, but \d\.\d+ times .* where 0.50 times is the most",
         ),
-        (put("blk.1.attn_q.weight", OTHER[:, :32]), r"q_proj comes compressed as \(64, 32\), but is \(64, 64\)"),
+        (put("blk.1.attn_q.weight", OTHER[:, :32]), r"q_proj is \(64, 32\), not \(64, 64\)"),
         (put("output_norm.weight", np.full(64, 1.2, np.float32), "F32"), "output_norm.weight is not its model.norm.we"),
         (put("output_norm.weight", np.ones(32, np.float32), "F32"), "output_norm.weight is not its model.norm.weight"),
         (put("output.weight", np.tile(OTHER[:1], (97, 1)), "Q8_0"), "output.weight is not its lm_head.weight"),

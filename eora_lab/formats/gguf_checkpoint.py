@@ -24,13 +24,13 @@ from eora_lab.formats.checkpoint import Checkpoint, Lazy
 from eora_lab.formats.fused import fused_linears
 from eora_lab.formats.gguf_names import GgufNames, of_all_experts
 from eora_lab.model.experts import mixtures
-from eora_lab.model.structure import block_linears, model_name
+from eora_lab.model.structure import block_linears, linear_at, model_name
 
 PLAIN = ("F32", "F16", "BF16")
 SHARD = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
 ROUNDING = 0.05  # relative distance of an unquantised tensor that 16 bits explain many times over
 UNRELATED = 0.9  # of a quantised one: that of other weights of the same size is sqrt(2)
-ROWS = 256  # of a quantised tensor beside the linears that are looked at
+ROWS = 256  # of a matrix beside the quantised linears that are looked at
 SIZES = {  # keys of the file -> the model's
     "block_count": "num_hidden_layers",
     "embedding_length": "hidden_size",
@@ -130,10 +130,14 @@ class GgufCheckpoint(Checkpoint):
         parts = self._parts(names, model)
         for module, own in parts.items():
             for name, _ in own:
-                if self._place(name)[0] not in self._tensors:
-                    raise EoraLabError(f"{self.path} lacks the tensor {self._place(name)[0]}, {module} of {original}")
+                key, expert = self._place(name)
+                if key not in self._tensors:
+                    raise EoraLabError(f"{self.path} lacks the tensor {key}, {module} of {original}")
+                if expert is not None and expert >= self._tensors[key].shape[-1]:
+                    raise EoraLabError(f"{self.path} was not made from {original}: {key} has no expert {expert}")
         known = self._names.keys()
         parts = {module: own for module, own in parts.items() if any(name in known for name, _ in own)}
+        self._check_shapes(model, parts, original)
         if strangers := known - {name for own in parts.values() for name, _ in own}:
             raise EoraLabError(f"{self.path} holds {min(strangers)}, for which {original} has no linear")
         self._check_others(names, model, parts, original)
@@ -181,6 +185,14 @@ class GgufCheckpoint(Checkpoint):
                     f"{self.path} was not made from {original}: its {key} is {said}, that of the model {theirs}"
                 )
 
+    def _check_shapes(self, model: nn.Module, parts: dict[str, list[Part]], original: str) -> None:
+        """Raise EoraLabError when a quantised linear is of another shape."""
+        for module, own in parts.items():
+            shapes = [self._tensors[self._place(name)[0]].shape for name, _ in own]  # in, out, experts
+            ours = sum(int(shape[1]) for shape in shapes), int(shapes[0][0])
+            if ours != (theirs := tuple(linear_at(model, module).weight.shape)):
+                raise EoraLabError(f"{self.path} was not made from {original}: {module} is {ours}, not {theirs}")
+
     def _check_others(self, names: GgufNames, model: nn.Module, quantised: Container[str], original: str) -> None:
         """Raise EoraLabError when a parameter beside the quantised linears is missing, or is another."""
         experts = tuple(f"{name}." for name in mixtures(model))
@@ -205,7 +217,7 @@ class GgufCheckpoint(Checkpoint):
             return True  # who knows
         if parameter.ndim == 1 and len(rows) != len(parameter):
             return False
-        some = slice(None) if plain else slice(None, None, max(len(rows) // ROWS, 1))
+        some = slice(None, None, max(len(rows) // ROWS, 1) if parameter.ndim > 1 else 1)
         ours = torch.from_numpy(np.array(gguf.quants.dequantize(np.array(rows[some]), tensor.tensor_type)))
         theirs = parameter[: len(rows)][some].float().cpu()
         if ours.shape != theirs.shape:
@@ -223,7 +235,12 @@ class GgufCheckpoint(Checkpoint):
         return self._tensors[key].tensor_type.name
 
     def _said(self, key: str, default: Any) -> Any:
-        return self._fields[key].contents() if key in self._fields else default
+        """What the head says under a key; the default too where that is no number and no text."""
+        try:
+            said = self._fields[key].contents() if key in self._fields else default
+        except UnicodeDecodeError as error:
+            raise EoraLabError(f"cannot read {self.path}: {key} is damaged, get it again") from error
+        return said if isinstance(said, int | str) else default
 
 
 def _joined(parts: list[tuple[slice, Shaped[Tensor, "_rows _columns"]]]) -> Shaped[Tensor, "_out _columns"]:
