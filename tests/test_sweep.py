@@ -80,7 +80,7 @@ def test_the_named_grids_are_well_formed():
     ("grid", "message"),
     [
         ({"bitz": 3}, "unknown setting 'bitz'"),
-        ({"bits": "three"}, "bits must be a whole number, not 'three'"),
+        ({"bits": "three"}, "bits must be a whole number or nothing, not 'three'"),
         ({"source": 124}, "needs quotes in YAML"),
         ({"bits": []}, "empty"),
         ({"limit": 0}, "limit must be 1 or more, not 0"),
@@ -152,11 +152,12 @@ def test_every_setting_of_the_base_gives_a_base_of_its_own(workplace):
     """And settings of the path give none: what cells share is keyed by all that it depends on."""
     other = {
         "compressor": "rtn", "bits": 4, "group_size": 16, "sym": True, "mse": True, "zero_point": "integer",
-        "scale_dtype": "float16", "desc_act": False, "sparsity": "1:4",
+        "scale_dtype": "float16", "desc_act": False, "sparsity": "1:4", "grid": "mxfp4",
     }  # fmt: skip
     assert set(other) == {field.name for field in fields(BaseSettings)}
     for name, value in other.items():
         base = {"compressor": "gptq"} if name != "sparsity" else {"compressor": "wanda", "sparsity": "2:4"}
+        base |= {"bits": 4} if name == "grid" else {}
         quiet_sweep(
             [SMALL | base | {"method": "none"}, SMALL | base | {"method": "none", name: value}], f"stores/{name}"
         )

@@ -158,7 +158,10 @@ class FP4(FormatGrid):
 
 
 class MXFP4(FP4):
-    """The scale brings the largest weight of a group between 4 and 8; what is beyond 6 becomes 6."""
+    """The scale brings the largest weight of a group between 4 and 8; what is beyond 6 becomes 6.
+
+    So says OCP, and so does gguf; compressed-tensors takes the next power of two where the largest would be 7 or more.
+    """
 
     def scale(self, peak: Groups) -> Groups:
         """2^(floor(log2 max|w|) - 2), as far as the exponent's byte reaches."""
