@@ -4,6 +4,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 EXTRAS := eval,lab,dev
 INTEROP := build/interop
+# of other tools, for `make interop` alone
+OTHERS := bitsandbytes==0.50.2 torchao==0.18.0
 
 help: ## list the commands
 	@grep -hE '^[a-z.]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -24,7 +26,7 @@ unit: $(BIN)/eora-lab ## the tests that need no language model
 	$(BIN)/pytest -n 2 -m "not real and not kernels and not notebooks and not browser and not interop"
 
 interop: $(INTEROP)/bin/pytest ## test against other tools, in an environment of their own (build/interop)
-	$(INTEROP)/bin/pytest -m interop
+	$(INTEROP)/bin/pytest -m interop tests/test_interop_*.py
 
 lab: $(BIN)/eora-lab ## open JupyterLab (ARGS="..." is passed on)
 	$(BIN)/jupyter lab $(ARGS)
@@ -64,7 +66,7 @@ $(BIN)/eora-lab: pyproject.toml constraints.txt
 $(INTEROP)/bin/pytest: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(INTEROP)
 	@rm -f $@
-	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,interop]'
+	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' $(OTHERS)
 	@touch $@
 
 .PHONY: help demo figures test unit interop lab docs numbers families fuzz lint

@@ -76,7 +76,11 @@ def awq(weight: torch.Tensor, group_size: int = 32) -> dict[str, torch.Tensor]:
 def test_fp8_in_blocks_is_what_the_values_and_their_scales_say(tmp_path):
     tensors = quantise(tmp_path, fp8, FP8)
     checkpoint = read_checkpoint(tmp_path)
-    assert isinstance(checkpoint, Fp8Checkpoint) and checkpoint.base == "FP8 blocks of 24x40" and len(checkpoint) == 14
+    assert (
+        isinstance(checkpoint, Fp8Checkpoint)
+        and checkpoint.base.startswith("FP8 blocks of 24x40 (")
+        and len(checkpoint) == 14
+    )
     for name, weight in checkpoint.of(tiny_model("llama")).items():
         values, scales = (tensors[f"{name}.{kind}"] for kind in ("weight", "weight_scale_inv"))
         whole = scales.repeat_interleave(24, 0).repeat_interleave(40, 1)[: len(values), : values.shape[1]]
@@ -159,7 +163,7 @@ def test_modelopt_is_what_its_dequantiser_says(kind, beside, tmp_path):
     else:
         edit_json(tmp_path / "config.json", quantization_config=said | {"quant_method": "modelopt"})
     checkpoint = read_checkpoint(tmp_path)
-    assert checkpoint.base == f"ModelOpt {kind}"
+    assert checkpoint.base == f"ModelOpt {kind} (activations not modelled)"
     signed = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
     for name, weight in checkpoint.of(tiny_model("llama")).items():
         values, scales = tensors[f"{name}.weight"], tensors[f"{name}.weight_scale"].float()
@@ -294,7 +298,7 @@ AWQ_DAMAGED = [
     ({"bits": 3}, "bits 3 is not read, only 4"),
     ({"version": "gemv"}, "version 'gemv' is not read, only gemm"),
     ({"zero_point": False}, "zero_point False is not read"),
-    ({"zero_point": "yes"}, "zero_point must be true or false"),
+    ({"zero_point": "yes"}, "zero_point 'yes' is not read"),
     ({"quant_method": "awq", "scaled": 3}, r"scaled \(3\) is not known here"),
 ]
 

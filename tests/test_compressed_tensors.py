@@ -57,6 +57,11 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 PASS = {"rank": 8, "inputs": "original", "progress": False}
 
 
+def group(**weights) -> dict:
+    """config_groups with other weights than INT4, asymmetric, in format pack-quantized."""
+    return {"g": {"targets": ["Linear"], "weights": INT4 | {"symmetric": False} | weights}}
+
+
 def ranges(weight: torch.Tensor, args) -> tuple[torch.Tensor, torch.Tensor]:
     """Smallest and largest of what shares a scale."""
     if args.strategy == "tensor":
@@ -156,7 +161,7 @@ def test_mend_on_the_command_line(made, tmp_path, capsys):
     evaluation = ["--evaluation.perplexity", text, "--evaluation.windows", "2", "--evaluation.window-length", "32"]
     where = [str(made / "NVFP4"), str(tmp_path / "run"), "--model", str(made / "model")]
     main(["mend", *where, "--rank", "8", *calibration, *evaluation])
-    assert "compressed-tensors NVFP4" in capsys.readouterr().out
+    assert "compressed-tensors NVFP4 (activations not modelled)" in capsys.readouterr().out
     assert len(json.loads((tmp_path / "run" / "report.json").read_text())["layers"]) == 14
 
 
@@ -165,11 +170,16 @@ def test_groups_that_are_no_neighbours(change):
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     g_idx = (order // 32).int()
     plain = read_checkpoint(change("W4A16 asymmetric"))[Q_PROJ]
-    shuffled = read_checkpoint(change("W4A16 asymmetric", {f"{Q_PROJ}.weight_g_idx": g_idx}))[Q_PROJ]
+    index, ordered = {f"{Q_PROJ}.weight_g_idx": g_idx}, {"config_groups": group(actorder="group")}
+    shuffled = read_checkpoint(change("W4A16 asymmetric", index, **ordered))[Q_PROJ]
     zero, scale = plain.offsets.float()[:, g_idx.long()], plain.scales[:, g_idx.long()]
     assert torch.equal(shuffled.dense(), (plain.codes.float() - zero) * scale)
     untouched = read_checkpoint(change("W4A16 asymmetric", {f"{Q_PROJ}.weight_g_idx": torch.full((64,), -1).int()}))
     assert torch.equal(untouched[Q_PROJ].dense(), plain.dense())
+    with pytest.raises(EoraLabError, match="no order of channels, though actorder"):
+        _ = read_checkpoint(change("W4A16 asymmetric", **ordered))[Q_PROJ]
+    with pytest.raises(EoraLabError, match="groups that are no neighbours, though actorder in"):
+        _ = read_checkpoint(change("W4A16 asymmetric", index))[Q_PROJ]
 
 
 def test_linears_that_are_named_or_ignored(tmp_path):
@@ -179,11 +189,6 @@ def test_linears_that_are_named_or_ignored(tmp_path):
     assert (
         set(found) == set(truth) == {f"model.layers.{i}.mlp.{n}_proj" for i, n in ((0, "gate"), (1, "gate"), (1, "up"))}
     )
-
-
-def group(**weights) -> dict:
-    """config_groups with other weights than INT4, asymmetric."""
-    return {"g": {"targets": ["Linear"], "weights": INT4 | {"symmetric": False} | weights}}
 
 
 SCALE, PACKED, ZERO = (f"{Q_PROJ}.weight_{kind}" for kind in ("scale", "packed", "zero_point"))

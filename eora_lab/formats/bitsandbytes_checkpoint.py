@@ -26,7 +26,7 @@ from eora_lab.compress import CodebookWeight, Compressed, DenseWeight, GridWeigh
 from eora_lab.compress.packing import unpack
 from eora_lab.errors import EoraLabError
 from eora_lab.formats.quantised_folder import DAMAGED, QuantisedFolder
-from eora_lab.formats.said import Said
+from eora_lab.formats.said import NOT_MODELLED, Said
 
 STATE = "weight.quant_state.bitsandbytes__"
 HARMLESS = {
@@ -43,7 +43,7 @@ class BitsAndBytesCheckpoint(QuantisedFolder):
     @property
     def base(self) -> str:
         """How the weights were compressed, in short."""
-        return f"bitsandbytes {self.kind.upper()}"
+        return f"bitsandbytes {self.kind.upper()}" + (NOT_MODELLED if self.kind == "int8" else "")
 
     def configure(self) -> None:
         """Read quantization_config."""

@@ -35,7 +35,7 @@ class CompressedTensorsCheckpoint(QuantisedFolder):
     @property
     def base(self) -> str:
         """How the weights were compressed, in short."""
-        return " and ".join(sorted({f"compressed-tensors {scheme}" for scheme in self.schemes}))
+        return " and ".join(sorted({str(scheme) for scheme in self.schemes}))
 
     def configure(self) -> None:
         """Read quantization_config."""
@@ -89,7 +89,12 @@ class CompressedTensorsCheckpoint(QuantisedFolder):
         if rows > 1:
             scales, zeros = (one.expand(len(codes), -1).contiguous() for one in (scales, zeros))
         return GridWeight(
-            codes, scales, zeros, scheme.bits, group_size=group_size, g_idx=self._index(name, group_size, codes)
+            codes,
+            scales,
+            zeros,
+            scheme.bits,
+            group_size=group_size,
+            g_idx=self._index(name, group_size, scheme.ordered, codes),
         )
 
     def _packed(self, name: str, bits: int) -> UInt8[Tensor, "out in"]:
@@ -124,15 +129,22 @@ class CompressedTensorsCheckpoint(QuantisedFolder):
         shape = (-(-out_features // rows), -(-in_features // columns))
         return self.take(key, *FLOATS, shape=shape), (rows, columns)
 
-    def _index(self, name: str, group_size: int, codes: Tensor) -> Tensor | None:
+    def _index(self, name: str, group_size: int, ordered: bool, codes: Tensor) -> Tensor | None:
         """The group of every channel, where groups are not neighbours (actorder "group", of older versions)."""
         key = f"{name}.weight_g_idx"
-        if not self.has(key):
-            return None
-        g_idx = self.take(key, torch.int32, torch.int64, shape=(codes.shape[1],)).int()
-        if (g_idx == -1).all():  # what a module begins with; nothing was ordered
+        g_idx = self.take(key, torch.int32, torch.int64, shape=(codes.shape[1],)).int() if self.has(key) else None
+        if g_idx is None or (g_idx == -1).all():  # what a module begins with: nothing was put in order
+            if ordered:
+                raise EoraLabError(f"{self.path}: {key} says no order of channels, though actorder in config.json does")
             return None
         neighbours = torch.arange(codes.shape[1], dtype=torch.int32) // group_size
         if not torch.equal(g_idx.sort().values, neighbours):
             raise EoraLabError(f"{self.path}: {key} has groups of other sizes than {group_size}: {DAMAGED}")
-        return None if torch.equal(g_idx, neighbours) else g_idx
+        if torch.equal(g_idx, neighbours):
+            return None
+        if not ordered:
+            raise EoraLabError(
+                f"{self.path}: {key} has groups that are no neighbours, though actorder in config.json is not group: "
+                "some loaders ignore it then; correct the wrong one"
+            )
+        return g_idx

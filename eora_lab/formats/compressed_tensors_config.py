@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eora_lab.errors import EoraLabError, naming
-from eora_lab.formats.said import Said
+from eora_lab.formats.said import NOT_MODELLED, Said
 
 INTEGERS = ("pack-quantized", "int-quantized", "naive-quantized")
 FLOATS8 = ("float-quantized", "naive-quantized")
@@ -14,7 +14,9 @@ FLOATS4 = {"nvfp4-pack-quantized": ("tensor_group", 16), "mxfp4-pack-quantized":
 STRATEGIES = ("tensor", "channel", "group", "block", "tensor_group")
 CLASSES = ("linear", "linearbase")  # targets that mean every linear
 # of a scheme for weights: how they were found
-OBSERVED = ("dynamic", "actorder", "observer", "observer_kwargs", "scale_dtype", "zp_dtype")
+IN_PLACE = ("weight", "static")  # values of actorder that leave groups as neighbours
+ORDERED = ("group", "dynamic", True)  # and those that do not
+OBSERVED = ("observer", "observer_kwargs", "scale_dtype", "zp_dtype")
 CHANGED = {
     "sparsity_config": "weights with a mask of their own are not read",
     "transform_config": "weights in another basis, such as rotated ones, are not read",
@@ -33,6 +35,7 @@ class Scheme:
     strategy:   what shares a scale: tensor, channel (a row), group, block, tensor_group (groups; they share one more).
     group_size: channels of a group; 0 where there are none.
     block:      rows and columns of a block.
+    ordered:    whether groups are no neighbours (actorder "group", of older versions).
     activations: whether they are quantised, too, when the model runs.
     """
 
@@ -43,6 +46,7 @@ class Scheme:
     strategy: str
     group_size: int
     block: tuple[int, int]
+    ordered: bool
     activations: bool
     targets: tuple[str, ...]
 
@@ -62,6 +66,7 @@ class Scheme:
         strategy = weights.one_of("strategy", *STRATEGIES, default="block" if block else inferred)
         weights.one_of("dynamic", False)
         symmetric = weights.get("symmetric", bool, True)
+        ordered = weights.one_of("actorder", False, *IN_PLACE, *ORDERED, default=False) in ORDERED
         weights.done(OBSERVED)
         if floating and layout in FLOATS4 and bits == 4:
             good = (strategy, group_size) == FLOATS4[layout] and symmetric
@@ -79,14 +84,16 @@ class Scheme:
                 f"{group_size}, block_structure {block}, symmetric {symmetric} in format {layout} are not read"
             )
         size, rows = group_size if grouped else 0, tuple(block or (0, 0))
-        return cls(layout, bits, floating, symmetric, strategy, size, rows, activations, tuple(targets))
+        return cls(layout, bits, floating, symmetric, strategy, size, rows, ordered, activations, tuple(targets))
 
     def __str__(self) -> str:
         kind = {"nvfp4-pack-quantized": "NVFP4", "mxfp4-pack-quantized": "MXFP4"}.get(self.layout)
         kind = kind or (f"FP{self.bits}" if self.floating else f"{self.bits}-bit")
         if self.strategy == "group" and not self.floating:
-            return f"{kind} g{self.group_size}"
-        return kind if kind in ("NVFP4", "MXFP4") else f"{kind} {self.strategy}"
+            kind += f" g{self.group_size}"
+        elif kind not in ("NVFP4", "MXFP4"):
+            kind += f" {self.strategy}"
+        return f"compressed-tensors {kind}" + (NOT_MODELLED if self.activations else "")
 
 
 def read_schemes(data: dict) -> list[Scheme]:

@@ -1,7 +1,7 @@
 """Weights of 4 and 8 bits that are floating-point numbers, as checkpoints lay them down."""
 
 import torch
-from jaxtyping import Shaped, UInt8
+from jaxtyping import Float32, Shaped, UInt8
 from torch import Tensor
 
 from eora_lab.compress import CodebookWeight
@@ -21,8 +21,8 @@ def fp4_weight(
     packed: UInt8[Tensor, "out half"],
     scales: Shaped[Tensor, "out groups"],
     group_size: int,
-    tensor_scale: Tensor | None = None,
+    tensor_scale: Float32[Tensor, "1"] | None = None,
 ) -> CodebookWeight:
-    """E2M1 numbers, two a byte, the first in its lower half."""
+    """E2M1 numbers, two a byte (out, in / 2), the first in its lower half; the rest is as in `CodebookWeight`."""
     codes = unpack(packed, 4, 2 * packed.shape[1])
     return CodebookWeight(codes, E2M1, scales, 4, group_size, tensor_scale)

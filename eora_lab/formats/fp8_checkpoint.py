@@ -13,7 +13,7 @@ from eora_lab.compress import CodebookWeight
 from eora_lab.errors import EoraLabError
 from eora_lab.formats.floats import fp8_weight
 from eora_lab.formats.quantised_folder import FLOATS, QuantisedFolder
-from eora_lab.formats.said import Said
+from eora_lab.formats.said import NOT_MODELLED, Said
 
 
 class Fp8Checkpoint(QuantisedFolder):
@@ -25,7 +25,8 @@ class Fp8Checkpoint(QuantisedFolder):
     @property
     def base(self) -> str:
         """How the weights were compressed, in short."""
-        return f"FP8 blocks of {self.block[0]}x{self.block[1]}" if self.block else "FP8, one scale a tensor"
+        kind = f"FP8 blocks of {self.block[0]}x{self.block[1]}" if self.block else "FP8, one scale a tensor"
+        return kind + NOT_MODELLED
 
     def configure(self) -> None:
         """Read quantization_config."""

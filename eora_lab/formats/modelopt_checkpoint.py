@@ -17,7 +17,7 @@ from eora_lab.errors import EoraLabError
 from eora_lab.formats.checkpoint import json_object, quantization
 from eora_lab.formats.floats import fp4_weight, fp8_weight
 from eora_lab.formats.quantised_folder import QuantisedFolder
-from eora_lab.formats.said import Said
+from eora_lab.formats.said import NOT_MODELLED, Said
 
 BESIDE = "hf_quant_config.json"
 HARMLESS = (
@@ -43,7 +43,7 @@ class ModelOptCheckpoint(QuantisedFolder):
     @property
     def base(self) -> str:
         """How the weights were compressed, in short."""
-        return f"ModelOpt {self.algorithm}"
+        return f"ModelOpt {self.algorithm}{NOT_MODELLED}"
 
     def configure(self) -> None:
         """Read quantization_config, or else the file beside it."""

@@ -46,6 +46,7 @@ class QuantisedFolder(Checkpoint):
     tensors: ClassVar[tuple[str, ...]]
 
     def __init__(self, folder: Path | str):
+        """Read JSON files and the names of tensors; tensors themselves are read when a linear is asked for."""
         self.path = Path(folder)
         self.model_config = json_object(self.path / "config.json")
         with naming(str(folder)):

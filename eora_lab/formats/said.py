@@ -5,6 +5,8 @@ from typing import Any
 
 from eora_lab.errors import WORDS, EoraLabError
 
+NOT_MODELLED = " (activations not modelled)"  # ends `base` where those are quantised, too, when the model runs
+
 
 class Said:
     """The keys of one object in a JSON file, and which of them were asked for. All errors are EoraLabErrors.
@@ -29,11 +31,13 @@ class Said:
 
     def one_of(self, key: str, *known: Any, default: Any = None) -> Any:
         """One of these values."""
-        value = self.get(key, type(known[0]), default)
-        found = {one.lower() if isinstance(one, str) else one: one for one in known}
-        if value in found:
-            return found[value]
-        if value is not default:
+        self._asked.add(key)
+        value = self._data.get(key)
+        value = value.lower() if isinstance(value, str) else value
+        for one in known:
+            if type(one) is type(value) and (one.lower() if isinstance(one, str) else one) == value:
+                return one
+        if value is not None:
             raise EoraLabError(f"{self._where}{key} {value!r} is not read, only {' and '.join(map(str, known))}")
         return default
 
