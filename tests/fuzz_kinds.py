@@ -97,9 +97,7 @@ class Checkpoints(Kind):
     """GPTQ checkpoints: only codes and scales may differ, for W^ is what it is."""
 
     files = ("a_checkpoint/*.safetensors", "a_checkpoint/*config.json")
-    uses = (
-        f"compensate a_checkpoint out --model a_model --rank 8 --no-evaluate {CALIBRATION} && evaluate out {EVALUATE}",
-    )
+    uses = (f"mend a_checkpoint out --model a_model --rank 8 --no-evaluate {CALIBRATION} && evaluate out {EVALUATE}",)
 
     def prepare(self) -> None:
         super().prepare()

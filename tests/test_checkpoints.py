@@ -299,7 +299,7 @@ def test_a_damaged_checkpoint_is_one_clear_line(damage, message, original, tmp_p
     damage(tmp_path / "gptq")
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
     monkeypatch.chdir(tmp_path)
-    assert main(["compensate", "gptq", "run", "--model", "model", "--rank", "8", *TEXTS]) == 1
+    assert main(["mend", "gptq", "run", "--model", "model", "--rank", "8", *TEXTS]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("eora-lab: ")]
     assert re.search(message, line), line
     assert not (tmp_path / "run" / "blocks").exists()
@@ -441,7 +441,7 @@ def test_layers_of_several_grids_are_refused(original, tmp_path):
         write_checkpoint(tmp_path / "out", model, tokenizer, checkpoint_format="gptq_v2")
 
 
-def test_compress_export_compensate_on_the_command_line(original, tmp_path, capsys, monkeypatch):
+def test_compress_export_mend_on_the_command_line(original, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
     grid = ["--group-size", "32", "--sym", "--zero-point", "integer", "--scale-dtype", "float16"]
@@ -453,12 +453,14 @@ def test_compress_export_compensate_on_the_command_line(original, tmp_path, caps
     assert main(["export", "run", "v2", "--format", "gguf"]) == 1
     assert "unknown format 'gguf'; known: gptq, gptq_v2, " in capsys.readouterr().err
     assert main(["export", "run", "dense", "--format", "merged", "--dtype", "float32"]) == 0
-    arguments = ["compensate", "v1", "again", "--model", "model", "--rank", "8", "--inputs", "original", *TEXTS]
+    arguments = ["mend", "v1", "again", "--model", "model", "--rank", "8", "--inputs", "original", *TEXTS]
     assert main(arguments) == 0
     reports = [json.loads((tmp_path / run / "report.json").read_text()) for run in ("run", "again")]
     assert reports[0]["perplexity"] == reports[1]["perplexity"]
     settings = json.loads((tmp_path / "again" / "config.json").read_text())["settings"]
-    assert settings["bits"] == 4 and settings["sym"] and settings["checkpoint"] == str(tmp_path / "v1")
+    assert settings["base"] == "GPTQ 4-bit g32" and settings["checkpoint"] == str(tmp_path / "v1")
+    assert settings["checkpoint_sha256"] == GptqCheckpoint(tmp_path / "v1").sha256() and "bits" not in settings
+    assert reports[1]["base"] == "GPTQ 4-bit g32" and reports[0]["base"] == "gptq 4-bit g32"
     merged, run = load_dense("dense")[0], load_run("again")[0]
     torch.testing.assert_close(logits(merged), logits(run), rtol=1e-4, atol=1e-5)
     arguments[2] = "budget"

@@ -166,7 +166,7 @@ SWEEP = ["sweep", "good.yaml", "--store", "store"]
         (["compress", "text.txt", *SMALL, *TEXTS], "text.txt is a file"),
         (["compress", "text.txt/run", *SMALL, *TEXTS], "text.txt is a file"),
         (["compress", "model", *SMALL, *TEXTS], "not empty and holds no run"),
-        (["compensate", "checkpoint", "run", "--model", "model", "--format", "gtpq"], "unknown format 'gtpq'"),
+        (["mend", "checkpoint", "run", "--model", "model", "--format", "gtpq"], "unknown format 'gtpq'"),
         (["export", "run", "out", "--format", "gtpq"], "unknown format 'gtpq'"),
         ([*COMPARE, "--method", "eroa"], "unknown method 'eroa'"),
         ([*COMPARE, "--model", "absent"], "no model 'absent'"),

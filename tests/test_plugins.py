@@ -214,7 +214,7 @@ FORMATS = {"greeting": Format("a checkpoint that says hello", write, GptqCheckpo
     assert "wrote out: hello" in capsys.readouterr().out and Path("out/hello").exists()
     flags = ["--model", "model", "--rank", "4", "--calibration.source", "text.txt", "--calibration.nsamples", "4"]
     flags += ["--calibration.seqlen", "32", "--no-evaluate", "--format", "greeting", "--plugin", "mine.py"]
-    assert main(["compensate", "out", "again", *flags]) == 0
+    assert main(["mend", "out", "again", *flags]) == 0
 
 
 def test_a_backend_comes_before_the_packages_own():

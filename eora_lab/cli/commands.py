@@ -11,13 +11,13 @@ from eora_lab.cli.adapter import Adapter
 from eora_lab.cli.bench import Bench
 from eora_lab.cli.chat import Chat
 from eora_lab.cli.compare import Compare
-from eora_lab.cli.compensate import Compensate
 from eora_lab.cli.compress import Compress
 from eora_lab.cli.demo import Demo
 from eora_lab.cli.evaluate import Evaluate
 from eora_lab.cli.export import Export
 from eora_lab.cli.finetune import Finetune
 from eora_lab.cli.generate import Generate
+from eora_lab.cli.mend import Mend
 from eora_lab.cli.models import Models
 from eora_lab.cli.paper import Paper
 from eora_lab.cli.sweep import Sweep
@@ -28,7 +28,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": Demo,
     "compare": Compare,
     "compress": Compress,
-    "compensate": Compensate,
+    "mend": Mend,
     "evaluate": Evaluate,
     "generate": Generate,
     "export": Export,

@@ -75,9 +75,8 @@ def run_pass(
     calibration: Calibration,
     evaluation: Evaluation | None,
     weights: Mapping | None = None,
-    notes: dict | None = None,
 ) -> None:
-    """Compress into the folder `output`, and print the report. `notes` are kept in config.json."""
+    """Compress into the folder `output`, and print the report."""
     from eora_lab.measure.evaluate import perplexities
     from eora_lab.model.start import start_text
     from eora_lab.run.pipeline import compress_model
@@ -91,7 +90,7 @@ def run_pass(
         recipe,
         ranks=budget,
         folder=output,
-        notes=asdict(calibration) | ({"bos": begun} if begun else {}) | (notes or {}),
+        notes=asdict(calibration) | ({"bos": begun} if begun else {}),
         weights=weights,
         judge=(lambda one: perplexities(one, windows, progress=True)) if evaluation else None,
     )

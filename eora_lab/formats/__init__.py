@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from eora_lab.errors import EoraLabError, unknown
 from eora_lab.formats.adapter_check import Finding, check_adapter, fix_adapter
-from eora_lab.formats.checkpoint import Checkpoint
+from eora_lab.formats.checkpoint import Checkpoint, quantization
 from eora_lab.formats.dense import write_dense
-from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, write_checkpoint
+from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, is_gptq, write_checkpoint
 from eora_lab.formats.peft import read_adapter, read_files, write_adapter
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "check_adapter",
     "fix_adapter",
     "read_adapter",
+    "read_checkpoint",
     "read_files",
     "write_adapter",
     "write_checkpoint",
@@ -29,16 +31,18 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of model folder. Raises of both functions: EoraLabError, with what to do.
+    """One kind of model folder or file. Its functions raise EoraLabError, with what to do.
 
-    about: what it is, in a line.
-    write: (folder, model, tokenizer, dtype) -> what was written; its text is shown. None: not written.
-    read:  folder -> the compressed weights in it. None: not read.
+    about:   what it is, in a line.
+    write:   (folder, model, tokenizer, dtype) -> what was written; its text is shown. None: not written.
+    read:    folder or file -> the compressed weights in it. None: not read.
+    detects: whether a folder or file that is there is of this kind, by what is in it. None: only where it is named.
     """
 
     about: str
     write: Callable[..., object] | None = None
     read: Callable[[Path], Checkpoint] | None = None
+    detects: Callable[[Path], bool] | None = None
 
 
 FORMATS = {
@@ -46,6 +50,7 @@ FORMATS = {
         "GPTQ checkpoint, without the low-rank path",
         partial(write_checkpoint, checkpoint_format="gptq"),
         GptqCheckpoint,
+        is_gptq,
     ),
     "gptq_v2": Format(
         "the same with zero points as they are, for asymmetric grids",
@@ -54,3 +59,22 @@ FORMATS = {
     "dense": Format("W^ in full, pruned weights as zeros", write_dense),
     "merged": Format("W^ + B A in full", partial(write_dense, merge=True)),
 }
+
+
+def read_checkpoint(path: Path | str, format: str | None = None) -> Checkpoint:
+    """The compressed weights of a checkpoint, for `compress_model(weights=...)`.
+
+    format: a name in `FORMATS`; by default the first that knows the folder or file as its own.
+    Raises EoraLabError where it is none that is read here, or damaged.
+    """
+    path, readers = Path(path), {name: one for name, one in FORMATS.items() if one.read}
+    if format is not None and format not in readers:
+        raise unknown("format", format, readers)
+    if not path.exists():
+        raise EoraLabError(f"no checkpoint {path}: give its folder or file")
+    for name, one in readers.items():
+        if one.read and (one.detects and one.detects(path) if format is None else name == format):
+            return one.read(path)
+    said = quantization(path).get("quant_method")
+    how = f"it was quantised by {said}" if said else "no quantization_config in a config.json says how it was quantised"
+    raise EoraLabError(f"{path} is no compressed checkpoint that is read here ({', '.join(readers)}): {how}")

@@ -1,6 +1,5 @@
 """GPTQ checkpoints, whole folders: codes beside the tensors that stay dense, in safetensors, with two JSON files."""
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 
 from eora_lab.compress import GridWeight
 from eora_lab.errors import EoraLabError, naming
-from eora_lab.formats.checkpoint import Checkpoint
+from eora_lab.formats.checkpoint import Checkpoint, json_object, quantization
 from eora_lab.formats.dense import dense_tensors, write_model_folder
 from eora_lab.formats.gptq import TENSORS, read_linear, write_linear
 from eora_lab.formats.gptq_config import GptqConfig, stated, unquantised
@@ -20,7 +19,15 @@ from eora_lab.model.experts import fuse, mixtures
 from eora_lab.model.structure import block_linears, model_name
 
 SAME = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
+CONFIG = "quantize_config.json"
 ROUNDING = 0.05  # relative distance of a dense tensor that 16 bits explain many times over
+
+
+def is_gptq(folder: Path) -> bool:
+    """Whether a folder says that it was quantised so; quantize_config.json need not name it, as no other had that."""
+    alone = json_object(folder / CONFIG)
+    said = quantization(folder) | alone
+    return str(said.get("quant_method") or said.get("method") or (alone and "gptq")).lower() == "gptq"
 
 
 class GptqCheckpoint(Checkpoint):
@@ -32,8 +39,8 @@ class GptqCheckpoint(Checkpoint):
     """
 
     def __init__(self, folder: Path | str):
-        self.folder = Path(folder)
-        self.model_config = self._read_json("config.json")
+        self.path = Path(folder)
+        self.model_config = json_object(self.path / "config.json")
         self.config = self._read_config()
         self._files = self._read_headers()
         self._names = sorted(key.removesuffix(".qweight") for key in self._files if key.endswith(".qweight"))
@@ -50,7 +57,7 @@ class GptqCheckpoint(Checkpoint):
         if name not in self:
             raise KeyError(name)
         found = {key: self.tensor(f"{name}.{key}") for key in TENSORS if f"{name}.{key}" in self._files}
-        with naming(str(self.folder)):
+        with naming(str(self.path)):
             return read_linear(found, self.config, name)
 
     def __iter__(self) -> Iterator[str]:
@@ -59,18 +66,18 @@ class GptqCheckpoint(Checkpoint):
     def __len__(self) -> int:
         return len(self._names)
 
-    def settings(self) -> dict:
-        """The settings of a `Recipe` that say how the weights were compressed."""
-        grid = {"bits": self.config.bits, "group_size": self.config.group_size, "sym": self.config.sym}
-        return {"compressor": "gptq", "zero_point": "integer", "scale_dtype": "float16"} | grid
+    @property
+    def base(self) -> str:
+        """How the weights were compressed, in short."""
+        return f"GPTQ {self.config.bits}-bit g{self.config.group_size}"
 
     def tensor(self, key: str) -> Shaped[Tensor, "..."]:
         """Any tensor of the files."""
         try:
-            with safe_open(self.folder / self._files[key], framework="pt") as file:
+            with safe_open(self.path / self._files[key], framework="pt") as file:
                 return file.get_tensor(key)
         except (OSError, SafetensorError) as error:
-            raise EoraLabError(f"cannot read {key} in {self.folder}: {error}") from error
+            raise EoraLabError(f"cannot read {key} in {self.path}: {error}") from error
 
     def check_model(self, model: nn.Module) -> None:
         """Raise EoraLabError unless this can be a checkpoint of `model`, by all but the codes themselves.
@@ -82,47 +89,44 @@ class GptqCheckpoint(Checkpoint):
             ours, theirs = self.model_config.get(key), getattr(model.config, key, None)
             if None not in (ours, theirs) and ours != theirs:
                 raise EoraLabError(
-                    f"{self.folder} was not made from {original}: its {key} is {ours}, that of the model {theirs}"
+                    f"{self.path} was not made from {original}: its {key} is {ours}, that of the model {theirs}"
                 )
         linears = block_linears(model)
         for name in self._names:
             if name not in linears:
                 raise EoraLabError(
-                    f"{self.folder} quantises {name}, which is no linear layer in the decoder blocks of {original}"
+                    f"{self.path} quantises {name}, which is no linear layer in the decoder blocks of {original}"
                 )
         state = model.state_dict()
         for name in self._names:  # some tools write a bias of zeros for every linear
             bias = f"{name}.bias"
             if bias in self._files and bias not in state and self.tensor(bias).any():
-                raise EoraLabError(f"{self.folder} was not made from {original}: the model has no {bias}")
+                raise EoraLabError(f"{self.path} was not made from {original}: the model has no {bias}")
         stored = {tensor.data_ptr() for key, tensor in state.items() if key in self._files}  # tied: under one name
         for key, tensor in state.items():
             module, kind = key.rpartition(".")[::2]
             if key not in self._files and tensor.data_ptr() not in stored and not (module in self and kind == "weight"):
-                raise EoraLabError(f"{self.folder} lacks the tensor {key} of {original}")
+                raise EoraLabError(f"{self.path} lacks the tensor {key} of {original}")
         for key in filter(self._files.__contains__, state):
             ours, theirs = self.tensor(key), state[key].float()
             if ours.shape != theirs.shape:
                 raise EoraLabError(
-                    f"{self.folder} was not made from {original}: {key} is {tuple(ours.shape)}, in the model "
+                    f"{self.path} was not made from {original}: {key} is {tuple(ours.shape)}, in the model "
                     f"{tuple(theirs.shape)}"
                 )
             if not (ours.to(theirs) - theirs).norm() <= ROUNDING * theirs.norm():
-                raise EoraLabError(f"{self.folder} was not made from {original}: the values of {key} differ")
+                raise EoraLabError(f"{self.path} was not made from {original}: the values of {key} differ")
 
     def _read_config(self) -> GptqConfig:
         """What quantize_config.json and config.json say; each may leave out what the other says."""
-        inner = self.model_config.get("quantization_config")
-        if inner is not None and not isinstance(inner, dict):
-            raise EoraLabError(f"{self.folder}: quantization_config in config.json must be an object, not {inner!r}")
-        alone = self._read_json("quantize_config.json")
+        inner, alone = quantization(self.path), json_object(self.path / CONFIG)
         if not (alone or inner):
             raise EoraLabError(
-                f"{self.folder} is no GPTQ checkpoint: it has neither quantize_config.json nor a quantization_config "
+                f"{self.path} is no GPTQ checkpoint: it has neither quantize_config.json nor a quantization_config "
                 "in config.json"
             )
-        with naming(str(self.folder)):
-            first, second = stated(alone), stated(inner or {})
+        with naming(str(self.path)):
+            first, second = stated(alone), stated(inner)
             for key in first.keys() & second.keys():
                 if first[key] != second[key]:
                     raise EoraLabError(
@@ -130,46 +134,35 @@ class GptqCheckpoint(Checkpoint):
                         "the wrong one"
                     )
         said = {key: value for key, value in alone.items() if value is not None}
-        return GptqConfig.from_dict((inner or {}) | said, str(self.folder))
-
-    def _read_json(self, name: str) -> dict:
-        """A JSON file of the folder; empty if there is none."""
-        path = self.folder / name
-        try:
-            data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except (OSError, ValueError) as error:
-            raise EoraLabError(f"cannot read {path}: {error}") from error
-        if not isinstance(data, dict):
-            raise EoraLabError(f"cannot read {path}: it is no JSON object")
-        return data
+        return GptqConfig.from_dict(inner | said, str(self.path))
 
     def _read_headers(self) -> dict[str, str]:
         """Tensor name -> file name."""
-        indices = sorted(self.folder.glob("*.safetensors.index.json"))
+        indices = sorted(self.path.glob("*.safetensors.index.json"))
         listed: dict[str, str] = {}
         for index in indices:
-            weight_map = self._read_json(index.name).get("weight_map")
+            weight_map = json_object(index).get("weight_map")
             if not isinstance(weight_map, dict):
                 raise EoraLabError(f"{index} has no weight_map: copy or download it again")
             for key, name in weight_map.items():
                 if not isinstance(name, str):
                     raise EoraLabError(f"{index}: weight_map must name a file for {key}, not {name!r}")
             listed |= weight_map
-        names = set(listed.values()) if indices else {path.name for path in self.folder.glob("*.safetensors")}
+        names = set(listed.values()) if indices else {path.name for path in self.path.glob("*.safetensors")}
         if not names:
-            raise EoraLabError(f"{self.folder} has no safetensors weights; pickled ones (.bin, .pt) are not read")
+            raise EoraLabError(f"{self.path} has no safetensors weights; pickled ones (.bin, .pt) are not read")
         files: dict[str, str] = {}
         for name in sorted(names):
             try:
-                with safe_open(self.folder / name, framework="pt") as file:
+                with safe_open(self.path / name, framework="pt") as file:
                     files |= dict.fromkeys(file.keys(), name)
             except (OSError, SafetensorError) as error:
                 raise EoraLabError(
-                    f"{self.folder / name} is missing or damaged ({error}): copy or download it again"
+                    f"{self.path / name} is missing or damaged ({error}): copy or download it again"
                 ) from error
         for key, name in listed.items():
             if key not in files:
-                raise EoraLabError(f"{self.folder / name} lacks the tensor {key}: copy or download it again")
+                raise EoraLabError(f"{self.path / name} lacks the tensor {key}: copy or download it again")
         return files
 
 

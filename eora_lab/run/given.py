@@ -16,17 +16,22 @@ STEPS = 1.5  # of its grid, that GPTQ's W^ may be away from W: 0.3 to 0.7 in a r
 SHIFT = 0.5  # of a step, that W^ may be off on average: 0.01 in a real model, 1 where zero points are read one off
 
 
-def check_given(model: nn.Module, weights: Mapping, progress: bool = True) -> str:
-    """A digest of weights that came compressed.
+def check_given(model: nn.Module, weights: Mapping, progress: bool = True) -> dict[str, str]:
+    """What a run keeps of weights that came compressed: what they are, a digest, and of a `Checkpoint` where it lies.
 
-    Raises EoraLabError when one belongs to no linear, is of another shape, or cannot be a compression of that linear:
-    when it is further from W than zero is (unrelated weights of the same size are sqrt(2) |W| away), or further than
-    its own grid explains, see `steps_away`.
+    Raises EoraLabError as `Checkpoint.check_model`, and when a weight belongs to no linear, is of another shape, or
+    cannot be a compression of that linear: when it is further from W than zero is (unrelated weights of the same size
+    are sqrt(2) |W| away), or further than its own grid explains, see `steps_away`.
     """
     from tqdm.auto import tqdm
 
+    about = {"base": "given"}
+    if isinstance(weights, Checkpoint):
+        weights.check_model(model)
+        about = {"base": weights.base, "checkpoint": str(weights.path.resolve())}
+        about["checkpoint_sha256"] = weights.sha256()
     modules, digest = block_linears(model), hashlib.sha256()
-    source = f"{weights.folder}: " if isinstance(weights, Checkpoint) else ""
+    source = f"{weights.path}: " if isinstance(weights, Checkpoint) else ""
     for name in tqdm(weights, desc="compressed weights", unit="layer", disable=not progress, leave=False):
         if name not in modules:
             raise EoraLabError(f"{source}{name} comes compressed, but is no linear in the decoder blocks of this model")
@@ -34,7 +39,7 @@ def check_given(model: nn.Module, weights: Mapping, progress: bool = True) -> st
         _check_one(f"{source}{name}", given, modules[name].weight)
         for tensor in tagged_state_dict(given).values():
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return about | {"given": digest.hexdigest()}
 
 
 def _check_one(name: str, given: Compressed, weight: Tensor) -> None:

@@ -64,8 +64,8 @@ def compress_model(
     folder:     keep the run there, and resume it from there if it was interrupted.
     notes:      how the batches were made (source, seed, ...), to be kept in the folder's config.json.
     statistics: of the original model, from `collect_statistics`; they replace the pass, so inputs must be "original".
-    weights:    module name -> W^ made elsewhere, such as a `GptqCheckpoint`, in place of the compressor, whose settings
-                are then mere notes. Linears without one stay as they are.
+    weights:    module name -> W^ made elsewhere, such as `read_checkpoint` gives, in place of the compressor, whose
+                settings then do not matter. Linears without one stay as they are.
     steps:      who compresses and compensates a layer, in place of the recipe alone (see `Steps`).
     judge:      measures the model, before and after: text -> perplexity. The report keeps both.
     Raises EoraLabError before anything is changed when a setting does not fit the model, or its blocks cannot be run
@@ -88,10 +88,12 @@ def compress_model(
         raise EoraLabError("nothing is left to compress: the model reads the weights of these linears itself")
     left |= block_linears(model).keys() - names
     steps = steps or Steps(recipe, weights)
-    given = {} if weights is None else {"given": check_given(model, weights, progress)}
+    given = {} if weights is None else check_given(model, weights, progress)
     opened: AbstractContextManager[RunFolder | None] = nullcontext()
     if folder:
         about = {"ranks": asked, "budget": budget and asdict(budget)} | asdict(recipe) | (notes or {}) | given
+        unused = recipe.base_settings() if given else ()
+        about = {key: value for key, value in about.items() if key not in unused}
         opened = open_folder(folder, about | identity(model, batches))
     with opened as run:
         before = judge(model) if judge else {}
@@ -111,6 +113,7 @@ def compress_model(
             recipe.check_fit(model, asked, given=weights)  # they may come from a file
         part = decoder(model)
         report = Report(_walk(model, batches, steps, asked, statistics, run, contract, left, progress))
+        report.base = given.get("base", recipe.base)
         report.seconds = time.perf_counter() - started
         report.peak_memory = peak_memory(next(model.parameters()).device)
         report.backends = backends_in_use(model)
@@ -148,7 +151,7 @@ def _walk(
     original = recipe.inputs == "original"
     stream = BlockStream(model, batches, recipe.held_out, contract) if statistics is None else None
     reports: list[LayerReport] = []
-    bar = tqdm(blocks.items(), desc=recipe.compressor, unit="block", disable=not progress, leave=False)
+    bar = tqdm(blocks.items(), desc="compress", unit="block", disable=not progress, leave=False)
     for index, (prefix, block) in enumerate(bar):
         if run and run.has_block(index):
             if stream and original:

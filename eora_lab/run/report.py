@@ -38,6 +38,7 @@ class Report:
     """All layers of one pass, and the totals."""
 
     layers: list[LayerReport] = field(default_factory=list)
+    base: str = ""  # how the weights were compressed, in short
     seconds: float = 0.0
     peak_memory: int = 0  # bytes: of the process, or of the GPU when the model is there
     backends: dict[str, int] = field(default_factory=dict)  # who multiplies one row of input -> how many layers
@@ -139,8 +140,9 @@ class Report:
         def mean(field: str) -> float:
             return sum(getattr(layer, field) for layer in self.layers) / max(len(self.layers), 1)
 
+        what = f"{self.base}: " if self.base else ""  # older reports do not say
         lines = [
-            f"{self.weights / 1e6:.1f} M weights at {self.bits_per_weight:.2f} bits = {self.nbytes / 1e6:.1f} MB",
+            f"{what}{self.weights / 1e6:.1f} M weights at {self.bits_per_weight:.2f} bits = {self.nbytes / 1e6:.1f} MB",
             f"output error {mean('error_before'):.5f} -> {mean('error_after'):.5f}, mean of layers, calibration tokens",
             f"{self.seconds:.1f} s, peak memory {self.peak_memory / 1e9:.2f} GB",
         ]

@@ -1,4 +1,4 @@
-"""`eora-lab compensate`."""
+"""`eora-lab mend`."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,21 +15,22 @@ from eora_lab.text.settings import Calibration, Evaluation
 
 
 @dataclass(frozen=True)
-class Compensate:
-    """Compensate a GPTQ checkpoint that exists already, and keep the result in a run folder.
+class Mend:
+    """Compensate a compressed model that exists already, and keep the result in a run folder.
 
     The original model gives the weights that the checkpoint was made from; its own codes stay as they are. An
-    interrupted run resumes when it is started again with the same settings.
+    interrupted run resumes when it is started again with the same settings. `eora-lab adapter export` then writes the
+    adapter for the runtime of the checkpoint.
     """
 
     checkpoint: Annotated[Path, tyro.conf.Positional]
-    """folder of a GPTQ checkpoint"""
+    """the compressed model: a folder, or a .gguf file"""
     output: Annotated[Path, tyro.conf.Positional]
     """run folder to write"""
     model: str
     """the original model: embedded model, hub id, or folder"""
-    format: str = "gptq"
-    """what the checkpoint is: gptq, which reads both of its versions"""
+    format: str | None = None
+    """what the checkpoint is, such as gptq; by default what is in it tells"""
     path: Annotated[PathSettings, tyro.conf.arg(name="")] = field(default_factory=PathSettings)
     measured: Annotated[PassSettings, tyro.conf.arg(name="")] = field(default_factory=PassSettings)
     budget: Budget = field(default_factory=Budget)
@@ -43,20 +44,15 @@ class Compensate:
     """cpu or cuda"""
 
     def run(self) -> None:
-        from eora_lab.errors import unknown
-        from eora_lab.formats import FORMATS
+        from eora_lab.formats import read_checkpoint
         from eora_lab.model.load import load_model
 
-        readers = {name: one.read for name, one in FORMATS.items() if one.read}
-        if self.format not in readers:
-            raise unknown("format", self.format, readers)
+        checkpoint = read_checkpoint(self.checkpoint, self.format)
         check_run_folder(self.output)
         judged = self.evaluation.perplexity if self.evaluate else ()
         check_inputs(self.model, (self.calibration.text, *judged))
-        checkpoint = readers[self.format](self.checkpoint)
-        recipe = Recipe(**checkpoint.settings(), **asdict(self.path), **asdict(self.measured))
+        recipe = Recipe(**asdict(self.path), **asdict(self.measured))
         model, tokenizer = load_model(self.model, dtype=self.dtype, device=self.device)
-        checkpoint.check_model(model)
         run_pass(
             model,
             tokenizer,
@@ -66,5 +62,4 @@ class Compensate:
             calibration=self.calibration,
             evaluation=self.evaluation if self.evaluate else None,
             weights=checkpoint,
-            notes={"checkpoint": str(self.checkpoint.resolve())},
         )
