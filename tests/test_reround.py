@@ -2,12 +2,17 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eora_lab import Recipe, compress_model, load_model, load_run
 from eora_lab.calibrate.statistics import InputStatistics
+from eora_lab.cli import main
 from eora_lab.compress import CodebookWeight, GridWeight, gptq, magnitude, reround, rtn, sparsegpt
 from eora_lab.errors import EoraLabError
+from eora_lab.formats import GptqCheckpoint, write_checkpoint
+from eora_lab.layer.linear import compensated
+from tests.tiny import compress, save_tiny, tiny_tokens
 
 
 def layer(rows: int, columns: int, seed: int) -> tuple[torch.Tensor, InputStatistics]:
@@ -36,6 +41,7 @@ BASES = {
 
 
 @pytest.mark.parametrize("base", BASES)
+@settings(max_examples=25)
 @given(st.integers(1, 6), st.sampled_from([16, 40, 72]), st.integers(0, 2**32 - 1))
 def test_no_row_gets_worse_and_the_grid_stays(base, rows, columns, seed):
     weight, statistics = layer(rows, columns, seed)
@@ -50,6 +56,7 @@ def test_no_row_gets_worse_and_the_grid_stays(base, rows, columns, seed):
         assert torch.equal(after.mask, before.mask) and not after.dense()[~before.mask].any()
 
 
+@settings(max_examples=15)
 @given(st.integers(0, 2**32 - 1))
 def test_no_code_alone_could_be_better(seed):
     weight, statistics = layer(3, 24, seed)
@@ -97,3 +104,52 @@ def test_levels_of_any_distance_are_refused():
     base = CodebookWeight(codes, torch.tensor([0.0, 1.0, 4.0, 9.0]), torch.ones(2, 1), 2, 4)
     with pytest.raises(EoraLabError, match="stored as codebook cannot be rounded again"):
         reround(weight, statistics, base)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A Llama in `model`, and a GPTQ checkpoint of it in 3 bits, rounded to nearest."""
+    folder = tmp_path_factory.mktemp("reround")
+    model, tokenizer = load_model(save_tiny(folder / "model"))
+    grid = {"bits": 3, "group_size": 32, "zero_point": "integer", "scale_dtype": "float16"}
+    compress(model, tiny_tokens(), "rtn", method="none", rank=0, inputs="original", progress=False, **grid)
+    write_checkpoint(folder / "gptq", model, tokenizer, checkpoint_format="gptq_v2")
+    return folder
+
+
+def test_a_checkpoint_rounded_again_is_written_back_without_a_path(checkpoint, tmp_path):
+    """The command, the run, the export: the same grids, other codes, less error in every layer."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    options = ["--model", str(checkpoint / "model"), "--calibration.nsamples", "8", "--calibration.seqlen", "32"]
+    options += ["--no-evaluate", "--inputs", "original"]
+    main(["mend", str(checkpoint / "gptq"), str(run), "--reround", "--method", "none", *options])
+    model, _, report = load_run(run)
+    assert all(layer.error_before <= layer.error_given for layer in report.layers)
+    assert sum(layer.error_before for layer in report.layers) < 0.9 * sum(layer.error_given for layer in report.layers)
+    assert "rounded again on its own grid: output error" in report.summary()
+    main(["export", str(run), str(out), "--format", "gptq_v2"])
+    before, after = GptqCheckpoint(checkpoint / "gptq"), GptqCheckpoint(out)
+    for name, module in compensated(model).items():
+        assert torch.equal(after[name].dense(), module.compressed.dense())
+        assert torch.equal(after[name].scales, before[name].scales)
+        assert torch.equal(after[name].offsets, before[name].offsets)
+    main(["mend", str(checkpoint / "gptq"), str(run), "--reround", "--method", "none", *options])  # resumed: done
+    assert main(["mend", str(checkpoint / "gptq"), str(run), "--method", "none", *options]) == 1  # another run
+
+
+def test_in_turn_with_a_path_it_ends_below_the_path_alone(checkpoint):
+    weights = GptqCheckpoint(checkpoint / "gptq")
+    lost = {}
+    for label, more in {"path": {}, "reround": {"reround": True}, "rounds": {"reround": True, "rounds": 3}}.items():
+        model, _ = load_model(checkpoint / "model")
+        report = compress(model, tiny_tokens(), rank=8, inputs="original", progress=False, weights=weights, **more)
+        lost[label] = [layer.error_after for layer in report.layers]
+    assert sum(lost["rounds"]) < sum(lost["reround"]) < sum(lost["path"])
+    assert all(b <= a * 1.001 for a, b in zip(lost["reround"], lost["rounds"], strict=True))
+
+
+def test_what_does_not_come_compressed_cannot_be_rounded_again(checkpoint):
+    model, _ = load_model(checkpoint / "model")
+    with pytest.raises(EoraLabError, match="only weights that come compressed"):
+        compress_model(model, tiny_tokens(), Recipe("rtn", rank=8), reround=True)
+    assert main(["mend", str(checkpoint / "gptq"), "out", "--model", str(checkpoint / "model"), "--rounds", "2"]) == 1

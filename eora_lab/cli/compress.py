@@ -75,6 +75,7 @@ def run_pass(
     calibration: Calibration,
     evaluation: Evaluation | None,
     weights: Mapping | None = None,
+    reround: bool = False,
 ) -> None:
     """Compress into the folder `output`, and print the report."""
     from eora_lab.measure.evaluate import perplexities
@@ -92,6 +93,7 @@ def run_pass(
         folder=output,
         notes=asdict(calibration) | ({"bos": begun} if begun else {}),
         weights=weights,
+        reround=reround,
         judge=(lambda one: perplexities(one, windows, progress=True)) if evaluation else None,
     )
     print(report)

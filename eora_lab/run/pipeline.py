@@ -20,6 +20,7 @@ from eora_lab.calibrate.stream import BlockStream, collect_statistics
 from eora_lab.compensate import SOLVERS, LowRank
 from eora_lab.compensate.eora import eora
 from eora_lab.compensate.factors import store_factors
+from eora_lab.compress import residual
 from eora_lab.environment import peak_memory
 from eora_lab.errors import EoraLabError, naming
 from eora_lab.layer.linear import CompensatedLinear, backends_in_use
@@ -48,6 +49,7 @@ def compress_model(
     notes: dict | None = None,
     statistics: Mapping[str, InputStatistics] | None = None,
     weights: Mapping | None = None,
+    reround: bool = False,
     steps: Steps | None = None,
     judge: Callable[[nn.Module], dict[str, float]] | None = None,
     progress: bool = True,
@@ -66,6 +68,8 @@ def compress_model(
     statistics: of the original model, from `collect_statistics`; they replace the pass, so inputs must be "original".
     weights:    module name -> W^ made elsewhere, such as `read_checkpoint` gives, in place of the compressor, whose
                 settings then do not matter. Linears without one stay as they are.
+    reround:    give these weights other codes on their own grids, so that the outputs suffer less (`compress.reround`);
+                with recipe.rounds above 1 in turn with the low-rank path.
     steps:      who compresses and compensates a layer, in place of the recipe alone (see `Steps`).
     judge:      measures the model, before and after: text -> perplexity. The report keeps both.
     Raises EoraLabError before anything is changed when a setting does not fit the model, or its blocks cannot be run
@@ -87,14 +91,16 @@ def compress_model(
     if names <= left:
         raise EoraLabError("nothing is left to compress: the model reads the weights of these linears itself")
     left |= block_linears(model).keys() - names
-    steps = steps or Steps(recipe, weights)
+    if reround and weights is None:
+        raise EoraLabError(
+            "only weights that come compressed can be rounded again: give weights=, or leave reround out"
+        )
+    steps = steps or Steps(recipe, weights, reround)
     given = {} if weights is None else check_given(model, weights, progress)
     opened: AbstractContextManager[RunFolder | None] = nullcontext()
     if folder:
-        about = {"ranks": asked, "budget": budget and asdict(budget)} | asdict(recipe) | (notes or {}) | given
-        unused = recipe.base_settings() if given else ()
-        about = {key: value for key, value in about.items() if key not in unused}
-        opened = open_folder(folder, about | identity(model, batches))
+        about = {"ranks": asked, "budget": budget and asdict(budget)} | _stated(recipe, given) | (notes or {})
+        opened = open_folder(folder, about | given | steps.about() | identity(model, batches))
     with opened as run:
         before = judge(model) if judge else {}
         started = time.perf_counter()
@@ -127,6 +133,11 @@ def compress_model(
         if run:
             run.finish(report, model)
     return report
+
+
+def _stated(recipe: Recipe, given: dict) -> dict:
+    """The settings that a run keeps: of the base only where it is made here."""
+    return {key: value for key, value in asdict(recipe).items() if not given or key not in recipe.base_settings()}
 
 
 def _walk(
@@ -203,6 +214,9 @@ def compress_linear(
         )
 
     signal, before, after = energies(usable.second_moment)
+    given = None
+    if steps.reround and steps.weights:
+        given = output_energy(residual(linear.weight, steps.weights[name]), usable.second_moment) / signal
     held_out = energies(usable.held_out.second_moment) if usable.held_out else None
     return module, LayerReport(
         name=name,
@@ -221,6 +235,7 @@ def compress_linear(
         seconds_compress=fit.seconds_compress,
         seconds_solve=fit.seconds_solve,
         data_free=usable is not statistics,
+        error_given=given,
     )
 
 
