@@ -125,8 +125,8 @@ def compress_model(
         report.backends = backends_in_use(model)
         report.left = matrices(model, part, but=contract.lent | contract.idle)
         for reason in sorted(set(chosen.values())):
-            if found := matrices(model, part, {name for name, why in chosen.items() if why == reason}):
-                report.by_choice[reason] = found
+            found = matrices(model, part, {name for name, why in chosen.items() if why == reason})
+            report.by_choice |= {reason: found} if found else {}
         if judge:
             after = judge(model)
             report.perplexity = {text: {"dense": before[text], "compressed": after[text]} for text in before}
