@@ -244,7 +244,7 @@ def test_a_compensation_resumes_and_knows_its_checkpoint(original, tmp_path):
     resumed, _ = load_model(original)
     compress(resumed, tiny_tokens(), weights=checkpoint, **PASS, folder=tmp_path / "run")
     assert torch.equal(logits(resumed), logits(whole))
-    with pytest.raises(EoraLabError, match=r"holds another run \(given was"):
+    with pytest.raises(EoraLabError, match=r"holds another run \(base was .GPTQ 4-bit g32., now .GPTQ 8-bit g32."):
         other = GptqCheckpoint(tmp_path / "other")
         compress(load_model(original)[0], tiny_tokens(), weights=other, **PASS, folder=tmp_path / "run")
 

@@ -4,101 +4,19 @@ python -m venv llamacpp && llamacpp/bin/pip install xllamacpp
 EORA_LAB_LLAMACPP=llamacpp/bin/python pytest tests/test_gguf_adapter.py
 """
 
-import copy
-import json
-import os
-import re
-import subprocess
-from pathlib import Path
-
 import gguf
 import pytest
 import torch
 
 from eora_lab import EoraLabError, load_model
 from eora_lab.cli import main
-from eora_lab.formats.fused import fused_linears
-from eora_lab.formats.gguf_adapter import architecture_of, write_gguf_adapter
-from eora_lab.model.expert_kinds import unfold_experts
-from eora_lab.model.structure import linear_at
+from eora_lab.formats.gguf_adapter import write_gguf_adapter
 from eora_lab.run.stored import run_factors
+from tests.gguf_files import DENSE, PROMPTS, in_llamacpp, model_of, needs_llamacpp, unfolded_of, write_gguf
 from tests.test_expert_adapters import merged, mixture, ragged
-from tests.tiny import SMALL, compress, tiny_model, tiny_tokenizer, tiny_tokens, write_sizes
+from tests.tiny import SMALL, compress, tiny_model, tiny_tokenizer, tiny_tokens
 
-PYTHON = os.environ.get("EORA_LAB_LLAMACPP")
-PEER = Path(__file__).with_name("llamacpp_peer.py")
-PROMPTS = [torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 17, 30)]
-DENSE = ["llama", "qwen2", "gemma"]
 KINDS = [*DENSE, "mixtral", "qwen3_moe", "qwen2_moe", "olmoe"]
-GRANTED = {"qwen3_moe": {"norm_topk_prob": True}, "olmoe": {"num_key_value_heads": 4}}  # by llama.cpp
-ROUTERS = {"mixtral": "block_sparse_moe.gate."}
-
-
-def model_of(kind: str):
-    return tiny_model(kind) if kind in DENSE else mixture(kind, **GRANTED.get(kind, {}))
-
-
-def unfolded_of(plain):
-    model = copy.deepcopy(plain)
-    unfold_experts(model)
-    return model
-
-
-@torch.no_grad()
-def write_base(path: Path, model) -> None:
-    """A plain model as llama.cpp's converter would write it, in float32, with a vocabulary of letters."""
-    config, name = model.config, architecture_of(model).name
-    writer = gguf.GGUFWriter(path, name)
-    write_sizes(writer, config)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_rope_dimension_count(head)
-    writer.add_key_length(head)
-    writer.add_value_length(head)
-    if hasattr(config, "num_experts_per_tok"):
-        writer.add_expert_count(getattr(config, "num_local_experts", None) or config.num_experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
-    if width := getattr(config, "moe_intermediate_size", None):
-        writer.add_expert_feed_forward_length(width)
-    if width := getattr(config, "shared_expert_intermediate_size", None):
-        writer.add_expert_shared_feed_forward_length(width)
-    writer.add_tokenizer_model("llama")
-    writer.add_token_list([f"<t{index}>" for index in range(config.vocab_size)])
-    writer.add_token_scores([0.0] * config.vocab_size)
-    writer.add_token_types([2, 3, 3] + [1] * (config.vocab_size - 3))
-    names = gguf.get_tensor_name_map(
-        next(key for key, value in gguf.MODEL_ARCH_NAMES.items() if value == name), config.num_hidden_layers
-    )
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
-    unfolded = unfolded_of(model)
-    for each in fused_linears(unfolded):
-        for place, (part, _) in enumerate(each.parts[0]):
-            weights = [linear_at(unfolded, name).weight for name in each.names()]
-            stacked = torch.stack([w[parts[place][1]] for w, parts in zip(weights, each.parts, strict=True)])
-            writer.add_tensor(f"{names.get_name(re.sub(r'experts.0', 'experts', part))}.weight", stacked.numpy())
-    for key, tensor in model.state_dict().items():
-        module, _, kind = key.replace("mlp.gate.", ROUTERS.get(config.model_type, "mlp.gate.")).rpartition(".")
-        if tensor.ndim == 3 or (key.startswith("lm_head") and config.tie_word_embeddings):
-            continue
-        place = names.get_name(module)
-        if name == "llama" and (count := heads.get(place.rpartition(".")[2])):
-            tensor = tensor.reshape(count, 2, -1, tensor.shape[1]).transpose(1, 2).reshape(tensor.shape)
-        if name == "gemma" and "norm" in module:
-            tensor = tensor + 1
-        writer.add_tensor(f"{place}.{kind}", tensor.contiguous().numpy())
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def in_llamacpp(base: Path, adapter: Path | None) -> torch.Tensor:
-    """(prompts, 97) log-probabilities of the next token."""
-    asked = {"model": str(base), "adapter": adapter and str(adapter), "prompts": PROMPTS}
-    done = subprocess.run([PYTHON, PEER], input=json.dumps(asked), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    return torch.tensor([[row[str(token)] for token in range(97)] for row in json.loads(line.removeprefix("RESULT"))])
 
 
 @torch.no_grad()
@@ -106,13 +24,13 @@ def in_transformers(model) -> torch.Tensor:
     return torch.stack([model(torch.tensor([p])).logits[0, -1].log_softmax(-1) for p in PROMPTS])
 
 
-@pytest.mark.skipif(not PYTHON, reason="EORA_LAB_LLAMACPP names no Python that has xllamacpp")
+@needs_llamacpp
 @pytest.mark.parametrize("kind", KINDS)
 def test_llamacpp_computes_as_meant(kind, tmp_path):
     plain = model_of(kind)
     unfolded = unfolded_of(plain)
     factors = ragged(unfolded)
-    write_base(tmp_path / "base.gguf", plain)
+    write_gguf(tmp_path / "base.gguf", plain)
     write_gguf_adapter(tmp_path / "adapter.gguf", factors, unfolded)
     before, after = in_transformers(plain), in_transformers(merged(unfolded, factors))
     base = (in_llamacpp(tmp_path / "base.gguf", None) - before).abs().max()
@@ -141,7 +59,7 @@ def test_tensors_are_those_of_the_base(tmp_path):
 
 def test_what_has_no_gguf_form_is_refused_by_name(tmp_path):
     unfolded = unfolded_of(mixture("dbrx"))
-    with pytest.raises(EoraLabError, match="no GGUF adapter of a dbrx model: known are llama, "):
+    with pytest.raises(EoraLabError, match="a GGUF file of a dbrx model holds is not known here: known are llama, "):
         write_gguf_adapter(tmp_path / "a.gguf", ragged(unfolded), unfolded)
     model = tiny_model("llama")
     with pytest.raises(EoraLabError, match=r"model.layers.0.mlp.new_proj has no place in a GGUF file of llama"):

@@ -36,8 +36,8 @@ class Export:
         from eora_lab.run.folder import read_config
         from eora_lab.run.stored import check_output, modules_of, run_factors, run_made_for
 
-        factors = run_factors(self.run_folder)
-        model = read_config(self.run_folder)["settings"]["model"]
+        factors, settings = run_factors(self.run_folder), read_config(self.run_folder)["settings"]
+        model, base = settings["model"], str(settings.get("checkpoint", ""))
         if self.format == "gguf":
             if self.universal:
                 raise EoraLabError("--universal is of PEFT adapters: llama.cpp takes every layer at its own rank")
@@ -45,7 +45,8 @@ class Export:
             if self.output.exists():
                 raise EoraLabError(f"{self.output} is there already: choose another name")
             write_gguf_adapter(self.output, factors, load_skeleton(model))
-            print(f"wrote {self.output}: llama-server -m BASE.gguf {shlex.join(['--lora', str(self.output)])}")
+            base = base if base.endswith(".gguf") else "BASE.gguf"
+            print(f"wrote {self.output}: try  {shlex.join(['llama-server', '-m', base, '--lora', str(self.output)])}")
             return
         made_for = run_made_for(self.run_folder, {"export": self.universal})
         check_output(self.output, made_for)

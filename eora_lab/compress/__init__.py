@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from eora_lab.compress.codebook_weight import CodebookWeight
 from eora_lab.compress.dense_weight import DenseWeight
+from eora_lab.compress.gguf_weight import GgufWeight
 from eora_lab.compress.gptq import gptq
 from eora_lab.compress.grid import Grid
 from eora_lab.compress.grid_weight import GridWeight, zero_points
@@ -18,7 +19,7 @@ from eora_lab.compress.sparsity import Sparsity
 from eora_lab.compress.storage import KINDS, Compressed, tagged_state_dict, weight_from_state_dict
 from eora_lab.compress.wanda import wanda
 
-KINDS |= {"grid": GridWeight, "sparse": SparseWeight, "codebook": CodebookWeight, "dense": DenseWeight}
+KINDS |= {one.kind: one for one in (GridWeight, SparseWeight, CodebookWeight, DenseWeight, GgufWeight)}
 QUANTISERS = {"rtn": rtn, "gptq": gptq}
 PRUNERS = {"magnitude": magnitude, "wanda": wanda, "sparsegpt": sparsegpt}  # these take a sparsity, and 16 bits
 COMPRESSORS = MappingProxyType(ChainMap(PRUNERS, QUANTISERS))  # both; what a plugin adds to one of them is in here
@@ -31,6 +32,7 @@ __all__ = [
     "CodebookWeight",
     "Compressed",
     "DenseWeight",
+    "GgufWeight",
     "Grid",
     "GridWeight",
     "SparseWeight",

@@ -9,6 +9,7 @@ from eora_lab.errors import EoraLabError, unknown
 from eora_lab.formats.adapter_check import Finding, check_adapter, fix_adapter
 from eora_lab.formats.checkpoint import Checkpoint, quantization
 from eora_lab.formats.dense import write_dense
+from eora_lab.formats.gguf_checkpoint import GgufCheckpoint, is_gguf
 from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, is_gptq, write_checkpoint
 from eora_lab.formats.peft import read_adapter, read_files, write_adapter
 
@@ -17,6 +18,7 @@ __all__ = [
     "Checkpoint",
     "Finding",
     "Format",
+    "GgufCheckpoint",
     "GptqCheckpoint",
     "check_adapter",
     "fix_adapter",
@@ -56,6 +58,7 @@ FORMATS = {
         "the same with zero points as they are, for asymmetric grids",
         partial(write_checkpoint, checkpoint_format="gptq_v2"),
     ),
+    "gguf": Format("GGUF file of llama.cpp", read=GgufCheckpoint, detects=is_gguf),
     "dense": Format("W^ in full, pruned weights as zeros", write_dense),
     "merged": Format("W^ + B A in full", partial(write_dense, merge=True)),
 }

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eora_lab.compress import Compressed, GridWeight, residual, tagged_state_dict
+from eora_lab.compress import CodebookWeight, Compressed, GgufWeight, GridWeight, residual, tagged_state_dict
 from eora_lab.errors import EoraLabError
 from eora_lab.formats.checkpoint import Checkpoint
 from eora_lab.model.structure import block_linears
@@ -16,22 +16,30 @@ STEPS = 1.5  # of its grid, that GPTQ's W^ may be away from W: 0.3 to 0.7 in a r
 SHIFT = 0.5  # of a step, that W^ may be off on average: 0.01 in a real model, 1 where zero points are read one off
 
 
-def check_given(model: nn.Module, weights: Mapping, progress: bool = True) -> dict[str, str]:
-    """What a run keeps of weights that came compressed: what they are, a digest, and of a `Checkpoint` where it lies.
+def named_for(model: nn.Module, weights: Mapping | None) -> Mapping | None:
+    """Weights that came compressed by the names of the model's linears. Raises EoraLabError as `Checkpoint.of`."""
+    return weights.of(model) if isinstance(weights, Checkpoint) else weights
 
-    Raises EoraLabError as `Checkpoint.check_model`, and when a weight belongs to no linear, is of another shape, or
-    cannot be a compression of that linear: when it is further from W than zero is (unrelated weights of the same size
-    are sqrt(2) |W| away), or further than its own grid explains, see `steps_away`.
+
+def origin_of(weights: Mapping | None) -> dict[str, str]:
+    """What a run keeps of where they came from: how they were compressed, and of a `Checkpoint` its path and digest."""
+    if not isinstance(weights, Checkpoint):
+        return {} if weights is None else {"base": "given"}
+    place = {"checkpoint": str(weights.path.resolve()), "checkpoint_sha256": weights.sha256()}
+    return {"base": weights.base} | place
+
+
+def check_given(model: nn.Module, weights: Mapping, source: str = "", progress: bool = True) -> str:
+    """A digest of weights that came compressed, by the model's names.
+
+    source: that an error names.
+    Raises EoraLabError when one belongs to no linear, is of another shape, or cannot be a compression of that linear:
+    when it is further from W than `farthest`, or further than its own grid explains, see `steps_away`.
     """
     from tqdm.auto import tqdm
 
-    about = {"base": "given"}
-    if isinstance(weights, Checkpoint):
-        weights.check_model(model)
-        about = {"base": weights.base, "checkpoint": str(weights.path.resolve())}
-        about["checkpoint_sha256"] = weights.sha256()
     modules, digest = block_linears(model), hashlib.sha256()
-    source = f"{weights.path}: " if isinstance(weights, Checkpoint) else ""
+    source = f"{source}: " if source else ""
     for name in tqdm(weights, desc="compressed weights", unit="layer", disable=not progress, leave=False):
         if name not in modules:
             raise EoraLabError(f"{source}{name} comes compressed, but is no linear in the decoder blocks of this model")
@@ -39,7 +47,7 @@ def check_given(model: nn.Module, weights: Mapping, progress: bool = True) -> di
         _check_one(f"{source}{name}", given, modules[name].weight)
         for tensor in tagged_state_dict(given).values():
             digest.update(tensor.cpu().contiguous().numpy().tobytes())
-    return about | {"given": digest.hexdigest()}
+    return digest.hexdigest()
 
 
 def _check_one(name: str, given: Compressed, weight: Tensor) -> None:
@@ -50,19 +58,32 @@ def _check_one(name: str, given: Compressed, weight: Tensor) -> None:
             "it is not the original model"
         )
     error = residual(weight, given)
+    if not torch.isfinite(error).all():
+        raise EoraLabError(f"{name} comes compressed with NaN or Inf: the checkpoint is damaged, get it again")
     distance, norm = error.norm(), weight.float().norm()
-    steps, shift = steps_away(error, given)
+    (steps, shift), most = steps_away(error, given), farthest(given)
     if not abs(shift) <= SHIFT:
         raise EoraLabError(
             f"{name} comes compressed, but {shift:+.2f} steps of its grid away from the weight on average: its zero "
             "points are read one off, so correct the format that its configuration names (checkpoint_format: gptq or "
             "gptq_v2)"
         )
-    if not (distance <= norm and steps <= STEPS):
+    if not (distance <= most * norm and steps <= STEPS):
+        beyond = f"{steps:.1f} steps of its grid where {STEPS} are" if steps else f"where {most:.2f} times is"
         raise EoraLabError(
-            f"{name} comes compressed, but {distance / norm:.2f} times the weight's norm away from it, {steps:.1f} "
-            f"steps of its grid where {STEPS} are the most: this is not the model that it was made from"
+            f"{name} comes compressed, but {distance / norm:.2f} times the weight's norm away from it, {beyond} the "
+            "most: this is not the model that it was made from"
         )
+
+
+def farthest(given: Compressed) -> float:
+    """The most that W^ can be away from W, in times |W|.
+
+    Zero is 1 away, and unrelated weights of the same size sqrt(2). Rounding to the nearest level of a format of b bits
+    leaves about 2^-b, and methods that move weights on purpose twice that; allowed is 2^(1 - b/2), so 0.5 at 4 bits and
+    0.12 at 8. What is pruned, or came in full, may be anywhere up to 1; grids have a bound of their own, `steps_away`.
+    """
+    return min(1.0, 2 ** (1 - given.bits / 2)) if isinstance(given, CodebookWeight | GgufWeight) else 1.0
 
 
 def steps_away(error: Float[Tensor, "out in"], given: Compressed) -> tuple[float, float]:

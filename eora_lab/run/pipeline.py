@@ -31,7 +31,7 @@ from eora_lab.model.whole import check_finite
 from eora_lab.run.budget import Budget
 from eora_lab.run.fit import Steps, fit_layer
 from eora_lab.run.folder import RunFolder, open_folder
-from eora_lab.run.given import check_given
+from eora_lab.run.given import check_given, named_for, origin_of
 from eora_lab.run.ranks import given_ranks, spread
 from eora_lab.run.recipe import Recipe
 from eora_lab.run.report import LayerReport, Report
@@ -79,6 +79,7 @@ def compress_model(
     budget = ranks if isinstance(ranks, Budget) else None
     asked = None if ranks is None or isinstance(ranks, Budget) else given_ranks(ranks)
     unfold(model)
+    came, weights = origin_of(weights), named_for(model, weights)
     recipe.check_fit(model, asked, given=weights)
     chosen = recipe.left(model, weights)
     batches = as_tokens(model, batches)
@@ -91,16 +92,13 @@ def compress_model(
     if names <= left:
         raise EoraLabError("nothing is left to compress: the model reads the weights of these linears itself")
     left |= block_linears(model).keys() - names
-    if reround and weights is None:
-        raise EoraLabError(
-            "only weights that come compressed can be rounded again: give weights=, or leave reround out"
-        )
     steps = steps or Steps(recipe, weights, reround)
-    given = {} if weights is None else check_given(model, weights, progress)
+    if weights is not None:
+        came["given"] = check_given(model, weights, came.get("checkpoint", ""), progress)
     opened: AbstractContextManager[RunFolder | None] = nullcontext()
     if folder:
-        about = {"ranks": asked, "budget": budget and asdict(budget)} | _stated(recipe, given) | (notes or {})
-        opened = open_folder(folder, about | given | steps.about() | identity(model, batches))
+        about = {"ranks": asked, "budget": budget and asdict(budget)} | _stated(recipe, came) | (notes or {})
+        opened = open_folder(folder, about | came | steps.about() | identity(model, batches))
     with opened as run:
         before = judge(model) if judge else {}
         started = time.perf_counter()
@@ -119,14 +117,14 @@ def compress_model(
             recipe.check_fit(model, asked, given=weights)  # they may come from a file
         part = decoder(model)
         report = Report(_walk(model, batches, steps, asked, statistics, run, contract, left, progress))
-        report.base = given.get("base", recipe.base)
+        report.base = came.get("base", recipe.base)
         report.seconds = time.perf_counter() - started
         report.peak_memory = peak_memory(next(model.parameters()).device)
         report.backends = backends_in_use(model)
         report.left = matrices(model, part, but=contract.lent | contract.idle)
-        for reason in sorted(set(chosen.values())):
-            found = matrices(model, part, {name for name, why in chosen.items() if why == reason})
-            report.by_choice |= {reason: found} if found else {}
+        reasons = {why: {name for name in chosen if chosen[name] == why} for why in sorted(set(chosen.values()))}
+        found = {why: matrices(model, part, names) for why, names in reasons.items()}
+        report.by_choice = {why: left for why, left in found.items() if left}
         if judge:
             after = judge(model)
             report.perplexity = {text: {"dense": before[text], "compressed": after[text]} for text in before}

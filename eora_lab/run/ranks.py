@@ -13,6 +13,7 @@ from eora_lab.errors import EoraLabError, as_setting, naming
 from eora_lab.model.structure import block_linears, linear_at
 from eora_lab.run.budget import Budget, LayerSpectrum, allocate_ranks
 from eora_lab.run.fit import Steps
+from eora_lab.run.given import named_for
 from eora_lab.run.recipe import Recipe
 
 
@@ -39,6 +40,7 @@ def plan_ranks(
     weights:    as for `compress_model`.
     Raises EoraLabError when the recipe or the budget does not fit the model.
     """
+    weights = named_for(model, weights)
     recipe.check_fit(model, given=weights)
     left: Container[str] = ()
     if any(name not in statistics for name in block_linears(model)):  # a pass may leave some as they are

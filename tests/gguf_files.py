@@ -1,0 +1,121 @@
+"""GGUF files of tiny models, as llama.cpp's converter and quantiser write them, and what the real one computes."""
+
+import copy
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from eora_lab.formats.fused import fused_linears
+from eora_lab.formats.gguf_names import GgufNames, of_all_experts
+from eora_lab.model.expert_kinds import unfold_experts
+from eora_lab.model.structure import linear_at
+from tests.test_expert_adapters import mixture
+from tests.tiny import tiny_model, write_sizes
+
+PYTHON = os.environ.get("EORA_LAB_LLAMACPP")
+PEER = Path(__file__).with_name("llamacpp_peer.py")
+PROMPTS = [torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 17, 30)]
+DENSE = ["llama", "qwen2", "gemma"]
+GRANTED = {"qwen3_moe": {"norm_topk_prob": True}, "olmoe": {"num_key_value_heads": 4}}  # by llama.cpp
+ROUTERS = {"mixtral": "block_sparse_moe.gate."}
+
+
+needs_llamacpp = pytest.mark.skipif(not PYTHON, reason="EORA_LAB_LLAMACPP names no Python that has xllamacpp")
+
+
+def model_of(kind: str):
+    return tiny_model(kind) if kind in DENSE else mixture(kind, **GRANTED.get(kind, {}))
+
+
+def unfolded_of(plain):
+    model = copy.deepcopy(plain)
+    unfold_experts(model)
+    return model
+
+
+def encoded(values: np.ndarray, kind: str) -> np.ndarray:
+    """Values of a type; random bytes where the package gguf can read it only. Scales of these are of moderate size."""
+    kind = gguf.GGMLQuantizationType[kind]
+    try:
+        return gguf.quants.quantize(values, kind)
+    except NotImplementedError:
+        shape = gguf.quants.quant_shape_to_byte_shape(values.shape, kind)
+        return np.random.default_rng(0).integers(0, 48, shape, dtype=np.uint8)
+
+
+def write_metadata(writer: gguf.GGUFWriter, config) -> None:
+    """Sizes and a vocabulary of letters."""
+    write_sizes(writer, config)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    writer.add_rope_dimension_count(head)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    if hasattr(config, "num_experts_per_tok"):
+        writer.add_expert_count(getattr(config, "num_local_experts", None) or config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    if width := getattr(config, "moe_intermediate_size", None):
+        writer.add_expert_feed_forward_length(width)
+    if width := getattr(config, "shared_expert_intermediate_size", None):
+        writer.add_expert_shared_feed_forward_length(width)
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([f"<t{index}>" for index in range(config.vocab_size)])
+    writer.add_token_scores([0.0] * config.vocab_size)
+    writer.add_token_types([2, 3, 3] + [1] * (config.vocab_size - 3))
+
+
+@torch.no_grad()
+def write_gguf(path: Path, model, kind: Callable[[str], str] = lambda name: "F32", more: dict | None = None) -> None:
+    """A plain model as llama.cpp's converter would write it.
+
+    kind: name of a tensor of two or more dimensions, no router -> its type. more: tensors beside it, as float32.
+    """
+    config, names = model.config, GgufNames(unfolded := unfolded_of(model))
+    writer = gguf.GGUFWriter(path, names.architecture)
+    write_metadata(writer, config)
+
+    def add(key: str, values: np.ndarray) -> None:
+        own = kind(key) if values.ndim > 1 and "ffn_gate_inp" not in key else "F32"
+        plain = own in ("F32", "F16")
+        data = encoded(values, own)
+        writer.add_tensor(key, data, raw_dtype=None if plain else gguf.GGMLQuantizationType[own])
+
+    for each in fused_linears(unfolded):
+        for place, (part, _) in enumerate(each.parts[0]):
+            weights = [linear_at(unfolded, name).weight for name in each.names()]
+            stacked = torch.stack([w[parts[place][1]] for w, parts in zip(weights, each.parts, strict=True)])
+            add(f"{names.of(of_all_experts(part))}.weight", stacked.numpy())
+    for key, tensor in model.state_dict().items():
+        module, _, suffix = key.replace("mlp.gate.", ROUTERS.get(config.model_type, "mlp.gate.")).rpartition(".")
+        if tensor.ndim == 3 or (key.startswith("lm_head") and config.tie_word_embeddings):
+            continue
+        if module.endswith("experts"):  # biases of experts, which no test looks at
+            continue
+        place = names.find(module)
+        if place is None:  # a parameter that is no weight of a module
+            place, suffix = names.of(key), "weight"
+        if names.architecture == "gemma" and "norm" in module:
+            tensor = tensor + 1
+        add(f"{place}.{suffix}", names.permuted(place, tensor).contiguous().numpy())
+    for key, values in (more or {}).items():
+        writer.add_tensor(key, np.asarray(values, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def in_llamacpp(base: Path, adapter: Path | None) -> torch.Tensor:
+    """(prompts, 97) log-probabilities of the next token."""
+    asked = {"model": str(base), "adapter": adapter and str(adapter), "prompts": PROMPTS}
+    done = subprocess.run([PYTHON, PEER], input=json.dumps(asked), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
+    return torch.tensor([[row[str(token)] for token in range(97)] for row in json.loads(line.removeprefix("RESULT"))])
