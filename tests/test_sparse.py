@@ -155,7 +155,7 @@ def test_joint_compression_beats_pruning_and_then_rounding():
     weight, statistics = weight_of(32, 128), statistics_of(128)
     grid = {"bits": 3, "group_size": 32, "mse": True}
     pruned = sparsegpt(weight, statistics, sparsity="2:4", bits=16)
-    rounded = Grid(**grid).round(pruned.dense(), *Grid(**grid).fit(pruned.dense(), None, pruned.mask), pruned.mask)
+    rounded = Grid(**grid).round(pruned.dense(), *Grid(**grid).fit(pruned.dense(), None, pruned.mask), mask=pruned.mask)
     joint = sparsegpt(weight, statistics, sparsity="2:4", **grid)
     assert isinstance(joint, GridWeight) and isinstance(pruned, SparseWeight)
     assert output_error(weight, joint, statistics) < output_error(weight, rounded, statistics)

@@ -5,6 +5,7 @@ from types import MappingProxyType
 
 from eora_lab.compress.codebook_weight import CodebookWeight
 from eora_lab.compress.dense_weight import DenseWeight
+from eora_lab.compress.format_grids import GRIDS
 from eora_lab.compress.gguf_weight import GgufWeight
 from eora_lab.compress.gptq import gptq
 from eora_lab.compress.grid import Grid
@@ -26,6 +27,7 @@ COMPRESSORS = MappingProxyType(ChainMap(PRUNERS, QUANTISERS))  # both; what a pl
 
 __all__ = [
     "COMPRESSORS",
+    "GRIDS",
     "KINDS",
     "PRUNERS",
     "QUANTISERS",

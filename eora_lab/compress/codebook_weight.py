@@ -54,7 +54,7 @@ class CodebookWeight(Compressed):
         return ({} if self.tensor_scale is None else {"tensor_scale": self.tensor_scale}) | {
             "codes": pack(self.codes, self.bits),
             "scales": self.scales,
-            "levels": self.levels,
+            "levels": self.levels.clone(),  # no file holds one tensor under several names
             "layout": torch.tensor([self.shape[1], self.group_size, self.bits]),
         }
 

@@ -1,7 +1,7 @@
-"""Where the codes lie in the blocks of GGUF types whose levels are evenly spaced, to read and to change them.
+"""Where the codes lie in the blocks of GGUF types, to read and to change them: of those with a code a weight.
 
-A block holds scales and codes; how scales become numbers is gguf's to say (`gguf.quants.dequantize`). A weight of such
-a type is origin + step * code, with one origin and one step for a group of neighbours (ggml-common.h, ggml-quants.c).
+A block holds scales and codes; how they become numbers is gguf's to say (`gguf.quants.dequantize`). In all but MXFP4 a
+weight is origin + step * code, with one origin and one step for a group of neighbours (ggml-common.h, ggml-quants.c).
 """
 
 from dataclasses import dataclass
@@ -30,6 +30,7 @@ class Layout:
     block_bytes: int
     group_size: int  # weights that share a scale
     signed: bool = False  # codes are stored as two's complement
+    even: bool = True  # levels are evenly spaced
 
     @property
     def block_size(self) -> int:
@@ -83,6 +84,7 @@ LAYOUTS: dict[str, Layout] = {
     "Q5_0": Layout((_halves(6), Field(1, 2 + _j // 8, _j % 8)), 22, 32),
     "Q5_1": Layout((_halves(8), Field(1, 4 + _j // 8, _j % 8)), 24, 32),
     "Q8_0": Layout((Field(8, 2 + _j, 0 * _j),), 34, 32, signed=True),
+    "MXFP4": Layout((_halves(1),), 17, 32, even=False),
     "Q2_K": Layout((Field(2, 16 + 32 * _half + _lane, 2 * _quarter),), 84, 16),
     "Q3_K": Layout((Field(2, 32 + 32 * _half + _lane, 2 * _quarter), Field(1, _lane, _i // 32)), 110, 16),
     "Q4_K": Layout((Field(4, 16 + 32 * _chunk + _lane, 4 * (_i // 32 % 2)),), 144, 32),

@@ -54,7 +54,7 @@ class GgufWeight(Compressed):
 
     def lattice(self) -> Lattice | None:
         """What its codes stand for, of types whose levels are evenly spaced (`gguf_codes.LAYOUTS`)."""
-        if (layout := LAYOUTS.get(self.type)) is None:
+        if (layout := LAYOUTS.get(self.type)) is None or not layout.even:
             return None
         first = layout.codes(self.blocks.cpu().numpy())
         top = 2**layout.bits - 1

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.compress.feedback import column_sweep, inverse_factor
-from eora_lab.compress.grid import Grid, check_grid
-from eora_lab.compress.grid_weight import GridWeight, zero_points
+from eora_lab.compress.format_grids import INTEGER, choose
+from eora_lab.compress.grid import check_grid
+from eora_lab.compress.storage import Compressed
 
 
 @torch.no_grad()
@@ -15,41 +16,45 @@ def gptq(
     weight: Float[Tensor, "out in"],
     statistics: InputStatistics,
     *,
+    grid: str = INTEGER,
     desc_act: bool = True,
     damp_percent: float = 0.01,
     **settings,
-) -> GridWeight:
+) -> Compressed:
     """Minimise tr((W - W^) S (W - W^)ᵀ) greedily over columns.
 
+    grid: "integer", or a name of `GRIDS`.
     desc_act: columns with the largest E[x²] come first (act-order). Groups keep their channels, and their grids are
         those of the original weights (static groups), so that the result is stored like any other. Without it,
         columns come as they are, and a group's grid is fitted to its weights as they stand when it is reached.
     damp_percent: see `inverse_factor`. settings: of `Grid`; its search weighs errors by E[x²].
     """
-    grid, in_features = Grid(**settings), weight.shape[1]
-    group_size = check_grid(in_features, grid.bits, grid.group_size)
     power = statistics.second_moment.diagonal()
     weight = weight.float().masked_fill(power == 0, 0)  # dead input channels
+    chosen, in_features = choose(weight, grid, **settings), weight.shape[1]
+    group_size = check_grid(in_features, chosen.bits, chosen.group_size)
     order = power.argsort(descending=True, stable=True) if desc_act else torch.arange(in_features, device=power.device)
     group = (order // group_size).tolist()
     factor = inverse_factor(statistics.second_moment[order][:, order], damp_percent)
     columns = weight.T[order].clone()  # (in, out)
-    codes = torch.empty_like(columns)
-    scales, offsets = (part.T.contiguous() for part in grid.fit(weight, power))  # (groups, out)
-    scale, zero = scales.float(), zero_points(scales, offsets)
+    codes = torch.empty_like(columns, dtype=torch.uint8)
+    fitted = [part.T.contiguous() for part in chosen.fit(weight, power)]  # (groups, out)
+    ready = chosen.ready(*fitted)
 
     def compress(i: int) -> Float[Tensor, " out"]:
         g = group[i]
         if not desc_act and i % group_size == 0:
-            fitted = grid.fit(columns[i : i + group_size].T, power[i : i + group_size])
-            scales[g], offsets[g] = (part[:, 0] for part in fitted)
-            scale[g], zero[g] = scales[g].float(), zero_points(scales[g : g + 1], offsets[g : g + 1])[0]
-        torch.addcdiv(zero[g], columns[i], scale[g], out=codes[i]).round_().clamp_(0, 2**grid.bits - 1)
-        return (codes[i] - zero[g]) * scale[g]
+            for part, new in zip(
+                fitted, chosen.fit(columns[i : i + group_size].T, power[i : i + group_size]), strict=True
+            ):
+                part[g] = new[:, 0]
+            for part, new in zip(ready, chosen.ready(*(part[g : g + 1] for part in fitted)), strict=True):
+                part[g] = new[0]
+        found = chosen.nearest(columns[i], *(part[g] for part in ready))
+        codes[i] = found
+        return chosen.points(found, *(part[g] for part in ready))
 
     column_sweep(columns, factor, compress, *([] if desc_act else [group_size]))
-    in_place = torch.empty_like(codes, dtype=torch.uint8)
-    in_place[order] = codes.to(torch.uint8)
-    return GridWeight(
-        in_place.T.contiguous(), scales.T.contiguous(), offsets.T.contiguous(), grid.bits, None, group_size
-    )
+    in_place = torch.empty_like(codes)
+    in_place[order] = codes
+    return chosen.store(in_place.T.contiguous(), *(part.T.contiguous() for part in fitted))

@@ -1,13 +1,16 @@
-"""The uniform grid that quantisers round to, one per group of input channels."""
+"""The grids that quantisers round to, one per group of input channels; those with levels at equal distances."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 from torch import Tensor
 
 from eora_lab.compress.grid_weight import GridWeight, in_groups, zero_points
+from eora_lab.compress.storage import Compressed
 from eora_lab.errors import EoraLabError
 
 ZeroPoint = Literal["float", "integer"]
@@ -30,9 +33,96 @@ def check_grid(in_features: int, bits: int, group_size: int) -> int:
     return in_features if group_size == -1 else min(group_size, in_features)
 
 
+class RoundingGrid(ABC):
+    """What rounds the weights of every group to a grid of the group's own.
+
+    A grid is fitted to some weights, and the fit is a tuple of float tensors (out, groups). `ready` makes of it what
+    `nearest` and `points` compute with, element by element, so that any rows, columns or groups can be taken of it.
+
+    shrinks: shares of the range that the search for the least squared error tries (mse).
+    """
+
+    bits: int
+    group_size: int
+    mse: bool
+    shrinks: Sequence[float] = SHRINKS
+
+    @abstractmethod
+    def ends(self, groups: Float[Tensor, "out groups group_size"]) -> tuple[Float[Tensor, "out groups"], ...]:
+        """What the range of every group follows from."""
+
+    @abstractmethod
+    def span(self, *ends: Float[Tensor, "out groups"]) -> tuple[Shaped[Tensor, "out groups"], ...]:
+        """The grid of a range. Raises EoraLabError on weights that its scales cannot hold."""
+
+    @abstractmethod
+    def ready(self, *fitted: Shaped[Tensor, "*groups"]) -> tuple[Float[Tensor, "*groups"], ...]:
+        """What `nearest` and `points` take."""
+
+    @abstractmethod
+    def nearest(self, weight: Float[Tensor, "*weight"], *ready: Float[Tensor, "*groups"]) -> Shaped[Tensor, "*weight"]:
+        """The codes of the points that are nearest."""
+
+    @abstractmethod
+    def points(self, codes: Shaped[Tensor, "*weight"], *ready: Float[Tensor, "*groups"]) -> Float[Tensor, "*weight"]:
+        """What codes stand for."""
+
+    @abstractmethod
+    def store(
+        self,
+        codes: Shaped[Tensor, "out in"],
+        *fitted: Shaped[Tensor, "out groups"],
+        mask: Bool[Tensor, "out in"] | None = None,
+    ) -> Compressed:
+        """Codes with their grids. mask: the weights that are kept; None: all."""
+
+    def fit(
+        self,
+        weight: Float[Tensor, "out in"],
+        importance: Float[Tensor, " in"] | None = None,
+        mask: Bool[Tensor, "out in"] | None = None,
+    ) -> tuple[Shaped[Tensor, "out groups"], ...]:
+        """The grids for the weights of every group, and for zero.
+
+        importance: what a unit of squared error costs in every channel; None: the same.
+        mask: the weights that are kept; the others do not count.
+        Raises EoraLabError on weights that the scales cannot hold.
+        """
+        group_size = check_grid(weight.shape[1], self.bits, self.group_size)
+        counts = torch.ones_like(weight) if mask is None else mask.float()
+        groups = in_groups(weight * counts, group_size)  # (out, groups, group_size)
+        ends = self.ends(groups)
+        fitted = self.span(*ends)
+        if not self.mse:
+            return fitted
+        counts = in_groups(counts if importance is None else counts * importance, group_size)
+        least = torch.full_like(ends[0], torch.inf)
+        for shrink in self.shrinks:
+            tried = self.span(*(end * shrink for end in ends))
+            ready = [part[..., None] for part in self.ready(*tried)]
+            rounded = self.points(self.nearest(groups, *ready), *ready)
+            error = rounded.sub_(groups).square_().mul_(counts).sum(-1)
+            better = error < least
+            least = torch.where(better, error, least)
+            fitted = tuple(torch.where(better, new, old) for new, old in zip(tried, fitted, strict=True))
+        return fitted
+
+    def round(
+        self,
+        weight: Float[Tensor, "out in"],
+        *fitted: Shaped[Tensor, "out groups"],
+        mask: Bool[Tensor, "out in"] | None = None,
+    ) -> Compressed:
+        """The nearest point of the grid for every weight that is kept."""
+        group_size = check_grid(weight.shape[1], self.bits, self.group_size)
+        ready = [part[..., None] for part in self.ready(*fitted)]
+        codes = self.nearest(in_groups(weight, group_size), *ready).flatten(1)[:, : weight.shape[1]]
+        return self.store(codes, *fitted, mask=mask)
+
+
 @dataclass(frozen=True)
-class Grid:
-    """Which grid the weights of a group get.
+class Grid(RoundingGrid):
+    """Which grid with equal distances the weights of a group get. It is fitted as (scales, offsets) of a `GridWeight`.
 
     bits:        2 to 8. Pruners also take 16: the kept weights stay as they are.
     group_size:  input channels that share a grid; -1: one grid per output row.
@@ -52,38 +142,13 @@ class Grid:
     scale_dtype: ScaleDtype = "float32"
     mse: bool = False
 
-    def fit(
-        self,
-        weight: Float[Tensor, "out in"],
-        importance: Float[Tensor, " in"] | None = None,
-        mask: Bool[Tensor, "out in"] | None = None,
-    ) -> tuple[Float[Tensor, "out groups"], Offsets]:
-        """Scales and offsets (see `GridWeight`) for the weights of every group, and for zero.
+    def ends(
+        self, groups: Float[Tensor, "out groups group_size"]
+    ) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
+        """The smallest and the largest weight; far from zero the grid would lose precision."""
+        return groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
 
-        importance: what a unit of squared error costs in every channel; None: the same.
-        mask: the weights that are kept; the others do not count.
-        Raises EoraLabError on weights that the scales cannot hold.
-        """
-        group_size = check_grid(weight.shape[1], self.bits, self.group_size)
-        counts = torch.ones_like(weight) if mask is None else mask.float()
-        groups = in_groups(weight * counts, group_size)  # (out, groups, group_size)
-        low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)  # far from zero it would lose precision
-        scales, offsets = self.span(low, high)
-        if not self.mse:
-            return scales, offsets
-        counts = in_groups(counts if importance is None else counts * importance, group_size)
-        least = torch.full_like(low, torch.inf)
-        for shrink in SHRINKS:
-            tried = self.span(low * shrink, high * shrink)
-            scale, zero = tried[0].float()[..., None], zero_points(*tried)[..., None]
-            rounded = torch.addcdiv(zero, groups, scale).round_().clamp_(0, 2**self.bits - 1).sub_(zero).mul_(scale)
-            error = rounded.sub_(groups).square_().mul_(counts).sum(-1)
-            better = error < least
-            least = torch.where(better, error, least)
-            scales, offsets = torch.where(better, tried[0], scales), torch.where(better, tried[1], offsets)
-        return scales, offsets
-
-    def span(
+    def span(  # type: ignore[override]
         self, low: Float[Tensor, "out groups"], high: Float[Tensor, "out groups"]
     ) -> tuple[Float[Tensor, "out groups"], Offsets]:
         """The grid from low to high, as it is stored."""
@@ -102,16 +167,33 @@ class Grid:
             return scales, low.to(dtype)
         return scales, (-low / scales.float()).round().clamp(0, levels).to(torch.uint8)
 
-    def round(
+    def ready(  # type: ignore[override]
+        self, scales: Float[Tensor, "*groups"], offsets: Shaped[Tensor, "*groups"]
+    ) -> tuple[Float[Tensor, "*groups"], Float[Tensor, "*groups"]]:
+        """Scales and zero points."""
+        return scales.float(), zero_points(scales, offsets)
+
+    def nearest(  # type: ignore[override]
+        self, weight: Float[Tensor, "*weight"], scale: Float[Tensor, "*groups"], zero: Float[Tensor, "*groups"]
+    ) -> Float[Tensor, "*weight"]:
+        """The codes of the points that are nearest, whole numbers."""
+        return torch.addcdiv(zero, weight, scale).round_().clamp_(0, 2**self.bits - 1)
+
+    def points(  # type: ignore[override]
+        self, codes: Float[Tensor, "*weight"], scale: Float[Tensor, "*groups"], zero: Float[Tensor, "*groups"]
+    ) -> Float[Tensor, "*weight"]:
+        """What codes stand for."""
+        return (codes - zero).mul_(scale)
+
+    def store(  # type: ignore[override]
         self,
-        weight: Float[Tensor, "out in"],
+        codes: Shaped[Tensor, "out in"],
         scales: Float[Tensor, "out groups"],
         offsets: Offsets,
         mask: Bool[Tensor, "out in"] | None = None,
     ) -> GridWeight:
-        """The nearest point of the grid for every weight that is kept."""
-        group_size = check_grid(weight.shape[1], self.bits, self.group_size)
-        codes = in_groups(weight, group_size) / scales.float()[..., None] + zero_points(scales, offsets)[..., None]
-        codes = codes.round_().clamp_(0, 2**self.bits - 1).to(torch.uint8).flatten(1)[:, : weight.shape[1]]
+        """Codes with their grids; codes of pruned weights are 0."""
+        codes = codes.to(torch.uint8)
+        group_size = check_grid(codes.shape[1], self.bits, self.group_size)
         codes = codes.contiguous() if mask is None else codes * mask
         return GridWeight(codes, scales, offsets, self.bits, mask, group_size)

@@ -15,7 +15,7 @@ def store(weight: Float[Tensor, "out in"], mask: Bool[Tensor, "out in"], grid: G
     Raises EoraLabError on weights beyond float16.
     """
     if grid.bits != 16:
-        return grid.round(weight, *grid.fit(weight, None, mask), mask)
+        return grid.round(weight, *grid.fit(weight, None, mask), mask=mask)
     values = (weight * mask).half()
     if not values.isfinite().all():
         raise EoraLabError("weights are not finite, or too large for float16")

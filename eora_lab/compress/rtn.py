@@ -5,12 +5,18 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eora_lab.calibrate.statistics import InputStatistics
-from eora_lab.compress.grid import Grid
-from eora_lab.compress.grid_weight import GridWeight
+from eora_lab.compress.format_grids import INTEGER, choose
+from eora_lab.compress.storage import Compressed
 
 
 @torch.no_grad()
-def rtn(weight: Float[Tensor, "out in"], statistics: InputStatistics | None, **settings) -> GridWeight:
-    """Quantise W to the nearest point of a grid. settings: of `Grid`. `statistics` is not used."""
-    grid, weight = Grid(**settings), weight.float()
-    return grid.round(weight, *grid.fit(weight))
+def rtn(
+    weight: Float[Tensor, "out in"], statistics: InputStatistics | None, *, grid: str = INTEGER, **settings
+) -> Compressed:
+    """Quantise W to the nearest point of a grid. `statistics` is not used.
+
+    grid: "integer", or a name of `GRIDS`. settings: of `Grid`.
+    """
+    weight = weight.float()
+    chosen = choose(weight, grid, **settings)
+    return chosen.round(weight, *chosen.fit(weight))

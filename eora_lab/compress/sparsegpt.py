@@ -54,7 +54,7 @@ def sparsegpt(
         return store(columns.T.contiguous(), mask.T.contiguous(), grid)
     group_size = check_grid(in_features, grid.bits, grid.group_size)
     codes = torch.empty_like(columns)
-    grids: list[tuple[Tensor, Tensor]] = []
+    grids: list[tuple[Tensor, ...]] = []
 
     def prune_and_round(i: int) -> Float[Tensor, " out"]:
         if i % group_size == 0:

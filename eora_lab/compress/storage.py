@@ -14,6 +14,8 @@ from torch import Tensor
 
 from eora_lab.errors import EoraLabError
 
+UNCOUNTED = ("kind", "layout", "levels")  # tensors that a format does not store: its name, sizes, what its codes mean
+
 
 @dataclass(frozen=True)
 class Lattice:
@@ -52,7 +54,7 @@ class Compressed(ABC):
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """Packed tensors, ready for safetensors. "layout" holds sizes, which are no bytes of the weight."""
+        """Packed tensors, ready for safetensors. Those of `UNCOUNTED` are no bytes of the weight."""
 
     @classmethod
     @abstractmethod
@@ -70,7 +72,7 @@ class Compressed(ABC):
     @property
     def nbytes(self) -> int:
         """Bytes as stored: codes and zero points at `bits` bits each, all else in full."""
-        return sum(tensor.nbytes for name, tensor in self.state_dict().items() if name != "layout")
+        return sum(tensor.nbytes for name, tensor in self.state_dict().items() if name not in UNCOUNTED)
 
 
 KINDS: dict[str, type[Compressed]] = {}  # the package fills it

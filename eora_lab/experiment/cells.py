@@ -31,6 +31,8 @@ from eora_lab.text.settings import Calibration, Evaluation
 
 DENSE = "dense"  # in place of a compressor: the model as it is
 LATER = {"skip": "", "keep_first": 0, "keep_last": 0, "rank_only": ""}  # named in a configuration where they differ
+GRID = {"grid": "integer"}
+LATER |= GRID
 MEASURED = ("perplexity", "tasks")  # fields whose lists are measured together, and are no axis of a grid
 
 
@@ -81,7 +83,7 @@ class Cell:
             found |= {name: getattr(part, name) for name in names if name not in PARTS and name not in unused}
         if not self.evaluation.perplexity:
             found = {name: value for name, value in found.items() if name not in ("windows", "window_length")}
-        later = LATER if not found.get("only") else {}  # in older cells `only` was what `rank_only` is: told apart
+        later = LATER if not found.get("only") else GRID  # in older cells `only` was what `rank_only` is: told apart
         found = {name: value for name, value in found.items() if name not in later or value != later[name]}
         head = {} if self.recipe else {"compressor": DENSE}
         return head | {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}

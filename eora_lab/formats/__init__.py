@@ -8,8 +8,10 @@ from pathlib import Path
 from eora_lab.errors import EoraLabError, unknown
 from eora_lab.formats.adapter_check import Finding, check_adapter, fix_adapter
 from eora_lab.formats.checkpoint import Checkpoint, quantization
+from eora_lab.formats.compressed_tensors_writer import write_compressed_tensors
 from eora_lab.formats.dense import write_dense
 from eora_lab.formats.gguf_checkpoint import GgufCheckpoint, is_gguf
+from eora_lab.formats.gguf_file import write_gguf
 from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, is_gptq, write_checkpoint
 from eora_lab.formats.peft import read_adapter, read_files, write_adapter
 
@@ -27,7 +29,9 @@ __all__ = [
     "read_files",
     "write_adapter",
     "write_checkpoint",
+    "write_compressed_tensors",
     "write_dense",
+    "write_gguf",
 ]
 
 
@@ -58,7 +62,11 @@ FORMATS = {
         "the same with zero points as they are, for asymmetric grids",
         partial(write_checkpoint, checkpoint_format="gptq_v2"),
     ),
-    "gguf": Format("GGUF file of llama.cpp", read=GgufCheckpoint, detects=is_gguf),
+    "gguf": Format("GGUF file of llama.cpp, without the low-rank path", write_gguf, GgufCheckpoint, is_gguf),
+    "compressed-tensors": Format(
+        "checkpoint of compressed-tensors, without the low-rank path: integers, NVFP4, MXFP4 or FP8",
+        write_compressed_tensors,
+    ),
     "dense": Format("W^ in full, pruned weights as zeros", write_dense),
     "merged": Format("W^ + B A in full", partial(write_dense, merge=True)),
 }

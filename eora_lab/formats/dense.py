@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Shaped
 from torch import Tensor, nn
 
+from eora_lab.compress import Compressed
 from eora_lab.errors import EoraLabError, one_line
 from eora_lab.files import write_folder, write_json
 from eora_lab.layer.linear import compensated
-from eora_lab.model.experts import fuse
+from eora_lab.model.experts import fuse, mixtures
 from eora_lab.model.gguf import quiet_transformers
 from eora_lab.model.load import local_path
 from eora_lab.model.structure import model_name
@@ -53,6 +54,23 @@ def dense_tensors(model: nn.Module, dtype: torch.dtype) -> dict[str, Tensor]:
     return tensors
 
 
+def compressed_linears(model: nn.Module, what: str) -> dict[str, Compressed]:
+    """Module name -> W^ of every compressed linear, for a checkpoint of packed weights.
+
+    what: kind of checkpoint. Raises EoraLabError when the model is not compressed, and on compressed experts.
+    """
+    modules = compensated(model)
+    if not modules:
+        raise EoraLabError("this model is not compressed: give a run folder")
+    for name in modules:
+        if any(name.startswith(f"{prefix}.") for prefix in mixtures(model)):
+            raise EoraLabError(
+                f"{name} is of an expert, and no {what} of experts is written here: use format dense or merged, or "
+                'compress without them (--skip "[.]experts[.]")'
+            )
+    return {name: module.compressed for name, module in modules.items()}
+
+
 def to_dtype(tensor: Shaped[Tensor, "*shape"], dtype: torch.dtype, name: str) -> Shaped[Tensor, "*shape"]:
     """Convert; raises EoraLabError when values overflow."""
     converted = tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype)
@@ -76,10 +94,11 @@ def write_model_folder(
     tensors: dict[str, Tensor],
     dtype: torch.dtype,
     quantization: dict | None = None,
+    beside: str = "",
 ) -> None:
     """Write tensors in the files of `model`'s architecture, with its configuration and tokenizer, all or nothing.
 
-    quantization: how weights are quantised, for config.json and quantize_config.json.
+    quantization: how weights are quantised, for config.json. beside: another file that says so.
     """
 
     def write(partial: Path) -> None:
@@ -96,7 +115,8 @@ def write_model_folder(
         config["dtype"] = str(dtype).removeprefix("torch.")
         if quantization:
             config["quantization_config"] = quantization
-            write_json(partial / "quantize_config.json", quantization)
+        if quantization and beside:
+            write_json(partial / beside, quantization)
         write_json(path, config)
 
     write_folder(Path(folder), write)

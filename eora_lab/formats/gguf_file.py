@@ -12,7 +12,8 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor, nn
 
-from eora_lab.compress import Compressed, GgufWeight, GridWeight
+from eora_lab.compress import CodebookWeight, Compressed, GgufWeight
+from eora_lab.compress.format_grids import E2M1
 from eora_lab.compress.gguf_codes import LAYOUTS
 from eora_lab.errors import EoraLabError
 from eora_lab.files import write_atomically
@@ -21,14 +22,18 @@ from eora_lab.formats.gguf_checkpoint import read_gguf_file
 from eora_lab.formats.gguf_names import GgufNames, of_all_experts
 from eora_lab.layer.linear import compensated
 
-GRIDS = {4: "Q4_0", 8: "Q8_0"}  # bits -> the type that is a symmetric grid of groups of 32 with float16 scales
+GRIDS = {  # type -> levels and scales of the codebook that is the same, and what its codes differ by
+    "Q4_0": (torch.arange(16.0) - 8, torch.float16, 0),
+    "Q8_0": (torch.arange(256, dtype=torch.uint8).view(torch.int8).float(), torch.float16, 128),
+    "MXFP4": (E2M1, torch.float8_e8m0fnu, 0),
+}
 SPLIT = "split."
 
 
-def write_gguf(path: Path | str, model: nn.Module, like: Path | str) -> str:
+def write_gguf(path: Path | str, model: nn.Module, *_others: object, like: Path | str) -> str:
     """Write the compressed linears of a model, without their low-rank path. Returns the types written, in words.
 
-    like: a GGUF file of the same model, for all else.
+    like: a GGUF file of the same model, for all else, which includes the tokenizer.
     Raises EoraLabError when the model is not compressed, when a weight is stored in a way that GGUF does not know, and
     when `like` has no place for a linear.
     """
@@ -36,17 +41,19 @@ def write_gguf(path: Path | str, model: nn.Module, like: Path | str) -> str:
 
     path, like = Path(path), Path(like)
     blocks = _by_tensor(model)
-    reader = read_gguf_file(like)
+    reader, own = read_gguf_file(like), GgufNames(model).architecture
+    if (architecture := reader.fields["general.architecture"].contents()) != own:
+        raise EoraLabError(f"{like} is of another model: of architecture {architecture}, and this is {own}")
     kinds: dict[str, Any] = {tensor.name: tensor for tensor in reader.tensors}
     if strangers := [name for name in blocks if name not in kinds]:
         raise EoraLabError(f"{like} has no tensor {strangers[0]}: it is of another model, or one part of several")
-    for name, (_, kind, shape) in blocks.items():
+    for name, (_, _, shape) in blocks.items():
         if (there := tuple(int(n) for n in kinds[name].shape)) != shape:
             raise EoraLabError(f"{like} is of another model: its {name} is {there}, not {shape}")
     types = sorted({kind for _, kind, _ in blocks.values()})
 
     def write(partial: Path) -> None:
-        writer = gguf.GGUFWriter(partial, reader.fields["general.architecture"].contents())
+        writer = gguf.GGUFWriter(partial, architecture)
         for key, field in reader.fields.items():
             known = key.startswith(("GGUF.", SPLIT)) or key in ("general.architecture", "general.file_type")
             if not known:
@@ -55,10 +62,9 @@ def write_gguf(path: Path | str, model: nn.Module, like: Path | str) -> str:
         if (one := getattr(gguf.LlamaFileType, f"MOSTLY_{types[0]}", None)) is not None and len(types) == 1:
             writer.add_file_type(one)
         for tensor in reader.tensors:
-            own = blocks.get(tensor.name)
-            data, kind = (
-                (tensor.data, tensor.tensor_type) if own is None else (own[0], gguf.GGMLQuantizationType[own[1]])
-            )
+            data, kind = tensor.data, tensor.tensor_type
+            if tensor.name in blocks:
+                data, kind = blocks[tensor.name][0], gguf.GGMLQuantizationType[blocks[tensor.name][1]]
             writer.add_tensor(tensor.name, data, raw_dtype=kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -71,7 +77,8 @@ def write_gguf(path: Path | str, model: nn.Module, like: Path | str) -> str:
 
 def _by_tensor(model: nn.Module) -> dict[str, tuple[np.ndarray, str, tuple[int, ...]]]:
     """Name of a tensor -> its blocks, type, and shape as GGUF counts it, of all compressed linears."""
-    modules, names, found = compensated(model), GgufNames(model), {}
+    modules, names = compensated(model), GgufNames(model)
+    found: dict[str, tuple[np.ndarray, str, tuple[int, ...]]] = {}
     if not modules:
         raise EoraLabError("this model is not compressed: give a run folder")
     fused = fused_linears(model)
@@ -94,8 +101,8 @@ def _by_tensor(model: nn.Module) -> dict[str, tuple[np.ndarray, str, tuple[int, 
             )
         for place, (part, _) in enumerate(each.parts[0]):
             stacked = torch.stack([b[parts[place][1]] for (b, _), parts in zip(stored, each.parts, strict=True)])
-            shape = (modules[own[0]].in_features, stacked.shape[1], len(own))
-            found[f"{names.of(of_all_experts(part))}.weight"] = stacked.contiguous().numpy(), stored[0][1], shape
+            size = (modules[own[0]].in_features, stacked.shape[1], len(own))
+            found[f"{names.of(of_all_experts(part))}.weight"] = stacked.contiguous().numpy(), stored[0][1], size
     return found
 
 
@@ -103,16 +110,15 @@ def blocks_of(name: str, weight: Compressed) -> tuple[UInt8[Tensor, "out bytes"]
     """The rows of a weight as blocks of a GGUF type, and the type. Raises EoraLabError where no type is the same."""
     if isinstance(weight, GgufWeight) and weight.scales is None:
         return weight.blocks.cpu(), weight.type
-    if isinstance(weight, GridWeight) and (kind := GRIDS.get(weight.bits)):
-        plain = weight.mask is None and weight.g_idx is None and weight.group_size == 32 and weight.shape[1] % 32 == 0
-        middle = weight.offsets.dtype == torch.uint8 and bool((weight.offsets == 2 ** (weight.bits - 1)).all())
-        if plain and middle and torch.equal(weight.scales.half().float(), weight.scales.float()):
-            layout, scales = LAYOUTS[kind], weight.scales.half().cpu().contiguous()
-            blocks = np.zeros((scales.numel(), layout.block_bytes), np.uint8)
-            blocks[:, :2] = scales.view(-1, 1).numpy().view(np.uint8)
-            rows = layout.with_codes(blocks.reshape(len(scales), -1), weight.codes.cpu().numpy())
-            return torch.from_numpy(rows), kind
+    if isinstance(weight, CodebookWeight) and weight.group_size == 32 and weight.shape[1] % 32 == 0:
+        for kind, (levels, dtype, flip) in GRIDS.items():
+            if weight.scales.dtype == dtype and weight.levels.shape == levels.shape and weight.levels.equal(levels):
+                scales = weight.scales.cpu().contiguous().view(torch.uint8).reshape(-1, dtype.itemsize)
+                layout, codes = LAYOUTS[kind], (weight.codes.cpu() ^ flip).numpy()
+                blocks = np.zeros((len(scales), layout.block_bytes), np.uint8)
+                blocks[:, : dtype.itemsize] = scales.numpy()
+                return torch.from_numpy(layout.with_codes(blocks.reshape(len(codes), -1), codes)), kind
     raise EoraLabError(
-        f"{name} is stored as {weight.kind} in a way that no GGUF type is: mend a GGUF file, or compress with --grid q4_0 "
-        "or q8_0"
+        f"{name} is stored as {weight.kind}, and no GGUF type holds that: mend a GGUF file, or compress with one of "
+        f"--grid {' '.join(kind.lower() for kind in GRIDS)}"
     )

@@ -162,13 +162,18 @@ def write_linear(weight: GridWeight, checkpoint_format: str, name: str) -> dict[
     g_idx = weight.g_idx
     if g_idx is None:
         g_idx = torch.arange(in_features, dtype=torch.int32) // weight.group_size
-    group = g_idx.long()
-    # from the dense weight, where this division is exact: a pruned weight gets its group's zero point
-    codes = weight.dense() / weight.scales.float()[:, group] + zero_points(weight.scales, weight.offsets)[:, group]
     stored = weight.offsets - (1 if checkpoint_format == "gptq" else 0)
     return {
-        "qweight": to_words(codes.round().nan_to_num().to(torch.uint8), bits).T.contiguous(),  # NaN: a scale of 0
+        "qweight": to_words(whole_codes(weight), bits).T.contiguous(),
         "qzeros": to_words(stored.T.contiguous(), bits),
         "scales": weight.scales.half().T.contiguous(),
         "g_idx": g_idx,
     }
+
+
+def whole_codes(weight: GridWeight) -> UInt8[Tensor, "out in"]:
+    """The codes of a weight whose zero points are whole, a pruned weight's being the zero point of its group."""
+    group = torch.arange(weight.shape[1]) // weight.group_size if weight.g_idx is None else weight.g_idx.long()
+    # from the dense weight, where this division is exact
+    codes = weight.dense() / weight.scales.float()[:, group] + zero_points(weight.scales, weight.offsets)[:, group]
+    return codes.round().nan_to_num().to(torch.uint8)  # NaN: a scale of 0

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from eora_lab.compress import GridWeight
 from eora_lab.errors import EoraLabError, naming
 from eora_lab.formats.checkpoint import Checkpoint, json_object, quantization
-from eora_lab.formats.dense import dense_tensors, write_model_folder
+from eora_lab.formats.dense import compressed_linears, dense_tensors, write_model_folder
 from eora_lab.formats.gptq import TENSORS, read_linear, write_linear
 from eora_lab.formats.gptq_config import GptqConfig, stated, unquantised
-from eora_lab.layer.linear import compensated
-from eora_lab.model.experts import fuse, mixtures
+from eora_lab.model.experts import fuse
 from eora_lab.model.structure import block_linears, model_name
 
 SAME = ("model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "vocab_size")
@@ -176,21 +175,13 @@ def write_checkpoint(
     Raises EoraLabError when the model is not compressed, on compressed experts, and on grids that the format cannot
     say, with what to do.
     """
-    modules = compensated(model)
-    if not modules:
-        raise EoraLabError("this model is not compressed: give a run folder")
     tensors, weights = dense_tensors(model, dtype), {}
     fuse(model, tensors)
-    for name, module in modules.items():
-        if any(name.startswith(f"{prefix}.") for prefix in mixtures(model)):
-            raise EoraLabError(
-                f"{name} is of an expert, and no GPTQ checkpoint of experts is written here: use format dense or "
-                'merged, or compress without them (--skip "[.]experts[.]")'
-            )
-        weight = module.compressed
+    for name, weight in compressed_linears(model, "GPTQ checkpoint").items():
         if not isinstance(weight, GridWeight):
             raise EoraLabError(
-                f"{name} is stored as {weight.kind}, and a GPTQ checkpoint holds grids: use format dense"
+                f"{name} is stored as {weight.kind}, and a GPTQ checkpoint holds grids: use format compressed-tensors "
+                "or dense"
             )
         weights[name] = weight
         linear = write_linear(weight, checkpoint_format, name)
@@ -199,7 +190,7 @@ def write_checkpoint(
     head = model.get_output_embeddings()  # type: ignore[operator]
     left = [name for name, one in model.named_modules() if isinstance(one, nn.Linear) and one is not head]
     about = config.to_dict() | unquantised(left, weights)
-    write_model_folder(folder, model, tokenizer, tensors, dtype, about)
+    write_model_folder(folder, model, tokenizer, tensors, dtype, about, beside="quantize_config.json")
     return config
 
 

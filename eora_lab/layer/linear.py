@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eora_lab.compensate.factors import StoredFactors
 from eora_lab.compress import Compressed
-from eora_lab.compress.storage import tagged_state_dict, weight_from_state_dict
+from eora_lab.compress.storage import UNCOUNTED, tagged_state_dict, weight_from_state_dict
 from eora_lab.errors import EoraLabError
 from eora_lab.layer.backends import AUTO, PackedLayer, Product, check_backend, choose
 
@@ -63,9 +63,8 @@ class CompensatedLinear(PackedLayer):
     @property
     def nbytes(self) -> int:
         """Bytes as stored: packed weight and factors. The bias is not counted; it is never compressed."""
-        g_idx = self.whole.get("g_idx")
-        packed = sum(getattr(self, name).nbytes for name in self._packed)
-        return packed + (0 if g_idx is None else g_idx.nbytes) + self.factors.nbytes
+        packed = sum(tensor.nbytes for name, tensor in self.stored_weight().items() if name not in UNCOUNTED)
+        return packed + self.factors.nbytes
 
     @property
     def compressed(self) -> Compressed:

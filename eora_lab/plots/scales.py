@@ -12,6 +12,7 @@ AXES = {
     "share": "share of the first text in a mix",
     "group_size": "group size (input channels)",
     "bits": "bits of a weight",
+    "grid": "grid of the weights",
     "factor_bits": "bits of an entry of A and B",
     "bits_per_weight": "bits a weight, all counted",
     "nbytes": "bytes of the compressed layers",
@@ -31,7 +32,7 @@ AXES = {
 }
 WORDS = {("rank_only", ""): "all", ("group_size", -1): "whole row", ("base_source", ""): "as for the path"}
 WORDS |= {("only", ""): "all", ("skip", ""): "none", ("sparsity", ""): "not pruned"}
-SHORT = {"model": "{}", "compressor": "{}", "bits": "{}-bit", "sparsity": "{}"}
+SHORT = {"model": "{}", "compressor": "{}", "grid": "{}", "bits": "{}-bit", "sparsity": "{}"}
 SHORT |= {"rank": "rank {}", "factor_bits": "{}-bit factors", "group_size": "groups of {}"}
 ERRORS = {"output_error": "error on calibration tokens", "held_out_error": "error on held-out tokens"}
 PERCENT = ("acc", "exact_match")

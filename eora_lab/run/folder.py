@@ -35,7 +35,7 @@ from eora_lab.run.report import LayerReport, Report, layer_report
 
 CONFIG = "config.json"
 LATER = ("tokenizer",)  # settings that older runs do not have
-SELECTION = {field.name: field.default for field in fields(Selection)}  # nor these, but they did the same
+SINCE = {field.name: field.default for field in fields(Selection)} | {"grid": "integer"}  # nor these; they did the same
 DAMAGED = "incomplete, corrupt, or of another model; delete it, and start the run again to make it anew"
 
 
@@ -105,7 +105,7 @@ def claim_folder(path: Path | str, settings: dict, file: str = CONFIG) -> dict:
     path, settings = Path(path), json.loads(json.dumps(settings))
     if is_free(path, file):
         write_json(path / file, {"settings": settings, "versions": versions()})
-    found = {key: value for key, value in SELECTION.items() if key in settings} | read_config(path, file)["settings"]
+    found = {key: value for key, value in SINCE.items() if key in settings} | read_config(path, file)["settings"]
     for key in sorted((found.keys() | settings.keys()) - {key for key in LATER if key not in found}):
         if found.get(key) != settings.get(key):
             raise EoraLabError(

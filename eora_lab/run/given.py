@@ -46,7 +46,7 @@ def check_given(model: nn.Module, weights: Mapping, source: str = "", progress: 
         given = weights[name]
         _check_one(f"{source}{name}", given, modules[name].weight)
         for tensor in tagged_state_dict(given).values():
-            digest.update(tensor.cpu().contiguous().numpy().tobytes())
+            digest.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

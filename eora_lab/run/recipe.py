@@ -3,8 +3,9 @@
 This file does not import torch, nor what needs it before a recipe is made: commands show these settings.
 """
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import fields
+from inspect import signature
 from typing import TYPE_CHECKING, Literal
 
 from eora_lab.errors import EoraLabError, at_least, check_pattern, meant, settings, unknown
@@ -19,10 +20,13 @@ class BaseSettings:
 
     compressor: str = "gptq"
     """how weights are compressed: rtn (round to nearest), gptq, or a pruner: magnitude, wanda, sparsegpt"""
-    bits: int = 4
-    """bits of a weight, 2 to 8; with a pruner also 16, which quantises nothing"""
-    group_size: int = 64
-    """input channels that share a grid; -1: one grid per output row"""
+    bits: int | None = None
+    """bits of a weight, 2 to 8; with a pruner also 16, which quantises nothing. None: 4, or those of the format"""
+    group_size: int | None = None
+    """input channels that share a grid; -1: one grid per output row. None: 64, or those of the format"""
+    grid: str = "integer"
+    """what weights are rounded to: integer (points at equal distances), or as a format does: nf4, mxfp4, nvfp4, fp8,
+    q4_0, q8_0"""
     sym: bool = False
     """symmetric grids (zero point in the middle)"""
     mse: bool = False
@@ -107,10 +111,19 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
 
     def _check_base(self) -> None:
         from eora_lab.compress import COMPRESSORS, PRUNERS, Sparsity
+        from eora_lab.compress.format_grids import INTEGER, settle
         from eora_lab.compress.grid import check_grid
 
         if self.compressor not in COMPRESSORS:
             raise unknown("compressor", self.compressor, COMPRESSORS)
+        bits, group_size = settle(**self.base_settings())
+        object.__setattr__(self, "bits", bits)
+        object.__setattr__(self, "group_size", group_size)
+        able = [name for name, one in COMPRESSORS.items() if takes_formats(one)]
+        if self.grid != INTEGER and self.compressor not in able:
+            raise EoraLabError(
+                f"{self.compressor} cannot round to {self.grid}: use {' or '.join(able)}, or leave grid out"
+            )
         if self.prunes != bool(self.sparsity):
             raise EoraLabError(
                 f"{self.compressor} needs a sparsity, such as 2:4"
@@ -120,7 +133,7 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
         if self.prunes:
             Sparsity.parse(self.sparsity)
         if self.quantises:
-            check_grid(1, self.bits, self.group_size)
+            check_grid(1, bits, group_size)
 
     def _check_path(self) -> None:
         from eora_lab.compensate import SOLVERS
@@ -149,7 +162,8 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
     @property
     def base(self) -> str:
         """The compressed model that is compensated, in short."""
-        quantised = f"{self.bits}-bit g{self.group_size}" if self.bits != 16 else ""
+        integer = f"{self.bits}-bit g{self.group_size}" if self.bits != 16 else ""
+        quantised = integer if self.grid == "integer" else self.grid
         rounds = f"x{self.rounds}" if self.rounds > 1 else ""
         stays = [f"{name.replace('_', ' ')} {value}" for name, value in self.selection().items() if value]
         return " ".join(part for part in (self.compressor, self.sparsity, quantised, rounds, *stays) if part)
@@ -213,6 +227,12 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
         left = self.left(model) if left is None else left
         linears = {name: linear for name, linear in block_linears(model).items() if name not in left}
         return {name: min(self.rank, highest_rank(linear)) for name, linear in linears.items()}
+
+
+def takes_formats(compressor: Callable) -> bool:
+    """Whether a compressor names the grid among its settings."""
+    grid = signature(compressor).parameters.get("grid")
+    return grid is not None and grid.kind is not grid.VAR_KEYWORD
 
 
 def highest_rank(linear: "torch.nn.Linear") -> int:
