@@ -10,6 +10,7 @@ from eora_lab.formats.adapter_check import Finding, check_adapter, fix_adapter
 from eora_lab.formats.checkpoint import Checkpoint, quantization
 from eora_lab.formats.compressed_tensors_writer import write_compressed_tensors
 from eora_lab.formats.dense import write_dense
+from eora_lab.formats.gguf_adapter import write_gguf_adapter
 from eora_lab.formats.gguf_checkpoint import GgufCheckpoint, is_gguf
 from eora_lab.formats.gguf_file import write_gguf
 from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, is_gptq, write_checkpoint
@@ -32,6 +33,7 @@ __all__ = [
     "write_compressed_tensors",
     "write_dense",
     "write_gguf",
+    "write_gguf_adapter",
 ]
 
 

@@ -66,8 +66,11 @@ def embedded_model_folder(fetch: bool = True) -> Path:
 
 
 def embedded_gguf() -> Path:
-    """The GGUF file that the embedded model comes as, fetched on first use and kept: for what llama.cpp needs of a model
-    beside weights (see `formats.write_gguf`). Raises MachineError as `embedded_model_folder`."""
+    """The GGUF file that the embedded model comes as, fetched on first use and kept.
+
+    It has what llama.cpp needs of a model beside weights (see `formats.write_gguf`). Raises MachineError as
+    `embedded_model_folder`.
+    """
     import filelock
 
     cache = cache_folder()
@@ -77,7 +80,7 @@ def embedded_gguf() -> Path:
         with filelock.FileLock(cache / f"{FOLDER}.lock"):
             if not target.is_file():
                 with tempfile.TemporaryDirectory(prefix=".part-", dir=cache) as work:
-                    print(f"fetching the GGUF file of SmolLM2-135M-Instruct into {cache} (93 MB, once)", file=sys.stderr)
+                    print(f"fetching a GGUF file of SmolLM2 into {cache} (93 MB, once)", file=sys.stderr)
                     os.replace(_fetch(Path(work) / "fetched"), target)
     except OSError as error:
         raise _cache_error(error.errno, error.strerror or str(error)) from error
