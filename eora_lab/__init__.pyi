@@ -8,6 +8,8 @@ from eora_lab.errors import EoraLabError as EoraLabError
 from eora_lab.layer.linear import CompensatedLinear as CompensatedLinear
 from eora_lab.measure.evaluate import perplexity as perplexity
 from eora_lab.measure.explore import Exploration as Exploration
+from eora_lab.measure.llama_cpp import LlamaCpp as LlamaCpp
+from eora_lab.model.embedded import embedded_gguf as embedded_gguf
 from eora_lab.model.generate import generate as generate
 from eora_lab.model.load import load_model as load_model
 from eora_lab.model.structure import block_linears as block_linears

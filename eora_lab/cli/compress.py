@@ -94,6 +94,7 @@ def run_pass(
     evaluation: Evaluation | None,
     weights: Mapping | None = None,
     imatrix: Path | None = None,
+    reround: bool = False,
 ) -> None:
     """Compress into the folder `output`, and print the report. imatrix: in place of texts to calibrate on."""
     from eora_lab.files import file_digest
@@ -116,6 +117,7 @@ def run_pass(
         notes=measured | ({"bos": begun} if begun else {}),
         statistics=statistics,
         weights=weights,
+        reround=reround,
         judge=(lambda one: perplexities(one, windows, progress=True)) if evaluation else None,
     )
     print(report)

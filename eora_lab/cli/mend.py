@@ -31,6 +31,11 @@ class Mend:
     """the original model: embedded model, hub id, or folder"""
     format: str | None = None
     """what the checkpoint is, such as gptq; by default what is in it tells"""
+    reround: bool = False
+    """give the weights other codes on the grids that they have, so that the outputs suffer less; with --method none for
+    runtimes that take no adapter: eora-lab export writes the result"""
+    rounds: int = 1
+    """with --reround: how often at most, in turn with the low-rank path; above 1 the weights need their path"""
     path: Annotated[PathSettings, tyro.conf.arg(name="")] = field(default_factory=PathSettings)
     measured: Annotated[PassSettings, tyro.conf.arg(name="")] = field(default_factory=PassSettings)
     budget: Budget = field(default_factory=Budget)
@@ -47,13 +52,17 @@ class Mend:
     """cpu or cuda"""
 
     def run(self) -> None:
+        from eora_lab.errors import EoraLabError
         from eora_lab.formats import read_checkpoint
         from eora_lab.model.load import load_model
 
         checkpoint = read_checkpoint(self.checkpoint, self.format)
         check_run_folder(self.output)
         judged = self.evaluation.perplexity if self.evaluate else ()
-        recipe = with_imatrix(Recipe(**asdict(self.path), **asdict(self.measured)), self.imatrix, given=True)
+        if self.rounds > 1 and not self.reround:
+            raise EoraLabError("--rounds is of --reround: without it the weights stay as they are")
+        recipe = Recipe(**asdict(self.path), **asdict(self.measured), rounds=self.rounds)
+        recipe = with_imatrix(recipe, self.imatrix, given=True)
         check_inputs(self.model, (*(() if self.imatrix else (self.calibration.text,)), *judged))
         model, tokenizer = load_model(self.model, dtype=self.dtype, device=self.device)
         run_pass(
@@ -66,4 +75,5 @@ class Mend:
             evaluation=self.evaluation if self.evaluate else None,
             weights=checkpoint,
             imatrix=self.imatrix,
+            reround=self.reround,
         )

@@ -11,6 +11,7 @@ from eora_lab.compress.gptq import gptq
 from eora_lab.compress.grid import Grid
 from eora_lab.compress.grid_weight import GridWeight, zero_points
 from eora_lab.compress.magnitude import magnitude
+from eora_lab.compress.reround import reround
 from eora_lab.compress.residual import residual
 from eora_lab.compress.rtn import rtn
 from eora_lab.compress.sparse_weight import SparseWeight
@@ -40,6 +41,7 @@ __all__ = [
     "Sparsity",
     "gptq",
     "magnitude",
+    "reround",
     "residual",
     "rtn",
     "sparsegpt",

@@ -1,15 +1,17 @@
 """What a GGUF file holds: the rows of a weight as its blocks of bytes, in any type that the package `gguf` can read."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import ClassVar
 
+import numpy as np
 import torch
 from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
-from eora_lab.compress.storage import Compressed
+from eora_lab.compress.gguf_codes import LAYOUTS
+from eora_lab.compress.storage import Compressed, Lattice
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,24 @@ class GgufWeight(Compressed):
         dense = torch.from_numpy(values).to(self.blocks.device)
         return (dense if self.scales is None else dense * self.scales.to(dense)).to(dtype)
 
+    def lattice(self) -> Lattice | None:
+        """What its codes stand for, of types whose levels are evenly spaced (`gguf_codes.LAYOUTS`)."""
+        if (layout := LAYOUTS.get(self.type)) is None or not layout.even:
+            return None
+        first = layout.codes(self.blocks.cpu().numpy())
+        top = 2**layout.bits - 1
+        low, high = (self.with_codes(torch.from_numpy(np.full_like(first, code))).dense() for code in (0, top))
+        of_groups = slice(None, None, layout.group_size)
+        group = torch.arange(self.shape[1], device=low.device) // layout.group_size
+        return Lattice(low[:, of_groups].contiguous(), ((high - low) / top)[:, of_groups].contiguous(), group, top)
+
+    def with_codes(self, codes: UInt8[Tensor, "out in"]) -> "GgufWeight":
+        """The same with other codes: scales stay, bit by bit. Of the types that have a `lattice`."""
+        if (layout := LAYOUTS.get(self.type)) is None:
+            return super().with_codes(codes)  # type: ignore[return-value]
+        blocks = layout.with_codes(self.blocks.cpu().numpy(), codes.cpu().numpy())
+        return replace(self, blocks=torch.from_numpy(blocks).to(self.blocks.device))
+
     def state_dict(self) -> dict[str, Tensor]:
         """The bytes, ready for safetensors. A row of one is a row of the weight; "layout" is the type, in letters."""
         more = {} if self.scales is None else {"scales": self.scales}
@@ -70,7 +90,6 @@ class GgufWeight(Compressed):
 def dequantises(kind: str) -> bool:
     """Whether the package `gguf` can read a type."""
     import gguf
-    import numpy as np
 
     try:
         gguf.quants.dequantize(np.zeros((1, _sizes(kind)[1]), np.uint8), gguf.GGMLQuantizationType[kind])

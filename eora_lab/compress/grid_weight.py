@@ -1,7 +1,7 @@
 """What a quantiser returns: integer codes on a grid per group, and how many bytes they take."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int32, Shaped, UInt8
 from torch import Tensor
 
 from eora_lab.compress.packing import pack, pack_kept, pack_mask, unpack, unpack_kept, unpack_mask
-from eora_lab.compress.storage import Compressed
+from eora_lab.compress.storage import Compressed, Lattice
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,17 @@ class GridWeight(Compressed):
         if self.mask is not None:
             dense = dense * self.mask
         return dense.to(dtype)
+
+    def lattice(self) -> Lattice:
+        """What its codes stand for."""
+        scales = self.scales.float()
+        group = torch.arange(self.shape[1]) // self.group_size if self.g_idx is None else self.g_idx.long()
+        origin = -zero_points(self.scales, self.offsets) * scales
+        return Lattice(origin, scales, group.to(scales.device), 2**self.bits - 1, self.mask)
+
+    def with_codes(self, codes: UInt8[Tensor, "out in"]) -> "GridWeight":
+        """The same with other codes; what is pruned stays so."""
+        return replace(self, codes=codes if self.mask is None else codes * self.mask)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Packed tensors, ready for safetensors. A row of one is a row of the weight, but for those of `whole`."""

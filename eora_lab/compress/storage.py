@@ -5,15 +5,30 @@ A file holds the tensors of `state_dict` and the kind's name, so that no reader 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int64, UInt8
 from torch import Tensor
 
 from eora_lab.errors import EoraLabError
 
 UNCOUNTED = ("kind", "layout", "levels")  # tensors that a format does not store: its name, sizes, what its codes mean
+
+
+@dataclass(frozen=True)
+class Lattice:
+    """An evenly spaced grid: W^[o, i] = origin[o, g] + step[o, g] * code, g = group[i], where kept[o, i], else 0.
+
+    Codes go from 0 to top. kept: None: all.
+    """
+
+    origin: Float[Tensor, "out groups"]
+    step: Float[Tensor, "out groups"]
+    group: Int64[Tensor, " in"]
+    top: int
+    kept: Bool[Tensor, "out in"] | None = None
 
 
 class Compressed(ABC):
@@ -45,6 +60,14 @@ class Compressed(ABC):
     @abstractmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> "Compressed":
         """The inverse of `state_dict`, also of the same rows of its tensors. Raises KeyError when one is missing."""
+
+    def lattice(self) -> Lattice | None:
+        """What its codes stand for; None where levels are not evenly spaced."""
+        return None
+
+    def with_codes(self, codes: UInt8[Tensor, "out in"]) -> "Compressed":  # noqa: ARG002
+        """The same with other codes, where there is a `lattice`."""
+        raise EoraLabError(f"a weight stored as {self.kind} has no codes on evenly spaced levels")
 
     @property
     def nbytes(self) -> int:

@@ -14,7 +14,9 @@ from eora_lab.formats.compressed_tensors_checkpoint import CompressedTensorsChec
 from eora_lab.formats.compressed_tensors_writer import write_compressed_tensors
 from eora_lab.formats.dense import write_dense
 from eora_lab.formats.fp8_checkpoint import Fp8Checkpoint
+from eora_lab.formats.gguf_adapter import write_gguf_adapter
 from eora_lab.formats.gguf_checkpoint import GgufCheckpoint, is_gguf
+from eora_lab.formats.gguf_file import write_gguf
 from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, is_gptq, write_checkpoint
 from eora_lab.formats.imatrix import read_imatrix, write_imatrix
 from eora_lab.formats.modelopt_checkpoint import ModelOptCheckpoint, is_modelopt
@@ -46,6 +48,8 @@ __all__ = [
     "write_checkpoint",
     "write_compressed_tensors",
     "write_dense",
+    "write_gguf",
+    "write_gguf_adapter",
     "write_imatrix",
 ]
 
@@ -91,7 +95,7 @@ FORMATS = {
     ),
     "torchao": Format("torchao checkpoint", read=TorchaoCheckpoint, detects=quantised_as("torchao")),
     "mxfp4": Format("MXFP4 experts of gpt-oss", read=Mxfp4Checkpoint, detects=quantised_as("mxfp4")),
-    "gguf": Format("GGUF file of llama.cpp", read=GgufCheckpoint, detects=is_gguf),
+    "gguf": Format("GGUF file of llama.cpp, without the low-rank path", write_gguf, GgufCheckpoint, is_gguf),
     "dense": Format("W^ in full, pruned weights as zeros", write_dense),
     "merged": Format("W^ + B A in full", partial(write_dense, merge=True)),
 }

@@ -59,7 +59,7 @@ class GgufCheckpoint(Checkpoint):
 
     def __init__(self, path: Path | str):
         self.path = Path(path)
-        readers = [_read(file) for file in self.files]
+        readers = [read_gguf_file(file) for file in self.files]
         self._fields = readers[0].fields
         if (kind := self._said("general.type", "model")) != "model":
             raise EoraLabError(f"{path} is the GGUF file of a {kind}, not of a model")
@@ -251,7 +251,7 @@ def _joined(parts: list[tuple[slice, Shaped[Tensor, "_rows _columns"]]]) -> Shap
     return whole
 
 
-def _read(path: Path) -> Any:
+def read_gguf_file(path: Path) -> Any:
     """The reader of one file. Raises EoraLabError with what is wrong with it."""
     import gguf
 

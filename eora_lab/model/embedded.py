@@ -65,6 +65,28 @@ def embedded_model_folder(fetch: bool = True) -> Path:
     return target
 
 
+def embedded_gguf() -> Path:
+    """The GGUF file that the embedded model comes as, fetched on first use and kept.
+
+    It has what llama.cpp needs of a model beside weights (see `formats.write_gguf`). Raises MachineError as
+    `embedded_model_folder`.
+    """
+    import filelock
+
+    cache = cache_folder()
+    target = cache / f"{FOLDER}.gguf"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with filelock.FileLock(cache / f"{FOLDER}.lock"):
+            if not target.is_file():
+                with tempfile.TemporaryDirectory(prefix=".part-", dir=cache) as work:
+                    print(f"fetching a GGUF file of SmolLM2 into {cache} (93 MB, once)", file=sys.stderr)
+                    os.replace(_fetch(Path(work) / "fetched"), target)
+    except OSError as error:
+        raise _cache_error(error.errno, error.strerror or str(error)) from error
+    return target
+
+
 def _complete(folder: Path) -> bool:
     return all((folder / name).is_file() for name in FILES)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.compensate import LowRank, solve, store_factors
 from eora_lab.compensate.shrinkage import solve_shrunk
-from eora_lab.compress import COMPRESSORS, Compressed, Grid, residual
+from eora_lab.compress import COMPRESSORS, Compressed, Grid, reround, residual
 from eora_lab.errors import EoraLabError
 from eora_lab.run.recipe import Recipe
 
@@ -67,15 +67,25 @@ class Steps:
     A sweep hands in steps that keep what they made for other cells (`eora_lab.experiment.cache`).
 
     weights: module name -> W^, in place of the compressor.
+    reround: give these other codes on their own grids, see `eora_lab.compress.reround`.
+    Raises EoraLabError where there are no weights to round again.
     """
 
-    def __init__(self, recipe: Recipe, weights: Mapping | None = None):
-        self.recipe, self.weights = recipe, weights
+    def __init__(self, recipe: Recipe, weights: Mapping | None = None, reround: bool = False):
+        if reround and weights is None:
+            raise EoraLabError(
+                "only weights that come compressed can be rounded again: give them, or leave reround out"
+            )
+        self.recipe, self.weights, self.reround = recipe, weights, reround
+
+    def about(self) -> dict[str, bool]:
+        """What a run notes beside the recipe and where the weights come from."""
+        return {"reround": True} if self.reround else {}
 
     def compress(self, name: str, weight: Float[Tensor, "out in"], statistics: InputStatistics) -> Compressed:
         """W^ of the layer of that name. weight: float32."""
         if self.weights is not None:
-            return self.weights[name]
+            return reround(weight, statistics, self.weights[name]) if self.reround else self.weights[name]
         compressor = COMPRESSORS[self.recipe.compressor]
         return compressor(weight, statistics, **taken(compressor, self.recipe.base_settings()))
 

@@ -20,6 +20,7 @@ from eora_lab.calibrate.stream import BlockStream, collect_statistics
 from eora_lab.compensate import SOLVERS, LowRank
 from eora_lab.compensate.eora import eora
 from eora_lab.compensate.factors import store_factors
+from eora_lab.compress import residual
 from eora_lab.environment import peak_memory
 from eora_lab.errors import EoraLabError, naming
 from eora_lab.files import add_tensor
@@ -51,6 +52,7 @@ def compress_model(
     notes: dict | None = None,
     statistics: Mapping[str, InputStatistics] | None = None,
     weights: Mapping | None = None,
+    reround: bool = False,
     steps: Steps | None = None,
     judge: Callable[[nn.Module], dict[str, float]] | None = None,
     progress: bool = True,
@@ -72,6 +74,8 @@ def compress_model(
                 must be "original".
     weights:    module name -> W^ made elsewhere, such as `read_checkpoint` gives, in place of the compressor, whose
                 settings then do not matter. Linears without one stay as they are.
+    reround:    give these weights other codes on their own grids, so that the outputs suffer less (`compress.reround`);
+                with recipe.rounds above 1 in turn with the low-rank path.
     steps:      who compresses and compensates a layer, in place of the recipe alone (see `Steps`).
     judge:      measures the model, before and after: text -> perplexity. The report keeps both.
     Raises EoraLabError before anything is changed when a setting does not fit the model, or its blocks cannot be run
@@ -93,15 +97,13 @@ def compress_model(
     if names <= left:
         raise EoraLabError("nothing is left to compress: the model reads the weights of these linears itself")
     left |= block_linears(model).keys() - names
-    steps = steps or Steps(recipe, weights)
+    steps = steps or Steps(recipe, weights, reround)
     if weights is not None:
         came["given"] = check_given(model, weights, came.get("checkpoint", ""), progress)
     opened: AbstractContextManager[RunFolder | None] = nullcontext()
     if folder:
-        about = {"ranks": asked, "budget": budget and asdict(budget)} | asdict(recipe) | (notes or {}) | came
-        unused = recipe.base_settings() if came else ()
-        about = {key: value for key, value in about.items() if key not in unused}
-        opened = open_folder(folder, about | identity(model, tokens, statistics))
+        about = {"ranks": asked, "budget": budget and asdict(budget)} | _stated(recipe, came) | (notes or {})
+        opened = open_folder(folder, about | came | steps.about() | identity(model, tokens, statistics))
     with opened as run:
         before = judge(model) if judge else {}
         started = time.perf_counter()
@@ -134,6 +136,11 @@ def compress_model(
         if run:
             run.finish(report, model)
     return report
+
+
+def _stated(recipe: Recipe, given: dict) -> dict:
+    """The settings that a run keeps: of the base only where it is made here."""
+    return {key: value for key, value in asdict(recipe).items() if not given or key not in recipe.base_settings()}
 
 
 def _walk(
@@ -209,6 +216,9 @@ def compress_linear(
         return signal or 1.0, before, after
 
     signal, before, after = energies(usable)
+    given = None
+    if steps.reround and steps.weights:
+        given = output_energy(residual(linear.weight, steps.weights[name]), usable.metric) / signal
     held_out = energies(usable.held_out) if usable.held_out else None
     return module, LayerReport(
         name=name,
@@ -228,6 +238,7 @@ def compress_linear(
         seconds_solve=fit.seconds_solve,
         diagonal=statistics.diagonal,
         data_free=usable is not statistics,
+        error_given=given,
     )
 
 

@@ -31,6 +31,7 @@ class LayerReport:
     seconds_solve: float
     pooled_tokens: float = 0.0  # of other experts, that the statistics of an expert were drawn towards
     diagonal: bool = False  # of S only the diagonal was known: errors are as if input channels were not correlated
+    error_given: float | None = None  # of W^ as it came, where it was rounded again
     data_free: bool = False  # too few tokens reached it: compressed, compensated and judged as if S were the identity
 
 
@@ -147,6 +148,9 @@ class Report:
             f"output error {mean('error_before'):.5f} -> {mean('error_after'):.5f}, mean of layers, calibration tokens",
             f"{self.seconds:.1f} s, peak memory {self.peak_memory / 1e9:.2f} GB",
         ]
+        if self.layers and self.layers[0].error_given is not None:
+            given = mean("error_given")
+            lines.insert(1, f"rounded again on its own grid: output error {given:.5f} -> {mean('error_before'):.5f}")
         if self.left is not None:
             lines.insert(1, self.coverage_line())
         if self.layers and self.layers[0].held_out_after is not None:

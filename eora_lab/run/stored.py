@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from eora_lab.compensate.factors import StoredFactors
 from eora_lab.errors import EoraLabError
-from eora_lab.files import digest
+from eora_lab.files import digest, file_digest
 from eora_lab.formats.fused import Shapes
 from eora_lab.formats.made_for import MadeFor, check_folder
 from eora_lab.formats.names import Factors
@@ -41,6 +41,17 @@ def run_made_for(path: Path | str, work: object) -> MadeFor:
     """What an adapter for the compressed weights of a finished run belongs to; see `made_for`. Raises as above."""
     base = read_config(path)["settings"]["weights"]
     return MadeFor(stored_digest(_layers(path, factors=False)), base, digest(work))
+
+
+def mended_file(path: Path | str) -> Path:
+    """The file that a run mended. Raises EoraLabError when the run mended none, or when it is no longer what it was."""
+    settings = read_config(path)["settings"]
+    file = Path(settings.get("checkpoint", ""))
+    if not file.suffix:
+        raise EoraLabError(f"{path} did not mend a file: name one of the same model (--like)")
+    if not file.is_file() or file_digest(file) != settings["checkpoint_sha256"]:
+        raise EoraLabError(f"{file}, which {path} mended, is no longer what it was: say where it is (--like)")
+    return file
 
 
 def check_output(folder: Path, made_for: MadeFor) -> None:
