@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := eval,lab,dev
+EXTRAS := eval,llamacpp,lab,dev
 INTEROP := build/interop
 # of other tools, for `make interop` alone
 OTHERS := bitsandbytes==0.50.2 torchao==0.18.0
