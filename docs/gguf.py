@@ -1,7 +1,6 @@
 """Measure what EoRA gives back to GGUF files, in llama.cpp itself: `python -m docs.gguf`, an hour on two cores.
 
-It needs `EORA_LAB_LLAMACPP=/path/to/python`, a Python that has xllamacpp and numpy. It writes data/measured/gguf.csv, a
-line a file and adapter; those that stand there already are not measured again.
+It writes data/measured/gguf.csv, a line a file and adapter; those that stand there already are not measured again.
 
 The model is the embedded one. The blocks of k- and i-types have 256 weights, which its rows of 576 are no multiple of;
 llama.cpp would take other types in their place. So it is widened to 768 channels first: the same function, with zeros
@@ -10,8 +9,6 @@ in the others. Types of linears are those of llama-quantize without an imatrix, 
 
 import argparse
 import csv
-import os
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,9 +26,11 @@ from eora_lab.formats.gguf_adapter import gguf_factors
 from eora_lab.formats.gguf_names import GgufNames
 from eora_lab.formats.names import Factors
 from eora_lab.layer.linear import compensated
+from eora_lab.measure.evaluate import window_losses
+from eora_lab.measure.llama_cpp import LlamaCpp, quantise
 from eora_lab.run.adapters import Adapters
 
-PEER, RECORD = Path(__file__).with_name("gguf_peer.py"), MEASURED / "gguf.csv"
+RECORD = MEASURED / "gguf.csv"
 MIXTURES = {  # file type -> types of its linears, by the beginning of the name; "": all others
     "F32": {"": "F32"},
     "Q4_0": {"": "Q4_0"},
@@ -66,18 +65,12 @@ def widened(model: Any) -> nn.Module:
     return wide
 
 
-def write_base(path: Path, model: Any, kind: str, work: Path) -> None:
+def write_base(path: Path, model: Any, kind: str) -> None:
     """A GGUF file of the model, without a tokenizer."""
     names, config, linears = GgufNames(model), model.config, block_linears(model)
     own = {names.of(name): names.permuted(names.of(name), one.weight).contiguous() for name, one in linears.items()}
-    arrays, types = {}, {name: type_of(kind, name, config.num_hidden_layers) for name in own}
-    for one in sorted(set(types.values())):
-        some = {name: weight.numpy() for name, weight in own.items() if types[name] == one}
-        if one != "F32":
-            np.savez(work / "in.npz", **some)
-            peer("quantise", work / "in.npz", work / "out.npz", int(gguf.GGMLQuantizationType[one]))
-            some = dict(np.load(work / "out.npz"))
-        arrays |= some
+    types = {name: type_of(kind, name, config.num_hidden_layers) for name in own}
+    arrays = {name: (w if types[name] == "F32" else quantise(w, types[name])).numpy() for name, w in own.items()}
     writer = gguf.GGUFWriter(path, names.architecture)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -145,23 +138,15 @@ def close(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def peer(*arguments: object) -> None:
-    """Run llama.cpp."""
-    subprocess.run([os.environ["EORA_LAB_LLAMACPP"], "-P", str(PEER), *map(str, arguments)], check=True)
+def losses_there(base: Path, adapter: Path | None, tokens: torch.Tensor) -> np.ndarray:
+    """(windows,), in llama.cpp."""
+    with LlamaCpp(base, adapter, tokens.shape[1]) as llama:
+        return llama.window_losses(tokens, progress=True).numpy()
 
 
-def losses_there(base: Path, adapter: Path | None, tokens: torch.Tensor, work: Path) -> np.ndarray:
-    """(windows, seqlen - 1), in llama.cpp."""
-    np.save(work / "tokens.npy", tokens.numpy())
-    peer("losses", base, adapter or "-", work / "tokens.npy", work / "losses.npy", torch.get_num_threads())
-    return np.load(work / "losses.npy")
-
-
-@torch.no_grad()
 def losses_here(model: Any, tokens: torch.Tensor) -> np.ndarray:
     """The same in transformers."""
-    found = [model(one[None]).logits[0, :-1].log_softmax(-1).gather(1, one[1:, None])[:, 0] for one in tokens]
-    return -torch.stack(found).double().numpy()
+    return window_losses(model, tokens).numpy()
 
 
 def main() -> None:
@@ -194,7 +179,7 @@ def main() -> None:
             if not lines:
                 continue
             base, model, bits = work / f"{kind}.gguf", wide, 32.0
-            write_base(base, wide, kind, work)
+            write_base(base, wide, kind)
             if kind != "F32":
                 if statistics is None:
                     statistics = collect_statistics(wide, token_windows(tokenizer, text, 32, 512))
@@ -211,7 +196,7 @@ def main() -> None:
                     size = write_adapter(adapter, model, factors, made[2])
                     adapters.add(f"{made}", factors)
                     adapters.use(f"{made}")
-                keep(kind, bits, made, size, losses_there(base, adapter if size else None, windows, work), model)
+                keep(kind, bits, made, size, losses_there(base, adapter if size else None, windows), model)
             base.unlink()
 
 

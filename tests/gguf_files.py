@@ -1,10 +1,8 @@
 """GGUF files of tiny models, as llama.cpp's converter and quantiser write them, and what the real one computes."""
 
 import copy
-import json
-import os
-import subprocess
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
@@ -15,13 +13,12 @@ import transformers
 
 from eora_lab.formats.fused import fused_linears
 from eora_lab.formats.gguf_names import GgufNames, of_all_experts
+from eora_lab.measure.llama_cpp import LlamaCpp
 from eora_lab.model.expert_kinds import unfold_experts
 from eora_lab.model.structure import linear_at
 from tests.test_expert_adapters import mixture
 from tests.tiny import tiny_model, write_sizes
 
-PYTHON = os.environ.get("EORA_LAB_LLAMACPP")
-PEER = Path(__file__).with_name("llamacpp_peer.py")
 PROMPTS = [torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (3, 9, 17, 30)]
 MORE = {
     "smollm3": (transformers.SmolLM3Config, {}),
@@ -36,7 +33,7 @@ GRANTED = {"qwen3_moe": {"norm_topk_prob": True}, "olmoe": {"num_key_value_heads
 ROUTERS = {"mixtral": "block_sparse_moe.gate."}
 
 
-needs_llamacpp = pytest.mark.skipif(not PYTHON, reason="EORA_LAB_LLAMACPP names no Python that has xllamacpp")
+needs_llamacpp = pytest.mark.skipif(not find_spec("xllamacpp"), reason="xllamacpp is the extra `llamacpp`")
 
 
 def model_of(kind: str):
@@ -138,8 +135,5 @@ def write_gguf(path: Path, model, kind: Callable[[str], str] = lambda name: "F32
 
 def in_llamacpp(base: Path, adapter: Path | None) -> torch.Tensor:
     """(prompts, 97) log-probabilities of the next token."""
-    asked = {"model": str(base), "adapter": adapter and str(adapter), "prompts": PROMPTS}
-    done = subprocess.run([PYTHON, PEER], input=json.dumps(asked), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("RESULT")]
-    return torch.tensor([[row[str(token)] for token in range(97)] for row in json.loads(line.removeprefix("RESULT"))])
+    with LlamaCpp(base, adapter, window=64, threads=1) as llama:
+        return torch.stack([llama.logits(prompt)[-1].log_softmax(-1) for prompt in PROMPTS])

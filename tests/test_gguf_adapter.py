@@ -1,8 +1,4 @@
-"""GGUF adapters: their tensors, and the real llama.cpp, which is optional: it needs a Python of its own.
-
-python -m venv llamacpp && llamacpp/bin/pip install xllamacpp
-EORA_LAB_LLAMACPP=llamacpp/bin/python pytest tests/test_gguf_adapter.py
-"""
+"""GGUF adapters: their tensors, and what the real llama.cpp makes of them."""
 
 import gguf
 import pytest
