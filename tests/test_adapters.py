@@ -175,6 +175,7 @@ BROKEN = {
     "untargeted": (setting(target_modules=["q_proj"]), "peft", "ignores"),
     "no target": (setting(target_modules=None), "vllm", "needs target_modules"),
     "modules_to_save": (setting(modules_to_save=["lm_head"]), "vllm", "refuses modules_to_save (lm_head)"),
+    "one module to save": (setting(modules_to_save="lm_head"), "vllm", "refuses modules_to_save (lm_head)"),
     "dora": (setting(use_dora=True), "vllm", "refuses DoRA"),
     "dora in sglang": (setting(use_dora=True), "sglang", "refuses DoRA"),
     "dora in gptqmodel": (setting(use_dora=True), "gptqmodel", "ignores DoRA's magnitudes"),

@@ -29,7 +29,8 @@ def problems(given: Given) -> Iterator[str]:
     config, ranks = given.config, given.ranks
     if not config.get("target_modules"):
         yield "needs target_modules"
-    if saved := [name for name in config.get("modules_to_save") or () if name not in HEADS]:
+    named = config.get("modules_to_save") or ()
+    if saved := [name for name in ([named] if isinstance(named, str) else named) if name not in HEADS]:
         yield f"refuses modules_to_save ({some(saved)})"
     yield from (f"refuses {what}" for key, what in REFUSED.items() if config.get(key))
     if config.get("bias", "none") != "none":
