@@ -135,5 +135,5 @@ def write_gguf(path: Path, model, kind: Callable[[str], str] = lambda name: "F32
 
 def in_llamacpp(base: Path, adapter: Path | None) -> torch.Tensor:
     """(prompts, 97) log-probabilities of the next token."""
-    with LlamaCpp(base, adapter, window=64, threads=1) as llama:
+    with LlamaCpp(base, adapter, window=64, threads=1, exact=True) as llama:
         return torch.stack([llama.logits(prompt)[-1].log_softmax(-1) for prompt in PROMPTS])

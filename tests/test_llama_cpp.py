@@ -35,6 +35,9 @@ def test_logits_perplexity_and_the_next_tokens_are_those_of_transformers(folder)
         assert llama.vocabulary == 97
         for row in TOKENS:
             assert near(llama.logits(row), logits(model, row[None])[0])
+    with LlamaCpp(folder / "f32.gguf", window=32, exact=True) as llama:
+        assert torch.allclose(llama.logits(TOKENS[0]), logits(model, TOKENS[:1])[0], rtol=0, atol=1e-4)
+    with LlamaCpp(folder / "f32.gguf", window=32) as llama:
         assert llama.perplexity(TOKENS) == pytest.approx(perplexity(model, TOKENS), rel=1e-3)
         start = TOKENS[0, :9].tolist()
         made = llama.continue_greedily(start, 12)

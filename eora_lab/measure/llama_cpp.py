@@ -2,7 +2,7 @@
 
 The wheel's own interface is a server, which gives no logits of a text, and so no perplexity; the C functions that it
 carries do. Their settings are structures that grow with every release: they are handed on as they come, and only fields
-at their beginning, which have not moved in years, are set.
+whose places are certain are set.
 """
 
 import ctypes
@@ -21,6 +21,8 @@ from eora_lab.errors import EoraLabError
 from eora_lab.text.batches import Batches
 
 SETTINGS = 2048  # bytes, more than any of the structures has
+FLASH, CACHE = 13, 26  # places of flash_attn_type and of type_k, type_v in the settings of a context
+AUTO, F32, F16 = 2**32 - 1, 0, 1
 
 
 class _Settings(ctypes.Structure):
@@ -99,11 +101,17 @@ class LlamaCpp:
     """A GGUF file as llama.cpp computes it.
 
     adapter: LoRA in a GGUF file beside it. window: tokens at most. threads: of the CPU; None: those of torch.
+    exact:   keys and values are kept in float32 and not in float16, for comparison with other programs.
     Raises EoraLabError where a file cannot be loaded, with what llama.cpp says.
     """
 
     def __init__(
-        self, path: Path | str, adapter: Path | str | None = None, window: int = 512, threads: int | None = None
+        self,
+        path: Path | str,
+        adapter: Path | str | None = None,
+        window: int = 512,
+        threads: int | None = None,
+        exact: bool = False,
     ):
         llama, self.window = library(), window
         self._model = self._context = None
@@ -115,6 +123,12 @@ class LlamaCpp:
             raise EoraLabError(f"llama.cpp cannot load {path}: {_reason()}")
         settings = llama.llama_context_default_params()
         settings.numbers[0] = settings.numbers[1] = settings.numbers[2] = window  # n_ctx, n_batch, n_ubatch
+        if exact:
+            if [settings.numbers[place] for place in (FLASH, CACHE, CACHE + 1)] != [AUTO, F16, F16]:
+                raise EoraLabError("this release of xllamacpp has other settings: install 2026.10")
+            settings.numbers[FLASH] = settings.numbers[CACHE] = settings.numbers[CACHE + 1] = (
+                F32  # 0 also turns flash off
+            )
         self._context = llama.llama_init_from_model(self._model, settings)
         if not self._context:
             raise EoraLabError(f"llama.cpp cannot run {path}: {_reason()}")
@@ -146,7 +160,10 @@ class LlamaCpp:
         gc.collect()
 
     def logits(self, tokens: Sequence[int] | Tensor) -> Float32[Tensor, "tokens vocabulary"]:
-        """Of the token that follows each, in one pass. Raises EoraLabError on more tokens than the window."""
+        """Of what follows each of the tokens, in one pass: (tokens, vocabulary).
+
+        Raises EoraLabError on more tokens than the window has, and on those beyond the vocabulary.
+        """
         ids = [int(token) for token in tokens]
         if not 0 < len(ids) <= self.window:
             raise EoraLabError(f"{len(ids)} tokens do not fit into a window of {self.window}")
