@@ -1,7 +1,8 @@
 """Measure what EoRA gives back to GGUF files, in llama.cpp itself: `python -m docs.gguf`, an hour on two cores.
 
 It needs `EORA_LAB_LLAMACPP=/path/to/python`, a Python that has xllamacpp and numpy. It writes data/measured/gguf.csv, a
-line a file and adapter; those that stand there already are not measured again.
+line a file and adapter; those that stand there already are not measured again. `difference` is how far the loss of a
+token is from that of transformers with the same W^ + B A, in the mean over two windows: llama.cpp rounds activations.
 
 The model is the embedded one. The blocks of k- and i-types have 256 weights, which its rows of 576 are no multiple of;
 llama.cpp would take other types in their place. So it is widened to 768 channels first: the same function, with zeros
@@ -44,7 +45,7 @@ EARLY = {"IQ3_XXS": "Q4_K"}  # file type -> the type of ffn_down in the first ei
 BARE = ("none", 0, "")
 ADAPTERS = (("eora", 64, "F16"), ("eora", 16, "F16"), ("eora", 8, "F16"), ("eora", 64, "Q8_0"))
 NARROW, WIDE, HEADS, KV_HEADS = 576, 768, 12, 4
-FIELDS = ("type", "bits", "method", "rank", "factors", "mbytes", "perplexity", "here", "difference")
+FIELDS = ("type", "bits", "method", "rank", "factors", "mbytes", "perplexity", "difference")
 
 
 @torch.no_grad()
@@ -178,7 +179,7 @@ def main() -> None:
     def keep(kind: str, bits: float, made: tuple, size: int, there: np.ndarray, model: Any) -> None:
         here = losses_here(model, windows[:2])
         row = [kind, f"{bits:.4g}", *made, f"{size / 1e6:.2f}", f"{np.exp(there.mean()):.4f}"]
-        row += [f"{np.exp(here.mean()):.4f}", f"{np.abs(there[:2] - here).mean():.4f}"]
+        row += [f"{np.abs(there[:2] - here).mean():.4f}"]
         done.append(dict(zip(FIELDS, row, strict=True)))
         with options.record.open("w", newline="") as file:
             writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
