@@ -1,6 +1,8 @@
 """Measure what EoRA gives back to GGUF files, in llama.cpp itself: `python -m docs.gguf`, an hour on two cores.
 
 It writes data/measured/gguf.csv, a line a file and adapter; those that stand there already are not measured again.
+`difference` is how far the loss of a token is from that of transformers with the same W^ + B A, in the mean over two
+windows: llama.cpp rounds activations.
 
 The model is the embedded one. The blocks of k- and i-types have 256 weights, which its rows of 576 are no multiple of;
 llama.cpp would take other types in their place. So it is widened to 768 channels first: the same function, with zeros
@@ -9,7 +11,9 @@ in the others. Types of linears are those of llama-quantize without an imatrix, 
 
 import argparse
 import csv
+import itertools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +22,25 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
+from torch.nn.functional import cross_entropy
+from tqdm.auto import tqdm
 
 from docs.records import MEASURED
-from eora_lab import Recipe, block_linears, collect_statistics, compress_model, load_model, token_windows
-from eora_lab.formats import read_checkpoint
-from eora_lab.formats.gguf_adapter import gguf_factors
+from eora_lab import (
+    Adapters,
+    InputStatistics,
+    LlamaCpp,
+    Recipe,
+    block_linears,
+    collect_statistics,
+    compress_model,
+    load_model,
+    token_windows,
+)
+from eora_lab.formats import read_checkpoint, read_imatrix, write_gguf, write_gguf_adapter, write_imatrix
 from eora_lab.formats.gguf_names import GgufNames
-from eora_lab.formats.names import Factors
-from eora_lab.layer.linear import compensated
-from eora_lab.measure.evaluate import window_losses
-from eora_lab.measure.llama_cpp import LlamaCpp, quantise
-from eora_lab.run.adapters import Adapters
+from eora_lab.layer.linear import compensated, unpacked
+from eora_lab.measure.llama_cpp import quantise
 
 RECORD = MEASURED / "gguf.csv"
 MIXTURES = {  # file type -> types of its linears, by the beginning of the name; "": all others
@@ -40,10 +52,20 @@ MIXTURES = {  # file type -> types of its linears, by the beginning of the name;
     "Q2_K": {"attn_v": "Q3_K", "attn_o": "Q3_K", "ffn_down": "Q3_K", "": "Q2_K"},
 }
 EARLY = {"IQ3_XXS": "Q4_K"}  # file type -> the type of ffn_down in the first eighth of the blocks
-BARE = ("none", 0, "")
-ADAPTERS = (("eora", 64, "F16"), ("eora", 16, "F16"), ("eora", 8, "F16"), ("eora", 64, "Q8_0"))
+Made = tuple[str, int, str]  # method, rank, type of the factors
+Files = tuple[Path, Path | None]  # base, adapter
+RANK = 64
+LINES: tuple[Made, ...] = (
+    ("none", 0, ""),
+    ("eora", 64, "F16"),
+    ("eora", 16, "F16"),
+    ("eora", 8, "F16"),
+    ("eora", 64, "Q8_0"),
+    ("qera_approx", 64, "F16"),
+    ("reround", 0, ""),
+)
 NARROW, WIDE, HEADS, KV_HEADS = 576, 768, 12, 4
-FIELDS = ("type", "bits", "method", "rank", "factors", "mbytes", "perplexity", "here", "difference")
+FIELDS = ("type", "bits", "method", "rank", "factors", "mbytes", "perplexity", "difference")
 
 
 @torch.no_grad()
@@ -104,25 +126,6 @@ def type_of(kind: str, name: str, blocks: int) -> str:
     return next(own for begin, own in MIXTURES[kind].items() if local.startswith(begin))
 
 
-def write_adapter(path: Path, model: Any, factors: Factors, kind: str) -> int:
-    """An adapter with factors in a type. Returns their bytes."""
-    writer = gguf.GGUFWriter(path, GgufNames(model).architecture)
-    writer.add_type(gguf.GGUFType.ADAPTER)
-    writer.add_string("adapter.type", "lora")
-    for name, A, B in gguf_factors(factors, model):
-        add(writer, f"{name}.lora_a", A, kind)
-        add(writer, f"{name}.lora_b", B, kind)
-    close(writer)
-    return sum(tensor.n_bytes for tensor in gguf.GGUFReader(path).tensors)
-
-
-def bits_of(model: nn.Module) -> float:
-    """Of a weight, in the file."""
-    layers = compensated(model).values()
-    held = sum(one.nbytes - one.factors.nbytes for one in layers)
-    return 8 * held / sum(one.in_features * one.out_features for one in layers)
-
-
 def add(writer: gguf.GGUFWriter, name: str, matrix: torch.Tensor, kind: str) -> None:
     """Write a matrix in a type."""
     own = gguf.GGMLQuantizationType[kind]
@@ -138,15 +141,46 @@ def close(writer: gguf.GGUFWriter) -> None:
     writer.close()
 
 
-def losses_there(base: Path, adapter: Path | None, tokens: torch.Tensor) -> np.ndarray:
-    """(windows,), in llama.cpp."""
-    with LlamaCpp(base, adapter, tokens.shape[1]) as llama:
-        return llama.window_losses(tokens, progress=True).numpy()
+def losses(logits_of: Callable[[torch.Tensor], torch.Tensor], windows: torch.Tensor) -> np.ndarray:
+    """(windows, seqlen - 1), of every next token."""
+    found = [cross_entropy(logits_of(one)[:-1], one[1:], reduction="none") for one in tqdm(windows, leave=False)]
+    return torch.stack(found).double().numpy()
 
 
-def losses_here(model: Any, tokens: torch.Tensor) -> np.ndarray:
-    """The same in transformers."""
-    return window_losses(model, tokens).numpy()
+def lines_of(kind: str) -> list[Made]:
+    """What is measured of a file type: only what can be. Codes of i-types cannot be chosen one by one."""
+    if kind == "F32":
+        return [LINES[0]]
+    return [made for made in LINES if made[0] != "reround" or not kind.startswith("IQ")]
+
+
+def solved(narrow: Any, base: Path, method: str, statistics: dict[str, InputStatistics], imatrix: Path) -> nn.Module:
+    """The mended model: by the statistics, or by their diagonal from a file, or with other codes and no path."""
+    model, given = widened(narrow), statistics
+    if method == "qera_approx":
+        write_imatrix(imatrix, statistics, model, "wikitext2:validation", 32, 512)
+        given = read_imatrix(imatrix, model)
+    path = {"method": "none", "rank": 0} if method == "reround" else {"method": method, "rank": RANK}
+    recipe = Recipe(inputs="original", **path)
+    weights = read_checkpoint(base)
+    compress_model(model, None, recipe, statistics=given, weights=weights, reround=method == "reround")
+    return model
+
+
+def measure(
+    kind: str, made: Made, model: Any, files: tuple[Path, Path | None], windows: torch.Tensor
+) -> dict[str, str]:
+    """A line of the record. files: of the base and the adapter."""
+    with LlamaCpp(*files, windows.shape[1]) as llama:
+        there = losses(llama.logits, windows)
+    with torch.no_grad(), unpacked(model):
+        here = losses(lambda one: model(one[None]).logits[0], windows[:2])
+    layers = compensated(model).values()
+    held = sum(one.nbytes - one.factors.nbytes for one in layers)
+    bits = 8 * held / sum(one.in_features * one.out_features for one in layers) if layers else 32.0
+    size = 0 if files[1] is None else sum(tensor.n_bytes for tensor in gguf.GGUFReader(files[1]).tensors)
+    row = [kind, f"{bits:.4g}", *made, f"{size / 1e6:.2f}", f"{np.exp(there.mean()):.4f}"]
+    return dict(zip(FIELDS, map(str, [*row, f"{np.abs(there[:2] - here).mean():.4f}"]), strict=True))
 
 
 def main() -> None:
@@ -156,48 +190,45 @@ def main() -> None:
     parser.add_argument("--record", type=Path, default=RECORD)
     options = parser.parse_args()
     narrow, tokenizer = load_model("smollm2-135m")
-    wide = widened(narrow)
-    windows, text = token_windows(tokenizer, "wikitext2:test", options.windows, 512), "wikitext2:validation"
+    windows = token_windows(tokenizer, "wikitext2:test", options.windows, 512)
+    batches = token_windows(tokenizer, "wikitext2:validation", 32, 512)
+    statistics = None
     done = list(csv.DictReader(options.record.open())) if options.record.exists() else []
-
-    def keep(kind: str, bits: float, made: tuple, size: int, there: np.ndarray, model: Any) -> None:
-        here = losses_here(model, windows[:2])
-        row = [kind, f"{bits:.4g}", *made, f"{size / 1e6:.2f}", f"{np.exp(there.mean()):.4f}"]
-        row += [f"{np.exp(here.mean()):.4f}", f"{np.abs(there[:2] - here).mean():.4f}"]
-        done.append(dict(zip(FIELDS, row, strict=True)))
-        with options.record.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(done)
-        print(*row, flush=True)
-
     with tempfile.TemporaryDirectory() as folder:
-        work, statistics, adapter = Path(folder), None, Path(folder) / "adapter.gguf"
         for kind in options.types:
             told = {(row["method"], int(row["rank"]), row["factors"]) for row in done if row["type"] == kind}
-            lines = [made for made in (BARE, *ADAPTERS * (kind != "F32")) if made not in told]
-            if not lines:
-                continue
-            base, model, bits = work / f"{kind}.gguf", wide, 32.0
-            write_base(base, wide, kind)
-            if kind != "F32":
-                if statistics is None:
-                    statistics = collect_statistics(wide, token_windows(tokenizer, text, 32, 512))
-                model, recipe = widened(narrow), Recipe(method="eora", rank=64, inputs="original")
-                compress_model(model, windows, recipe, statistics=statistics, weights=read_checkpoint(base))
-                bits = bits_of(model)
-                adapters = Adapters(model)
-                whole = adapters.factors()
-                adapters.use(None)
-            for made in lines:
-                size = 0
-                if made != BARE:
-                    factors = {name: (A[: made[1]], B[:, : made[1]]) for name, (A, B) in whole.items()}
-                    size = write_adapter(adapter, model, factors, made[2])
-                    adapters.add(f"{made}", factors)
-                    adapters.use(f"{made}")
-                keep(kind, bits, made, size, losses_there(base, adapter if size else None, windows), model)
-            base.unlink()
+            lines = [made for made in lines_of(kind) if made not in told]
+            base, adapter, again = (Path(folder) / name for name in ("base.gguf", "adapter.gguf", "again.gguf"))
+            if lines:
+                write_base(base, widened(narrow), kind)
+            for method, some in itertools.groupby(lines, lambda made: made[0]):
+                if kind != "F32" and statistics is None:
+                    statistics = collect_statistics(widened(narrow), batches)
+                model: Any = widened(narrow)
+                if kind != "F32":
+                    solver = "eora" if method == "none" else method
+                    model = solved(narrow, base, solver, statistics or {}, Path(folder) / "imatrix.gguf")
+                paths = Adapters(model) if kind != "F32" else None
+                whole = paths.factors() if paths and method not in ("none", "reround") else {}
+                for made in some:
+                    files: Files = (base, None)
+                    if paths:
+                        paths.use(None)
+                    if paths and whole:
+                        factors = {name: (A[: made[1]], B[:, : made[1]]) for name, (A, B) in whole.items()}
+                        write_gguf_adapter(adapter, factors, model, made[2])
+                        paths.add(f"{made}", factors)
+                        paths.use(f"{made}")
+                        files = base, adapter
+                    elif method == "reround":
+                        write_gguf(again, model, like=base)
+                        files = again, None
+                    done.append(measure(kind, made, model, files, windows))
+                    print(*done[-1].values(), flush=True)
+                    with options.record.open("w", newline="") as file:
+                        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+                        writer.writeheader()
+                        writer.writerows(done)
 
 
 if __name__ == "__main__":
