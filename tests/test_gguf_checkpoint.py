@@ -237,7 +237,7 @@ def test_mend_evaluate_and_export_on_the_command_line(tmp_path, capsys, monkeypa
     assert main(mend) == 1
     assert "holds another run (base was 'GGUF Q4_0', now 'GGUF Q8_0')" in capsys.readouterr().err
     assert main(["mend", "base.gguf", "other", "--model", "model", "--format", "gptq", *TEXTS]) == 1
-    assert "base.gguf is no GPTQ checkpoint" in capsys.readouterr().err
+    assert "base.gguf: this is no GPTQ checkpoint" in capsys.readouterr().err
 
 
 @needs_llamacpp
@@ -435,7 +435,7 @@ def test_files_that_hold_no_compressed_model(sound, tmp_path):
     with pytest.raises(EoraLabError, match=r"no checkpoint .*absent.gguf"):
         read_checkpoint(tmp_path / "absent.gguf")
     with pytest.raises(
-        EoraLabError, match=r"is no compressed checkpoint that is read here \(gptq, gguf.*\): no quantiz"
+        EoraLabError, match=r"is no compressed checkpoint that is read here \(gptq, .*gguf.*\): no quantiz"
     ):
         read_checkpoint(tmp_path)
     shutil.copy(sound, tmp_path / "model")  # known by what is in it
