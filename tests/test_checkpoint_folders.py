@@ -258,6 +258,20 @@ def test_experts_one_by_one_come_together_as_the_model_has_them(tmp_path):
         read_checkpoint(tmp_path).of(model)
 
 
+def test_names_of_a_wrapper_and_layers_that_no_model_loads(tmp_path):
+    """The text model of one that also sees has `language_model` in its names; layers for more tokens are left out."""
+    tensors = quantise(tmp_path, fp8, FP8)
+    plain = {name: weight.dense() for name, weight in read_checkpoint(tmp_path).items()}
+    more = {f"mtp.{kind}": one for kind, one in fp8(torch.ones(32, 32)).items()}
+    rewrite(tmp_path, {f"language_model.{key}": one for key, one in tensors.items()} | more, FP8)
+    model = tiny_model("llama")
+    with pytest.raises(EoraLabError, match="quantises mtp, which is no linear layer"):
+        read_checkpoint(tmp_path).of(model)
+    model._keys_to_ignore_on_load_unexpected = [r"^mtp.*"]
+    found = read_checkpoint(tmp_path).of(model)
+    assert found.keys() == plain.keys() and all(torch.equal(one.dense(), plain[name]) for name, one in found.items())
+
+
 @pytest.mark.parametrize(("linear", "about"), [(fp8, FP8), (awq, AWQ)])
 def test_a_mended_folder_is_a_run(linear, about, tmp_path):
     quantise(tmp_path / "base", linear, about)

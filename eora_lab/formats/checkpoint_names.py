@@ -4,11 +4,12 @@ import re
 from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
+import torch
 from torch import Tensor, nn
 
 from eora_lab.formats.fused import fused_linears
 from eora_lab.formats.names import plain
-from eora_lab.model.experts import Experts, mixtures
+from eora_lab.model.experts import Experts, Leaf, mixtures
 from eora_lab.model.structure import block_linears
 
 Part = tuple[str, slice]  # name of a linear in the files, and the rows of the model's linear that it has
@@ -49,7 +50,7 @@ class PublishedNames:
             together = {local: self._find(f"{each.module}.{local}") for local in (leaf.weight, leaf.bias) if local}
             for local, name in together.items():
                 if name in held:
-                    self.tensors[name] = partial(_fused, mixture, local)
+                    self.tensors[name] = partial(_fused, mixture, leaf, local)
             for index, (module, parts) in enumerate(zip(each.names(), each.parts, strict=True)):
                 whole, linear = self._find(module), mixture.linears(index)[each.leaf]
                 apart = [(self._find(name), rows) for name, rows in parts]
@@ -98,8 +99,12 @@ def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _fused(mixture: Experts, local: str) -> Tensor:
-    return mixture.state_dict()[local]
+def _fused(mixture: Experts, leaf: Leaf, local: str) -> Tensor:
+    if local == leaf.weight:
+        return mixture.state_dict()[local]
+    return torch.stack(
+        [mixture.linears(index)[leaf.name].get_parameter("bias").detach() for index in range(mixture.count)]
+    )
 
 
 def _rows(linear: nn.Module, local: str, rows: slice) -> Tensor:
