@@ -15,7 +15,8 @@ LONG = 160  # letters of a reason
 MEANINGS = {
     "full": f"every step is right, and {100 * ENOUGH:.0f} % or more of the decoder's matrices are compressed",
     "partial": "every step is right, and less is compressed",
-    "no adapter": "every other step is right, and peft refuses the adapter or gets it wrong, as `adapter check` says, or the package does not write one",
+    "no adapter": "every other step is right, and peft refuses the adapter or gets it wrong, as `adapter check` says, "
+    "or the package does not write one",
     "wrong": "a step ends without an error, and with numbers that it should not give",
     "error": "a step ends with an error, or after its time",
     "refused": "the package says in one line why it takes no such model, before anything is changed",
