@@ -7,6 +7,7 @@ stay as they are in the original.
 import re
 from collections import Counter
 from collections.abc import Container, Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -14,15 +15,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Shaped
+from jaxtyping import Float
 from torch import Tensor, nn
 
-from eora_lab.compress import Compressed, DenseWeight, GgufWeight
+from eora_lab.compress import Compressed, GgufWeight
 from eora_lab.compress.gguf_weight import dequantises
 from eora_lab.errors import EoraLabError, one_line
 from eora_lab.formats.checkpoint import Checkpoint, Lazy
 from eora_lab.formats.fused import fused_linears
 from eora_lab.formats.gguf_names import GgufNames, of_all_experts
+from eora_lab.formats.joined import joined
 from eora_lab.model.experts import mixtures
 from eora_lab.model.structure import block_linears, linear_at, model_name
 
@@ -164,14 +166,13 @@ class GgufCheckpoint(Checkpoint):
         return found
 
     def _linear(self, names: GgufNames, parts: list[Part]) -> Compressed:
-        """W^ of a linear of the model; in full, where its parts are of several types."""
-        weights = [(name, rows, self[name]) for name, rows in parts]
-        first = weights[0][2]
-        if any(one.type != first.type or (one.scales is None) != (first.scales is None) for _, _, one in weights):
-            return DenseWeight(_joined([(rows, one.dense()) for _, rows, one in weights]))
-        blocks = _joined([(rows, names.restored(name, one.blocks)) for name, rows, one in weights])
-        scales = [(rows, one.scales) for _, rows, one in weights if one.scales is not None]
-        return GgufWeight(blocks, first.type, _joined(scales) if scales else None)
+        """W^ of a linear of the model."""
+        return joined([(partial(self._in_order, names, name), rows) for name, rows in parts])
+
+    def _in_order(self, names: GgufNames, name: str) -> GgufWeight:
+        """W^ of a linear of the file, with its rows in the model's order."""
+        weight = self[name]
+        return replace(weight, blocks=names.restored(name, weight.blocks))
 
     def _check_sizes(self, names: GgufNames, model: nn.Module, original: str) -> None:
         """Raise EoraLabError when the file is of another architecture or size."""
@@ -241,14 +242,6 @@ class GgufCheckpoint(Checkpoint):
         except UnicodeDecodeError as error:
             raise EoraLabError(f"cannot read {self.path}: {key} is damaged, get it again") from error
         return said if isinstance(said, int | str) else default
-
-
-def _joined(parts: list[tuple[slice, Shaped[Tensor, "_rows _columns"]]]) -> Shaped[Tensor, "_out _columns"]:
-    """A matrix of some, each with the rows that it has."""
-    whole = parts[0][1].new_empty(sum(len(part) for _, part in parts), parts[0][1].shape[1])
-    for rows, part in parts:
-        whole[rows] = part
-    return whole
 
 
 def read_gguf_file(path: Path) -> Any:
