@@ -31,12 +31,13 @@ def reround(weight: Float[Tensor, "out in"], statistics: InputStatistics, base: 
     if (lattice := base.lattice()) is None:
         raise EoraLabError(f"a weight stored as {base.kind} cannot be rounded again: its levels are not evenly spaced")
     S, target = statistics.second_moment, weight.float()
-    grid = _Columns(lattice, target)
-    found = _choose(target, S, base.dense(), _descend(grid, grid.swept(S), S))
-    found = _choose(target, S, found, _descend(grid, found.T.contiguous(), S))
-    made = base.with_codes(grid.codes(found.T))
-    best = row_losses(target - made.dense(), S) <= row_losses(target - base.dense(), S)  # as they are stored
-    return made if best.all() else base.with_codes(grid.codes(torch.where(best[:, None], found, base.dense()).T))
+    grid, before = _Columns(lattice, target), base.dense()
+    swept = grid.swept(S).T
+    better = row_losses(target - swept, S) < row_losses(target - before, S)
+    found = _descend(grid, torch.where(better[:, None], swept, before).T.contiguous(), S)
+    made = base.with_codes(grid.codes(found))
+    best = row_losses(target - made.dense(), S) <= row_losses(target - before, S)  # as they are stored
+    return made if best.all() else base.with_codes(grid.codes(torch.where(best, found, before.T)))
 
 
 def row_losses(error: Float[Tensor, "out in"], second_moment: Float[Tensor, "in in"]) -> Float[Tensor, " out"]:
@@ -78,7 +79,7 @@ class _Columns:
         return found
 
 
-def _descend(grid: _Columns, values: Float[Tensor, "in out"], S: Float[Tensor, "in in"]) -> Float[Tensor, "out in"]:
+def _descend(grid: _Columns, values: Float[Tensor, "in out"], S: Float[Tensor, "in in"]) -> Float[Tensor, "in out"]:
     """Coordinate descent from `values`, on the grid all the way."""
     values, diagonal = values.clone(), S.diagonal().tolist()
     for _ in range(SWEEPS):
@@ -93,17 +94,10 @@ def _descend(grid: _Columns, values: Float[Tensor, "in out"], S: Float[Tensor, "
                 new = grid.nearest(i, values[i] + pull[i] / diagonal[i])
                 step = new - values[i]
                 values[i] = new
-                pull[start:stop].addr_(S[start:stop, i], step, alpha=-1)
+                pull[i + 1 : stop].addr_(S[i + 1 : stop, i], step, alpha=-1)
             moved = values[start:stop] - before
             changed += int(moved.count_nonzero())
-            pull[:start].addmm_(S[:start, start:stop], moved, alpha=-1)
             pull[stop:].addmm_(S[stop:, start:stop], moved, alpha=-1)
         if changed <= SETTLED * values.numel():
             break
-    return values.T.contiguous()
-
-
-def _choose(target: Tensor, S: Tensor, first: Tensor, second: Tensor) -> Float[Tensor, "out in"]:
-    """Row by row, the one with less loss."""
-    better = row_losses(target - second, S) < row_losses(target - first, S)
-    return torch.where(better[:, None], second, first)
+    return values
