@@ -131,6 +131,19 @@ def _mixed(cells: list[dict], n: int) -> Numbers:
     return found
 
 
+IN_LLAMA_CPP = (("none", 0, ""), ("qera_approx", 64, "F16"))
+IN_LLAMA_CPP += (("eora", 8, "F16"), ("eora", 16, "F16"), ("eora", 64, "F16"), ("eora", 64, "Q8_0"))
+
+
+def of_gguf() -> Iterator[Claim]:
+    for kind in ("Q2_K",):
+        yield Claim(
+            f"| {kind} | {{:.2f}} | {' | '.join(['{:.2f}'] * len(IN_LLAMA_CPP))} |",
+            "gguf",
+            lambda known, kind=kind: (known[kind, "bits"], *(known[kind, *made] for made in IN_LLAMA_CPP)),
+        )
+
+
 def of_round_to_nearest() -> Iterator[Claim]:
     yield Claim("| full precision | | | {:.2f} | {:.2f} | 32 |", "rtn", lambda out: (compared(out, base="dense"), None))
     for bits in (4, 3):
@@ -238,7 +251,7 @@ def _ratio(ours: float, reference: float, *_: float) -> Numbers:
     return None, None, reference / ours, None
 
 
-CLAIMS = [*of_demo(), *of_paper(), *of_task_mix(), *of_round_to_nearest(), *of_bases(), *of_passes()]
+CLAIMS = [*of_demo(), *of_paper(), *of_task_mix(), *of_gguf(), *of_round_to_nearest(), *of_bases(), *of_passes()]
 EXEMPT = (  # numbers that are not measured; and a time to load, which has no command
     r"Python 3\.11 to 3\.13",
     r"2410\.21271",

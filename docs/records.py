@@ -38,7 +38,15 @@ def task_mix() -> list[dict]:
     return [by_source[name] for name in order] + [one for one in found if one and one["config"]["method"] == "none"]
 
 
+def gguf() -> dict[tuple, float]:
+    """(type, method, rank, type of the factors) -> perplexity in llama.cpp; (type, "bits") -> of a weight."""
+    frame = pandas.read_csv(MEASURED / "gguf.csv", keep_default_na=False)
+    found = {(one.type, one.method, one.rank, one.factors): one.perplexity for one in frame.itertuples()}
+    return found | {(one.type, "bits"): one.bits for one in frame.itertuples()}
+
+
 READERS: dict[str, Callable[[], Any]] = {
+    "gguf": gguf,
     "demo": demo,
     "T2": lambda: paper("T2"),
     "T10": lambda: paper("T10"),

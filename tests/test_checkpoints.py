@@ -446,8 +446,12 @@ def test_compress_export_mend_on_the_command_line(original, tmp_path, capsys, mo
     assert "gptq, 4 bits, groups of 32, sym=True, desc_act=False" in capsys.readouterr().out
     assert main(["export", "run", "gptq", "--format", "gptq_v2"]) == 1
     assert "gptq is not an empty folder" in capsys.readouterr().err
+    assert main(["export", "run", "v2", "--format", "gguff"]) == 1
+    assert "unknown format 'gguff'" in capsys.readouterr().err
     assert main(["export", "run", "v2", "--format", "gguf"]) == 1
-    assert "unknown format 'gguf'; known: gptq, gptq_v2, " in capsys.readouterr().err
+    assert "cannot write v2: the name must end in .gguf" in capsys.readouterr().err
+    assert main(["export", "run", "v2.gguf", "--format", "gguf"]) == 1
+    assert "run did not mend a file: name one of the same model (--like)" in capsys.readouterr().err
     assert main(["export", "run", "dense", "--format", "merged", "--dtype", "float32"]) == 0
     arguments = ["mend", "v1", "again", "--model", "model", "--rank", "8", "--inputs", "original", *TEXTS]
     assert main(arguments) == 0

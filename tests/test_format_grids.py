@@ -241,4 +241,4 @@ def test_a_run_loads_back_with_its_bytes(grid, dtype, tmp_path):
         assert torch.equal(layer.dense(), layers[name].dense())
     assert torch.equal(logits(loaded, tiny_tokens()), logits(model, tiny_tokens()))
     original = load_model(source, dtype=dtype)[0]
-    assert len(check_given(original, {name: layer.compressed for name, layer in layers.items()}, False)) == 64
+    assert len(check_given(original, {name: layer.compressed for name, layer in layers.items()}, progress=False)) == 64

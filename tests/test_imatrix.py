@@ -283,5 +283,5 @@ def test_models_and_statistics_without_a_place(tmp_path):
         write_imatrix(tmp_path / "i.gguf", {}, mixture("dbrx"))
     with pytest.raises(EoraLabError, match="there are no statistics"):
         write_imatrix(tmp_path / "i.gguf", {}, tiny_model("llama"))
-    with pytest.raises(EoraLabError, match="batches are needed"):
+    with pytest.raises(EoraLabError, match="only with statistics="):
         compress_model(tiny_model("llama"), None, Recipe("rtn", group_size=32, rank=4), progress=False)

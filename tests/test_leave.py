@@ -182,9 +182,12 @@ def test_a_router_that_is_no_linear_is_left_by_choice():
         ({"only": "vision"}, "only 'vision' matches no linear"),
         (
             {"keep_first": 1, "keep_last": 1},
-            r"nothing is left to compress in the 2 blocks \(first blocks, last blocks\)",
+            r"nothing is left to compress in the 2 blocks by keep_first 1, keep_last 1 \(first blocks, last blocks\)",
         ),
-        ({"only": "mlp", "skip": "proj"}, r"nothing is left to compress in the 2 blocks \(skip\)"),
+        (
+            {"only": "mlp", "skip": "proj"},
+            r"nothing is left to compress in the 2 blocks by skip proj, only mlp \(skip\)",
+        ),
     ],
 )
 def test_a_choice_that_cannot_be_meant(choice, message):

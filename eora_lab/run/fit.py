@@ -36,7 +36,9 @@ def check_statistics(
     """
     if statistics is None:
         if not batches:
-            raise EoraLabError("batches are needed where there are no statistics")
+            raise EoraLabError(
+                "batches must be token ids (nsamples, seqlen), not None: only with statistics= can they be left out"
+            )
         return
     if recipe.inputs != "original":
         raise EoraLabError('statistics measured before are of the original model: pass inputs="original"')
