@@ -6,7 +6,6 @@ whose places are certain are set.
 """
 
 import ctypes
-import gc
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -132,6 +131,7 @@ class LlamaCpp:
         self._context = llama.llama_init_from_model(self._model, settings)
         if not self._context:
             raise EoraLabError(f"llama.cpp cannot run {path}: {_reason()}")
+        self._batch = llama.llama_batch_init(window, 0, 1)
         count = threads or torch.get_num_threads()
         llama.llama_set_n_threads(self._context, count, count)
         self.vocabulary = llama.llama_vocab_n_tokens(llama.llama_model_get_vocab(self._model))
@@ -142,11 +142,11 @@ class LlamaCpp:
             adapters, scales = (ctypes.c_void_p * 1)(loaded), (ctypes.c_float * 1)(1.0)
             if llama.llama_set_adapters_lora(self._context, adapters, 1, scales):
                 raise EoraLabError(f"llama.cpp cannot use {adapter} beside {path}: {_reason()}")
-        self._batch = llama.llama_batch_init(window, 0, 1)
 
     def close(self) -> None:
         """Give the memory back. The object is of no use afterwards."""
         if self._context:
+            library().llama_batch_free(self._batch)
             library().llama_free(self._context)
         if self._model:
             library().llama_model_free(self._model)
@@ -157,7 +157,6 @@ class LlamaCpp:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-        gc.collect()
 
     def logits(self, tokens: Sequence[int] | Tensor) -> Float32[Tensor, "tokens vocabulary"]:
         """Of what follows each of the tokens, in one pass: (tokens, vocabulary).
