@@ -133,6 +133,7 @@ def _mixed(cells: list[dict], n: int) -> Numbers:
 
 IN_LLAMA_CPP = (("none", 0, ""), ("qera_approx", 64, "F16"))
 IN_LLAMA_CPP += (("eora", 8, "F16"), ("eora", 16, "F16"), ("eora", 64, "F16"), ("eora", 64, "Q8_0"))
+IN_LLAMA_CPP += (("reround", 0, ""),)
 
 
 def of_gguf() -> Iterator[Claim]:
