@@ -1,10 +1,11 @@
 """What can be known to be wrong before a model is loaded. Everything here raises EoraLabError."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from eora_lab.errors import EoraLabError, MachineError
+from eora_lab.errors import EoraLabError, MachineError, naming
 
 if TYPE_CHECKING:
     from eora_lab.experiment.cells import Cell
@@ -64,12 +65,12 @@ def check_cells(cells: Sequence["Cell"]) -> None:
     for model, recipe in {(model, *recipe.selection().values()): (model, recipe) for model, recipe in recipes}.values():
         if shape := model_shape(model):
             recipe.left(shape.model)
-    texts = [text for cell in cells for text in cell.evaluation.perplexity]
-    texts += [text for cell in cells if cell.recipe for text in (cell.calibration.text, cell.base_source) if text]
+    texts = {text: "perplexity" for cell in cells for text in cell.evaluation.perplexity}
+    compressed = [cell for cell in cells if cell.recipe]
+    texts |= {cell.base_source: "base_source" for cell in compressed if cell.base_source}
+    texts |= {cell.calibration.text: "source" for cell in compressed if cell.calibration.text}
     with mirror_only():
-        for text in dict.fromkeys(texts):
-            try:
+        for text, setting in texts.items():
+            with naming(setting), suppress(MachineError):
                 text_digest(text)
-            except MachineError:
-                continue
     check_tasks(list(dict.fromkeys(task for cell in cells for task in cell.tasks)))
