@@ -32,13 +32,13 @@ settings.register_profile("eora_lab", deadline=None, suppress_health_check=[Heal
 settings.load_profile("eora_lab")
 
 
-@pytest.fixture(autouse=True)
-def one_thread(request):
-    threads = torch.get_num_threads()
-    if not request.node.get_closest_marker("real"):
-        torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+THREADS = torch.get_num_threads()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Before any fixture is made, also one of a module: what is computed may depend on the threads in its last bit."""
+    torch.set_num_threads(THREADS if item.get_closest_marker("real") else 1)
 
 
 @pytest.fixture
