@@ -22,18 +22,16 @@ def windows(split: str, n: int, seed: int) -> torch.Tensor:
     return torch.stack([data[start : start + 128] for start in starts])
 
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(autouse=True)
 def one_thread():
-    """Training comes out otherwise with more."""
-    threads = torch.get_num_threads()
+    """Training and what follows come out otherwise with more."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
-def trained(one_thread):
+def trained():
     """State of a byte-level DeepSeek of three blocks, after a minute of training or less."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config())
     for block in model.model.layers[1:]:
