@@ -49,7 +49,7 @@ def test_a_grid_of_gguf_is_read_back_as_it_was(kind, grid, tmp_path):
 
 
 @pytest.mark.parametrize(("kind", "type_"), [("llama", "Q4_0"), ("qwen2", "Q4_1"), ("llama", "Q5_0")])
-def test_a_file_that_was_rounded_again_keeps_its_scales_and_all_else(kind, type_, tmp_path):
+def test_a_file_that_was_rounded_again_keeps_its_scales_and_all_else(kind, type_, tmp_path, capsys):
     """By commands: mend --reround --method none, export --format gguf."""
     write_base(tmp_path / "base.gguf", tiny_model(kind), lambda name: type_ if name.startswith("blk.") else "F16")
     save_tiny(tmp_path / "model", kind)
@@ -66,6 +66,12 @@ def test_a_file_that_was_rounded_again_keeps_its_scales_and_all_else(kind, type_
             assert tensors[name][0] == found
             if label == "same" or found != type_:
                 assert np.array_equal(tensors[name][1], data)
+    mend = ["mend", str(tmp_path / "base.gguf"), str(tmp_path / "both"), "--reround", "--rank", "4", *options[:-2]]
+    assert main(mend) == 0
+    assert main(["adapter", "export", str(tmp_path / "both"), str(tmp_path / "a.gguf"), "--format", "gguf"]) == 0
+    said = capsys.readouterr().out  # the file that was mended has other codes than those the adapter belongs to
+    assert "llama-server -m BASE.gguf" in said and "base.gguf --lora" not in said
+    assert "BASE is the compressed model, which `eora-lab export" in (tmp_path / "a.md").read_text()
     model, _, report = load_run(tmp_path / "again")
     read = GgufCheckpoint(tmp_path / "again.gguf").of(load_model(tmp_path / "model")[0])
     for name, layer in compensated(model).items():

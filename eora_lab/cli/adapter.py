@@ -59,7 +59,7 @@ class Export:
             text = card.card_text(settings, report, made_for, {"llama.cpp": card.GGUF})
             card.write_card(self.output.with_suffix(".md"), text)
             base = str(settings.get("checkpoint", ""))
-            base = base if base.endswith(".gguf") else "BASE.gguf"
+            base = base if base.endswith(".gguf") and not settings.get("reround") else "BASE.gguf"
             print(f"wrote {self.output}: try  {shlex.join(['llama-server', '-m', base, '--lora', str(self.output)])}")
             return
         made_for = run_made_for(self.run_folder, {"export": self.universal if self.format == "peft" else self.format})

@@ -115,7 +115,7 @@ def _statistics(settings: Mapping) -> str:
 
 
 def _base(settings: Mapping) -> str:
-    if settings.get("checkpoint"):
+    if settings.get("checkpoint") and not settings.get("reround"):  # other codes: the file that was mended will not do
         return f"the compressed model, {Path(settings['checkpoint']).name}"
     export = shlex.join(["eora-lab", "export", "RUN", "BASE", "--format", "gptq_v2"])
     return f"the compressed model, which `{export}` (or another format) writes from the run"
