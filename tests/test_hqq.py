@@ -8,48 +8,15 @@ import torch
 from eora_lab import EoraLabError, load_model, load_run
 from eora_lab.compress import DenseWeight, HqqWeight, reround, tagged_state_dict, weight_from_state_dict
 from eora_lab.formats import HqqCheckpoint, read_checkpoint
-from tests.test_checkpoint_folders import Q_PROJ, quantise, rewrite
+from tests.folders import HQQ, PACKINGS, Q_PROJ, hqq, letters, quantise, rewrite
 from tests.test_reround import layer, losses
 from tests.tiny import compress, logits, save_tiny, tiny_model, tiny_tokens
-
-CONFIG = {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4}}, "skip_modules": ["lm_head"]}
-PACKINGS = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
-
-
-def letters(text: str) -> torch.Tensor:
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
-
-
-def hqq(weight, bits=4, size=32, axis=1, dtype=torch.float16, as_float=False) -> dict[str, torch.Tensor]:
-    """Codes and their settings. Word w of a column has the codes of rows w, w + n, w + 2 n, ..., the first highest."""
-    groups = weight.reshape(-1, size) if axis == 1 else weight.reshape(size, -1)
-    low, high = groups.amin(axis, keepdim=True), groups.amax(axis, keepdim=True)
-    scale = ((high - low) / (2**bits - 1)).to(dtype)
-    zero = (-low / scale.float()).to(dtype)
-    codes = (groups / scale.float() + zero.float()).round().clamp(0, 2**bits - 1).int()
-    several = 10 if bits == 3 else 8 // bits
-    rows = -(-len(codes) // several)
-    packed = torch.zeros(rows, codes.shape[1], dtype=torch.int32)
-    for row in range(len(codes)):
-        packed[row % rows] |= codes[row] << bits * (several - 1 - row // rows)
-    packed = packed if bits == 3 else packed.to(torch.uint8)
-    numbers = {"axis": axis, "group_size": size, "nbits": bits}
-    flags = {"quant_scale": 0, "quant_zero": 0, "view_as_float": as_float, "channel_wise": 1, "offload_meta": 0}
-    texts = {"packing": PACKINGS[bits], "compute_dtype": str(dtype), "unpack_view_dtype": str(packed.dtype)}
-    return (
-        {"W_q": packed.view(dtype) if as_float else packed, "scale": scale, "zero": zero}
-        | {"shape": torch.tensor(weight.shape)}
-        | {key: torch.tensor(value, dtype=torch.int32) for key, value in numbers.items()}
-        | {key: torch.tensor(int(value), dtype=torch.uint8) for key, value in flags.items()}
-        | {key: letters(value) for key, value in texts.items()}
-        | {"true": ((codes.to(dtype) - zero) * scale).reshape(weight.shape)}
-    )
 
 
 def save(folder, **how) -> dict[str, torch.Tensor]:
     """The tensors of a tiny model's folder; W^ by the formula under `NAME.true`."""
-    found = quantise(folder, lambda weight: hqq(weight, **how), CONFIG)
-    rewrite(folder, {key: one for key, one in found.items() if not key.endswith(".true")}, CONFIG)
+    found = quantise(folder, lambda weight: hqq(weight, **how), HQQ)
+    rewrite(folder, {key: one for key, one in found.items() if not key.endswith(".true")}, HQQ)
     return found
 
 
@@ -93,8 +60,8 @@ def test_codes_are_rounded_again_on_their_own_grid(tmp_path):
     weight, statistics = layer(64, 64, seed=0)
     model = tiny_model("llama")
     model.get_submodule(Q_PROJ).weight.data = weight
-    found = quantise(tmp_path, lambda weight: hqq(weight, bits=3), CONFIG, model)
-    rewrite(tmp_path, {key: one for key, one in found.items() if not key.endswith(".true")}, CONFIG)
+    found = quantise(tmp_path, lambda weight: hqq(weight, bits=3), HQQ, model)
+    rewrite(tmp_path, {key: one for key, one in found.items() if not key.endswith(".true")}, HQQ)
     base = read_checkpoint(tmp_path)[Q_PROJ]
     made = reround(weight, statistics, base)
     lost, was = (losses(weight - one.dense(), statistics) for one in (made, base))
@@ -130,7 +97,7 @@ DAMAGED = [
 @pytest.mark.parametrize(("changes", "message"), DAMAGED)
 def test_what_is_damaged_is_one_line(changes, message, tmp_path):
     tensors = save(tmp_path) | changes
-    rewrite(tmp_path, {k: one for k, one in tensors.items() if one is not None and not k.endswith(".true")}, CONFIG)
+    rewrite(tmp_path, {k: one for k, one in tensors.items() if one is not None and not k.endswith(".true")}, HQQ)
     with pytest.raises(EoraLabError, match=message) as caught:
         dict(read_checkpoint(tmp_path).of(tiny_model("llama")).items())
     assert "\n" not in str(caught.value)
@@ -139,7 +106,7 @@ def test_what_is_damaged_is_one_line(changes, message, tmp_path):
 def test_a_pickle_is_refused_and_a_stranger_named(tmp_path):
     save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": CONFIG | {"rotation": 1}}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": HQQ | {"rotation": 1}}))
     with pytest.raises(EoraLabError, match=r"rotation \(1\) is not known here"):
         read_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "qmodel.pt")
