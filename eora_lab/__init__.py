@@ -41,6 +41,7 @@ PLACES = {
     "solve_adapter": "run.task_adapter",
     "token_windows": "text.tokens",
     "versions": "environment",
+    "window_losses": "measure.evaluate",
 }
 __all__ = ["__version__", *PLACES]
 

@@ -7,6 +7,7 @@ from eora_lab.environment import versions as versions
 from eora_lab.errors import EoraLabError as EoraLabError
 from eora_lab.layer.linear import CompensatedLinear as CompensatedLinear
 from eora_lab.measure.evaluate import perplexity as perplexity
+from eora_lab.measure.evaluate import window_losses as window_losses
 from eora_lab.measure.explore import Exploration as Exploration
 from eora_lab.measure.llama_cpp import LlamaCpp as LlamaCpp
 from eora_lab.model.embedded import embedded_gguf as embedded_gguf

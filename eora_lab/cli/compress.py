@@ -99,7 +99,7 @@ def run_pass(
     """Compress into the folder `output`, and print the report. imatrix: in place of texts to calibrate on."""
     from eora_lab.files import file_digest
     from eora_lab.formats.imatrix import read_imatrix
-    from eora_lab.measure.evaluate import perplexities
+    from eora_lab.measure.evaluate import window_losses
     from eora_lab.model.start import start_text
     from eora_lab.run.pipeline import compress_model
 
@@ -107,6 +107,10 @@ def run_pass(
     begun = start_text(tokenizer)
     say_start(begun)
     windows = evaluation.tokens(tokenizer) if evaluation else {}
+
+    def judge(one) -> dict[str, list[float]]:
+        return {text: window_losses(one, tokens, progress=True).tolist() for text, tokens in windows.items()}
+
     measured = {"imatrix": imatrix.name, "imatrix_sha256": file_digest(imatrix)} if imatrix else asdict(calibration)
     report = compress_model(
         model,
@@ -118,7 +122,7 @@ def run_pass(
         statistics=statistics,
         weights=weights,
         reround=reround,
-        judge=(lambda one: perplexities(one, windows, progress=True)) if evaluation else None,
+        judge=judge if evaluation else None,
     )
     print(report)
     if report.overlooked_share > OVERLOOKED:

@@ -1,7 +1,5 @@
 """Measure a model on token windows: the loss of each, and the perplexity of all."""
 
-from collections.abc import Mapping
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -20,11 +18,6 @@ def perplexity(model: nn.Module, token_windows: Batches, progress: bool = False)
     tokens that the model cannot take (see `check_tokens`), and when its logits are not finite.
     """
     return window_losses(model, token_windows, progress).mean().exp().item()
-
-
-def perplexities(model: nn.Module, windows: Mapping[str, Batches], progress: bool = False) -> dict[str, float]:
-    """`perplexity` on the windows of every text."""
-    return {text: perplexity(model, tokens, progress) for text, tokens in windows.items()}
 
 
 @torch.no_grad()

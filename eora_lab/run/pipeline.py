@@ -22,13 +22,14 @@ from eora_lab.compensate.eora import eora
 from eora_lab.compensate.factors import store_factors
 from eora_lab.compress import residual
 from eora_lab.environment import peak_memory
-from eora_lab.errors import EoraLabError, naming
+from eora_lab.errors import EoraLabError, as_setting, naming
 from eora_lab.files import add_tensor
 from eora_lab.layer.linear import CompensatedLinear, backends_in_use
 from eora_lab.model.digest import model_digest, origin
 from eora_lab.model.structure import block_linears, decoder, decoder_blocks, linear_at, linears, matrices, model_name
 from eora_lab.model.unfold import unfold
 from eora_lab.model.whole import check_finite
+from eora_lab.run.adapters import OWN, Adapters
 from eora_lab.run.budget import Budget
 from eora_lab.run.fit import Steps, check_statistics, fit_layer
 from eora_lab.run.folder import RunFolder, open_folder
@@ -54,7 +55,7 @@ def compress_model(
     weights: Mapping | None = None,
     reround: bool = False,
     steps: Steps | None = None,
-    judge: Callable[[nn.Module], dict[str, float]] | None = None,
+    judge: Callable[[nn.Module], dict[str, list[float]]] | None = None,
     progress: bool = True,
 ) -> Report:
     """Compress the linears of the decoder blocks and put the compensated layers in place. Returns the report.
@@ -77,7 +78,8 @@ def compress_model(
     reround:    give these weights other codes on their own grids, so that the outputs suffer less (`compress.reround`);
                 with recipe.rounds above 1 in turn with the low-rank path.
     steps:      who compresses and compensates a layer, in place of the recipe alone (see `Steps`).
-    judge:      measures the model, before and after: text -> perplexity. The report keeps both.
+    judge:      measures the model before and after, there with the low-rank path and without: text -> loss of each of
+                its windows (`window_losses`). The report keeps them.
     Raises EoraLabError before anything is changed when a setting does not fit the model, or its blocks cannot be run
     one by one exactly (`check_blocks`), and on NaN or Inf in activations, with the layer's name.
     """
@@ -105,7 +107,7 @@ def compress_model(
         about = {"ranks": asked, "budget": budget and asdict(budget)} | _stated(recipe, came) | (notes or {})
         opened = open_folder(folder, about | came | steps.about() | identity(model, tokens, statistics))
     with opened as run:
-        before = judge(model) if judge else {}
+        before = _judged(judge, model) if judge else {}
         started = time.perf_counter()
         if budget and budget != Budget():
 
@@ -131,11 +133,21 @@ def compress_model(
         found = {why: matrices(model, part, names) for why, names in reasons.items()}
         report.by_choice = {why: left for why, left in found.items() if left}
         if judge:
-            after = judge(model)
-            report.perplexity = {text: {"dense": before[text], "compressed": after[text]} for text in before}
+            states = {"dense": before, "compressed": _judged(judge, model)}
+            adapters = Adapters(model)
+            if adapters.active:
+                adapters.use(None)
+                states["bare"] = _judged(judge, model)
+                adapters.use(OWN)
+            report.losses = {text: {state: found[text] for state, found in states.items()} for text in before}
         if run:
             run.finish(report, model)
     return report
+
+
+def _judged(judge: Callable, model: nn.Module) -> dict[str, list[float]]:
+    """What a judge finds. Raises EoraLabError where it is something else."""
+    return as_setting(dict[str, list[float]], judge(model), "what the judge finds")
 
 
 def _stated(recipe: Recipe, given: dict) -> dict:

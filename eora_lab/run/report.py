@@ -1,13 +1,22 @@
 """What a compression pass did: numbers a layer, numbers in all, as JSON and as a printed table."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from statistics import fmean
 from typing import Any, get_type_hints
 
 from eora_lab.errors import EoraLabError, as_setting, one_line
+from eora_lab.run.intervals import paired_bootstrap
 
+STATES = {  # of `Report.losses`
+    "dense": "original model",
+    "bare": "compressed, without the adapter",
+    "compressed": "compressed, with the adapter",
+}
+SHORT = {"bare": "without the path"}
 LISTED = 5  # kinds of matrices left that a line names
 
 
@@ -35,6 +44,18 @@ class LayerReport:
     data_free: bool = False  # too few tokens reached it: compressed, compensated and judged as if S were the identity
 
 
+@dataclass(frozen=True)
+class Ratio:
+    """Of two perplexities, with its paired 95 % interval over windows."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
 @dataclass
 class Report:
     """All layers of one pass, and the totals."""
@@ -44,7 +65,7 @@ class Report:
     seconds: float = 0.0
     peak_memory: int = 0  # bytes: of the process, or of the GPU when the model is there
     backends: dict[str, int] = field(default_factory=dict)  # who multiplies one row of input -> how many layers
-    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)  # text -> state of the model -> value
+    losses: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # text -> one of `STATES` -> nats by window
     left: dict[str, int] | None = None  # matrices of the decoder that stayed as they are -> weights; None: not counted
     by_choice: dict[str, dict[str, int]] = field(default_factory=dict)  # why -> those of `left` that were to stay
 
@@ -52,6 +73,19 @@ class Report:
     def weights(self) -> int:
         """How many weights were compressed."""
         return sum(layer.out_features * layer.in_features for layer in self.layers)
+
+    @property
+    def perplexity(self) -> dict[str, dict[str, float]]:
+        """text -> state of the model -> exp of the mean of its losses."""
+        return {text: {one: math.exp(fmean(found[one])) for one in found} for text, found in self.losses.items()}
+
+    def ratio(self, text: str, state: str, to: str) -> Ratio | None:
+        """The perplexity in one state by that in another; None with fewer than two windows."""
+        a, b = self.losses[text][to], self.losses[text][state]
+        if len(a) < 2:
+            return None
+        found = paired_bootstrap(a, b)
+        return Ratio(*map(math.exp, (found.difference, found.low, found.high)))
 
     @property
     def coverage(self) -> float | None:
@@ -104,6 +138,7 @@ class Report:
             "nbytes": self.nbytes,
             "bits_per_weight": self.bits_per_weight,
             "coverage": self.coverage,
+            "perplexity": self.perplexity,
         }
         return json.dumps(totals | asdict(self), indent=1)
 
@@ -118,8 +153,18 @@ class Report:
     @classmethod
     def from_data(cls, data: object) -> "Report":
         """A report from its JSON value. Raises EoraLabError when something is missing, or is of another type."""
-        older = {"left": None}  # what reports of former versions do not have
+        older: dict = {"left": None}  # what reports of former versions do not have
+        if isinstance(data, dict) and "losses" not in data:  # they had a perplexity, as one window has it
+            found = as_setting(dict[str, dict[str, float]], data.get("perplexity", {}), "perplexity")
+            older["losses"] = {
+                text: {one: [math.log(value) if value > 0 else math.nan] for one, value in states.items()}
+                for text, states in found.items()
+            }
         values = checked(cls, older | data if isinstance(data, dict) else data)
+        for text, states in values.get("losses", {}).items():
+            windows = {len(losses) if all(map(math.isfinite, losses)) else 0 for losses in states.values()}
+            if not {"dense", "compressed"} <= states.keys() <= STATES.keys() or len(windows) > 1 or 0 in windows:
+                raise EoraLabError(f"losses.{text} must be numbers for every window, of {', '.join(STATES)}")
         return cls(**values | {"layers": [layer_report(layer) for layer in values["layers"]]})
 
     def __str__(self) -> str:
@@ -170,8 +215,11 @@ class Report:
         if few:
             lines.append(f"{len(few)} layers saw too few tokens and were compressed without data: {', '.join(few)}")
         for text, values in self.perplexity.items():
-            states = ", ".join(f"{state} {value:.2f}" for state, value in values.items())
-            lines.append(f"perplexity on {text}: {states}")
+            states = ", ".join(f"{SHORT.get(state, state)} {value:.2f}" for state, value in values.items())
+            pairs = [("compressed", "dense"), *([("compressed", "bare")] if "bare" in values else [])]
+            found = [(state, to, self.ratio(text, state, to)) for state, to in pairs]
+            ratios = "".join(f"; {state} / {SHORT.get(to, to)} {ratio}" for state, to, ratio in found if ratio)
+            lines.append(f"perplexity on {text}: {states}{ratios}")
         return "\n".join(lines)
 
 
