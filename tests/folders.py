@@ -129,7 +129,7 @@ def mxfp4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     return {"_blocks": pack(codes.flatten(0, 2), 4).view(*codes.shape[:3], 16), "_scales": (exponents + 127).byte()}
 
 
-def save_gpt_oss(folder) -> dict:
+def save_gpt_oss(folder) -> dict[str, torch.Tensor]:
     gpt_oss().save_pretrained(folder)
     tensors = {}
     for key, tensor in load_file(folder / "model.safetensors").items():

@@ -182,7 +182,9 @@ class Check:
             write_adapter(self.fix, mended, model, True, fixed, modules)
             print(f"wrote {self.fix}, at rank {read_files(self.fix)[1]['r']} in every layer")
         elif findings:
-            but = ", but for those of experts" if modules is not None and fused_linears(modules) else ""
+            kept = ["those of experts"] if modules is not None and fused_linears(modules) else []
+            kept += ["what is not applied"] if any("does not apply" in one.problem for one in findings) else []
+            but = f", but for {' and '.join(kept)}" if kept else ""
             raise EoraLabError(
                 f"{len(findings)} problems in {self.path}: --fix FOLDER writes an adapter without them{but}"
             )
