@@ -129,7 +129,7 @@ TENSORS: dict[str, Callable[[torch.Tensor, Random], torch.Tensor]] = {
     "zero": lambda tensor, _: torch.zeros_like(tensor),
     "flip": flipped,
     "permute": shuffled,
-    "transpose": lambda tensor, _: tensor.T,
+    "transpose": lambda tensor, _: tensor.permute(*reversed(range(tensor.ndim))),
     "flatten": lambda tensor, _: tensor.flatten(),
     "shorten": lambda tensor, _: tensor[:-1],
     "lengthen": lambda tensor, _: torch.cat([tensor, tensor[:1]]),

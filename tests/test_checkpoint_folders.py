@@ -21,6 +21,7 @@ from tests.folders import (
     FOLDERS,
     FP8,
     Q_PROJ,
+    TORCHAO,
     awq,
     fp8,
     gpt_oss,
@@ -30,6 +31,7 @@ from tests.folders import (
     quantise,
     rewrite,
     save_gpt_oss,
+    torchao,
 )
 from tests.tiny import compress, edit_json, logits, save_tiny, tiny_model, tiny_tokens
 
@@ -242,9 +244,18 @@ AWQ_DAMAGED = [
 ]
 
 
+TORCHAO_DAMAGED = [
+    ({"tensors": {f"{Q_PROJ}._weight_zero_point": torch.zeros(65, 2).char()}}, "zero_point has 130 numbers, not 128"),
+    ({"tensors": {f"{Q_PROJ}._weight_scale": torch.ones(64, 1)}}, "_weight_scale has 64 numbers, not 128"),
+    ({"tensors": {f"{Q_PROJ}._weight_qdata": torch.full((64, 64), 8).char()}}, "are beyond 4 bits"),
+]
+
+
 @pytest.mark.parametrize(
     ("linear", "about", "damage", "message"),
-    [(fp8, FP8, *one) for one in FP8_DAMAGED] + [(awq, AWQ, *one) for one in AWQ_DAMAGED],
+    [(fp8, FP8, *one) for one in FP8_DAMAGED]
+    + [(awq, AWQ, *one) for one in AWQ_DAMAGED]
+    + [(torchao, TORCHAO, *one) for one in TORCHAO_DAMAGED],
 )
 def test_what_is_damaged_or_contradicts_itself_is_one_line(linear, about, damage, message, tmp_path):
     tensors = quantise(tmp_path, linear, about)

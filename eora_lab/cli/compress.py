@@ -50,23 +50,16 @@ class Compress:
     """cpu or cuda"""
 
     def run(self) -> None:
-        from eora_lab.model.load import load_model
-
-        check_run_folder(self.output)
-        recipe = with_imatrix(self.recipe, self.imatrix, given=False)
-        judged = self.evaluation.perplexity if self.evaluate else ()
-        check_inputs(self.model, (*(() if self.imatrix else (self.calibration.text,)), *judged))
-        check_selection(self.model, recipe)
-        model, tokenizer = load_model(self.model, dtype=self.dtype, device=self.device)
         run_pass(
-            model,
-            tokenizer,
-            recipe,
+            self.model,
+            self.recipe,
             self.output,
             budget=self.budget,
             calibration=self.calibration,
             evaluation=self.evaluation if self.evaluate else None,
             imatrix=self.imatrix,
+            dtype=self.dtype,
+            device=self.device,
         )
 
 
@@ -84,25 +77,36 @@ def with_imatrix(recipe: Recipe, imatrix: Path | None, given: bool) -> Recipe:
 
 
 def run_pass(
-    model,
-    tokenizer,
+    name: str,
     recipe: Recipe,
     output: Path,
     *,
     budget: Budget,
     calibration: Calibration,
     evaluation: Evaluation | None,
+    imatrix: Path | None,
+    dtype: Dtype,
+    device: str,
     weights: Mapping | None = None,
-    imatrix: Path | None = None,
     reround: bool = False,
 ) -> None:
-    """Compress into the folder `output`, and print the report. imatrix: in place of texts to calibrate on."""
+    """Compress the model `name` into the folder `output`, and print the report. What cannot be used is refused early.
+
+    imatrix: in place of texts to calibrate on. weights, reround: as of `compress_model`.
+    """
     from eora_lab.files import file_digest
     from eora_lab.formats.imatrix import read_imatrix
     from eora_lab.measure.evaluate import window_losses
+    from eora_lab.model.load import load_model
     from eora_lab.model.start import start_text
     from eora_lab.run.pipeline import compress_model
 
+    check_run_folder(output)
+    recipe = with_imatrix(recipe, imatrix, given=weights is not None)
+    check_inputs(name, (*(() if imatrix else (calibration.text,)), *(evaluation.perplexity if evaluation else ())))
+    if weights is None:
+        check_selection(name, recipe)
+    model, tokenizer = load_model(name, dtype=dtype, device=device)
     statistics = read_imatrix(imatrix, model) if imatrix else None
     begun = start_text(tokenizer)
     say_start(begun)

@@ -4,7 +4,6 @@ Weights are read from safetensors or GGUF only: a pickle checkpoint can run any 
 with a model is never run.
 """
 
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, get_args
 import torch
 
 from eora_lab.errors import EoraLabError, MachineError, naming, one_line
+from eora_lab.files import read_json
 from eora_lab.model import Dtype
 from eora_lab.model.classes import class_of, own_config, why_not_decoder
 from eora_lab.model.digest import note_origin
@@ -192,14 +192,9 @@ def _read_config(folder: Path, name: str, quantised: bool = False) -> tuple[Any,
 def _config_file(folder: Path, name: str) -> dict:
     """What config.json says."""
     try:
-        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise EoraLabError(f"{name} has no usable config.json: it is not UTF-8 text; save it again as that") from error
-    except (OSError, ValueError) as error:
-        raise EoraLabError(f"{name} has no usable config.json: {one_line(error)}") from error
-    if not isinstance(said, dict):
-        raise EoraLabError(f"{name} has no usable config.json: it is no JSON object {{...}}; copy or download it again")
-    return said
+        return read_json(folder / "config.json")
+    except EoraLabError as error:
+        raise EoraLabError(f"{name} has no usable config.json: {error}") from error
 
 
 def _key_to_change(said: dict) -> str:
