@@ -161,7 +161,9 @@ def mutate_tensors(path: Path, random: Random) -> Change:
     elif what == "metadata":
         metadata = random.choice((None, {}, dict.fromkeys(metadata or {"format": ""}, "fox")))
     else:
-        tensors[name] = TENSORS[what](tensors[name], random)
+        scalar = tensors[name].ndim == 0
+        made = TENSORS[what](tensors[name][None] if scalar else tensors[name], random)
+        tensors[name] = made[0] if scalar and made.shape == (1,) else made
     path.unlink()
     save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, path, metadata)
     return Change(what, path.name, "" if what == "metadata" else name)

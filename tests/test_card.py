@@ -9,7 +9,7 @@ from eora_lab.cli import main
 from eora_lab.formats.made_for import read_made_for
 from eora_lab.model.digest import files_digest
 from eora_lab.run.card import card_text
-from tests.tiny import TEXT, compress, save_tiny, tiny_tokens
+from tests.tiny import TEXT, calibrated, compress, save_tiny, tiny_tokens
 
 SMALL = ["--compressor", "rtn", "--bits", "3", "--group-size", "32"]
 
@@ -20,8 +20,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cards")
     save_tiny(folder / "model")
     (folder / "text.txt").write_text(TEXT)
-    text = ["--calibration.source", str(folder / "text.txt"), "--calibration.nsamples", "4"]
-    text += ["--calibration.seqlen", "32", "--model", str(folder / "model")]
+    text = [*calibrated(folder / "text.txt"), "--model", str(folder / "model")]
     judged = ["--evaluation.perplexity", str(folder / "text.txt"), "--evaluation.windows", "2"]
     judged += ["--evaluation.window-length", "32"]
     grid = ["--zero-point", "integer", "--scale-dtype", "float16"]
