@@ -22,6 +22,7 @@ PLACES = {
     "InputStatistics": "calibrate.statistics",
     "LlamaCpp": "measure.llama_cpp",
     "LowRank": "compensate",
+    "OutputStatistics": "calibrate.output_statistics",
     "Recipe": "run.recipe",
     "Report": "run.report",
     "SOURCES": "text.sources",

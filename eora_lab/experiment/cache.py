@@ -121,10 +121,7 @@ def read_index(path: Path) -> dict[str, str]:
 
 def load_statistics(path: Path, device: torch.device) -> InputStatistics:
     """Statistics from a file, on the device of the model."""
-    statistics = InputStatistics.load(path)
-    for part in filter(None, (statistics, statistics.held_out)):
-        part.second_moment, part.mean_abs = part.second_moment.to(device), part.mean_abs.to(device)
-    return statistics
+    return InputStatistics.load(path).to(device)
 
 
 class SharedSteps(Steps):
