@@ -28,6 +28,7 @@ PLACES = {
     "SOURCES": "text.sources",
     "block_linears": "model.structure",
     "calibration_batches": "text.tokens",
+    "collect_output_statistics": "calibrate.outputs",
     "collect_statistics": "calibrate.stream",
     "compress_model": "run.pipeline",
     "embedded_gguf": "model.embedded",

@@ -1,4 +1,5 @@
 from eora_lab.calibrate.output_statistics import OutputStatistics as OutputStatistics
+from eora_lab.calibrate.outputs import collect_output_statistics as collect_output_statistics
 from eora_lab.calibrate.statistics import InputStatistics as InputStatistics
 from eora_lab.calibrate.statistics import output_energy as output_energy
 from eora_lab.calibrate.stream import collect_statistics as collect_statistics

@@ -252,7 +252,7 @@ def test_report_counts_what_is_stored_and_survives_json(tmp_path):
     report = compress(model, tiny_tokens(), **SMALL, folder=tmp_path / "run")
     on_disk = sum(f.stat().st_size for f in tmp_path.glob("run/**/*.safetensors"))
     adapter = (tmp_path / "run/adapter/adapter_model.safetensors").stat().st_size
-    assert report.nbytes < on_disk - adapter < report.nbytes + 20_000  # headers
+    assert report.nbytes < on_disk - adapter < report.nbytes + 24_000  # headers
     assert report.weights == sum(layer.in_features * layer.out_features for layer in report.layers)
     assert report.bits_per_weight == 8 * report.nbytes / report.weights
     assert report.peak_memory > 1e7 and report.seconds > 0

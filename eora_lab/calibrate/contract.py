@@ -62,14 +62,14 @@ def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Co
     calls = BlockCalls(model, blocks, rest)
     ran, apart = set[str](), set[str]()
     with _stand_ins(model) as (left, inputs):
-        with _one_line(f"{type(model).__name__} cannot be run block by block"):
+        with in_one_line(f"{type(model).__name__} cannot be run block by block"):
             hidden = [calls.enter(probe) for probe in probes]
         for name in blocks:
             within = [hidden_states(name, outputs[name]) for outputs in plain]
             for _ in range(RUNS):
                 for i, wanted in enumerate(within):
                     inputs.clear()
-                    with _one_line(f"{name} cannot be run by itself"):
+                    with in_one_line(f"{name} cannot be run by itself"):
                         found = calls.run(i, name, hidden[i])
                     _compare(name, found, wanted)
                     ran |= inputs.keys()
@@ -119,7 +119,7 @@ def _plain_pass(
     handles = [block.register_forward_hook(after(name)) for name, block in blocks.items()]
     handles += [module.register_forward_pre_hook(lambda one, _args: called.add(one)) for module in model.modules()]
     try:
-        with _one_line(f"{type(model).__name__} does not run on these tokens alone"):
+        with in_one_line(f"{type(model).__name__} does not run on these tokens alone"):
             model(tokens, use_cache=False)
     finally:
         for handle in handles:
@@ -152,7 +152,7 @@ def _check_order(ran: list[str], blocks: dict[str, nn.Module]) -> None:
 
 
 @contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def in_one_line(what: str) -> Iterator[None]:
     """Say in one line what fails where the code of a model raises any error."""
     try:
         yield
@@ -164,8 +164,8 @@ def _one_line(what: str) -> Iterator[None]:
 
 def _compare(name: str, found: Tensor, wanted: Tensor) -> None:
     """Raise EoraLabError unless both are the same, up to the roundings of sums in another order."""
-    error = _relative_error(found, wanted)
-    if not error <= _tolerance(wanted.dtype):
+    error = relative_error(found, wanted)
+    if not error <= tolerance(wanted.dtype):
         raise EoraLabError(
             f"{name} gives other hidden states by itself than within the model (relative error {error:.1e}): "
             "it depends on more than it is handed, and cannot be compressed exactly"
@@ -184,12 +184,12 @@ def share_some(inputs: dict[str, list[Tensor]]) -> set[str]:
     return apart
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype) -> float:
     """The relative error that is left to rounding. Kernels, shapes and values are the same, so it is mostly 0."""
     return max(1e-5, 2 * torch.finfo(dtype).eps)
 
 
-def _relative_error(found: Float[Tensor, "*shape"], wanted: Float[Tensor, "*other"]) -> float:
+def relative_error(found: Float[Tensor, "*shape"], wanted: Float[Tensor, "*other"]) -> float:
     """|found - wanted| / |wanted|; what is not finite in both alike does not count."""
     if found.shape != wanted.shape:
         return float("inf")
@@ -225,7 +225,7 @@ class _StandIn(nn.Module):
         if type(self.linear).forward is not nn.Linear.forward:
             plain = nn.functional.linear(args[0].to(self.linear.weight.dtype), self.linear.weight, self.linear.bias)
             alike = isinstance(output, Tensor) and output.dtype == args[0].dtype
-            if not alike or not _relative_error(output, plain) <= _tolerance(plain.dtype):
+            if not alike or not relative_error(output, plain) <= tolerance(plain.dtype):
                 self.left.add(self.name)
         return output
 

@@ -6,7 +6,7 @@ where S_layer weighs every routed token alike, and k, in tokens, is the one whos
 the tokens that were left out: those of every second mini-batch, and then of the others. Such directions EoRA mends.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
@@ -28,9 +28,9 @@ def experts_of(block: nn.Module) -> list[list[str]]:
     return [[f"{prefix}.{name}" for name in names] for prefix, module in found for names in module.names()]
 
 
-def too_large(names: list[str], linears: Mapping[str, nn.Linear]) -> bool:
-    """Whether an S for each expert would take more memory than there should be."""
-    return len(names) * 4 * linears[names[0]].in_features ** 2 > BOUND
+def too_large(experts: int, features: int) -> bool:
+    """Whether a second moment of so many channels for each expert would take more memory than there should be."""
+    return experts * 4 * features**2 > BOUND
 
 
 class Halves:

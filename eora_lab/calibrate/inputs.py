@@ -22,7 +22,12 @@ class Inputs:
     def __init__(self, linears: Mapping[str, nn.Linear], mixtures: list[list[str]], apart: Container[str] = ()):
         self._linears, self._apart = linears, apart
         self._mixtures = [names for names in mixtures if all(name in linears for name in names)]
-        self._one_for_all = {n: names[0] for names in self._mixtures if too_large(names, linears) for n in names}
+        self._one_for_all = {
+            name: names[0]
+            for names in self._mixtures
+            if too_large(len(names), linears[names[0]].in_features)
+            for name in names
+        }
         self._in_halves = {name for names in self._mixtures for name in judged(names) if name not in self._one_for_all}
         self._found: dict[str, InputStatistics] = {}
         self._halves: dict[int, Halves] = {}

@@ -65,6 +65,10 @@ class OutputStatistics(Moments):
             raise EoraLabError(f"{self.name}: a damping of {self.damping} is too small for its F: take 0.01 or more")
         return L
 
+    def whitened(self, error: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Lᵀ D, float64: its output energy E|Lᵀ D x|² is what D costs with the damped F."""
+        return self.root().T @ error.double()
+
     def cost(self, error: Float[Tensor, "out in"], metric: Float[Tensor, "*in in"]) -> float:
         """tr(F D S Dᵀ) of an error D of the weight, with F as it is. Half of it is nats a token, see above.
 

@@ -8,7 +8,8 @@ exactly are refused (`eora_lab.calibrate.contract`).
 import re
 from collections.abc import Iterator, Sequence
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from eora_lab.calibrate.calls import BlockCalls
@@ -22,6 +23,20 @@ from eora_lab.model.unfold import unfold
 from eora_lab.text.batches import Batches, as_tokens
 
 BATCH = 4  # sequences that run through a block at once
+
+
+def in_mini_batches(
+    tokens: Shaped[Tensor, "nsamples seqlen"], held_out: float
+) -> list[tuple[Shaped[Tensor, "batch seqlen"], bool]]:
+    """Parts of BATCH samples, each with whether it is held out, as the last ones are.
+
+    Raises EoraLabError when the held-out share leaves no sample on one of its sides.
+    """
+    kept = len(tokens) - round(held_out * len(tokens))
+    if held_out and not 0 < kept < len(tokens):
+        raise EoraLabError(f"holding out {held_out} of {len(tokens)} samples leaves none on one side")
+    sides = tokens.split([kept, len(tokens) - kept])
+    return [(part, i == 1) for i in (0, 1) for part in sides[i].split(BATCH) if len(part)]
 
 
 class BlockStream:
@@ -43,12 +58,8 @@ class BlockStream:
         contract: Contract | None = None,
     ):
         self.blocks = decoder_blocks(model)
-        kept = len(tokens) - round(held_out * len(tokens))
-        if held_out and not 0 < kept < len(tokens):
-            raise EoraLabError(f"holding out {held_out} of {len(tokens)} samples leaves none on one side")
+        mini_batches = in_mini_batches(tokens.to(next(model.parameters()).device), held_out)
         self.contract = contract = contract or check_blocks(model, tokens)
-        parts = tokens.to(next(model.parameters()).device).split([kept, len(tokens) - kept])
-        mini_batches = [(part, i == 1) for i in (0, 1) for part in parts[i].split(BATCH) if len(part)]
         self._held_out = [held for _, held in mini_batches]
         self._calls = BlockCalls(model, self.blocks, contract.rest)
         self.hidden: list[Tensor] = [self._calls.enter(part) for part, _ in mini_batches]
@@ -57,7 +68,9 @@ class BlockStream:
         """Run block `index` on the current hidden states, a mini-batch at a time."""
         name = list(self.blocks)[index]
         for mini_batch, hidden in enumerate(self.hidden):
-            yield self._calls.run(mini_batch, name, hidden)
+            with torch.no_grad():
+                output = self._calls.run(mini_batch, name, hidden)
+            yield output
 
     def groups(self, index: int) -> list[list[str]]:
         """The linears of block `index` in the order they run, those that are handed the same tensor together.

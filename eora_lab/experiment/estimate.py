@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from eora_lab.compensate import needs_outputs
 from eora_lab.errors import EoraLabError
 from eora_lab.experiment.cells import Cell
 from eora_lab.model.load import load_skeleton
@@ -62,6 +63,8 @@ def memory(cell: Cell) -> int | None:
     if cell.recipe is None:
         return int(WORKSPACE * weights)
     moments = int(SHARED_INPUTS * sum(4 * inputs**2 for _, inputs in shape.layers.values()))  # S is float32
+    if needs_outputs(cell.recipe.method):
+        moments += sum(4 * outputs**2 for outputs, _ in shape.layers.values())  # F of all layers, whatever the inputs
     largest = max(max(pair) for pair in shape.compressed(cell))
     return int(WORKSPACE * (2 * weights + (moments if cell.shared else moments / shape.blocks) + 6 * 8 * largest**2))
 
@@ -81,6 +84,10 @@ def calibrating(cell: Cell, shape: Shape) -> float:
     chosen = shape.compressed(cell)
     for _, in_features in shape.layers.values() if cell.shared else chosen:
         total += 2.0 * SHARED_INPUTS * tokens * in_features**2  # S
+    if cell.recipe and needs_outputs(cell.recipe.method):  # forward twice, backward, F
+        total += 6.0 * shape.parameters * tokens + sum(
+            2.0 * tokens * outputs**2 for outputs, _ in shape.layers.values()
+        )
     return total + sum(2.0 * out_features * in_features**2 for out_features, in_features in chosen)  # GPTQ
 
 

@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eora_lab.calibrate.output_statistics import OutputStatistics
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
-from eora_lab.compensate import LowRank, solve, store_factors
+from eora_lab.compensate import LowRank, needs_outputs, solve, store_factors
 from eora_lab.compensate.shrinkage import solve_shrunk
 from eora_lab.compress import COMPRESSORS, Compressed, Grid, reround, residual
 from eora_lab.errors import EoraLabError
@@ -28,12 +29,14 @@ def taken(compressor: Callable, given: dict) -> dict:
 
 
 def check_statistics(
-    statistics: Mapping[str, InputStatistics] | None, recipe: Recipe, given: bool, batches: bool
+    statistics: Mapping[str, InputStatistics] | None, recipe: Recipe, given: bool, batches: bool, outputs: bool = False
 ) -> None:
     """Raise EoraLabError where statistics that were measured before do not do for a recipe.
 
-    given: weights come compressed. batches: there are texts to measure on.
+    given: weights come compressed. batches: there are texts to measure on. outputs: gradients were measured before.
     """
+    if needs_outputs(recipe.method) and not outputs and not batches:
+        raise EoraLabError(f"{recipe.method} needs gradients: give token ids, or measure them before (outputs=)")
     if statistics is None:
         if not batches:
             raise EoraLabError(
@@ -70,15 +73,23 @@ class Steps:
 
     weights: module name -> W^, in place of the compressor.
     reround: give these other codes on their own grids, see `eora_lab.compress.reround`.
+    outputs: module name -> statistics of its output's gradients, for methods that need them.
     Raises EoraLabError where there are no weights to round again.
     """
 
-    def __init__(self, recipe: Recipe, weights: Mapping | None = None, reround: bool = False):
+    def __init__(
+        self,
+        recipe: Recipe,
+        weights: Mapping | None = None,
+        reround: bool = False,
+        outputs: Mapping[str, OutputStatistics] | None = None,
+    ):
         if reround and weights is None:
             raise EoraLabError(
                 "only weights that come compressed can be rounded again: give them, or leave reround out"
             )
         self.recipe, self.weights, self.reround = recipe, weights, reround
+        self.outputs = outputs or {}
 
     def about(self) -> dict[str, bool]:
         """What a run notes beside the recipe and where the weights come from."""
@@ -91,13 +102,22 @@ class Steps:
         compressor = COMPRESSORS[self.recipe.compressor]
         return compressor(weight, statistics, **taken(compressor, self.recipe.base_settings()))
 
+    def loss(self, name: str, error: Float[Tensor, "out in"], statistics: InputStatistics) -> float:
+        """What an error of the layer of that name costs, in the metric of a method that is an optimum.
+
+        E|D x|², or tr(F D S Dᵀ) with F damped where the method needs gradients.
+        """
+        if needs_outputs(self.recipe.method) and name in self.outputs:
+            error = self.outputs[name].whitened(error).float()
+        return output_energy(error, statistics.metric)
+
     def compensate(
         self, name: str, error: Float[Tensor, "out in"], statistics: InputStatistics, rank: int
     ) -> tuple[LowRank, float]:
         """The answer to R = W - W^, and the shrinkage that was chosen."""
         if self.recipe.shrink:
-            return solve_shrunk(self.recipe.method, error, statistics, rank)
-        return solve(self.recipe.method, error, statistics, rank), 0.0
+            return solve_shrunk(self.recipe.method, error, statistics, rank, self.outputs.get(name))
+        return solve(self.recipe.method, error, statistics, rank, self.outputs.get(name)), 0.0
 
 
 @dataclass
@@ -132,7 +152,7 @@ def fit_layer(name: str, weight: Float[Tensor, "out in"], statistics: InputStati
         fit = Fit(compressed, error, low_rank, shrinkage)
         if rounds > 1:
             path = low_rank.dense()
-            loss = output_energy(error - path, statistics.metric)
+            loss = steps.loss(name, error - path, statistics)
             if best and loss >= lowest:
                 break
             target, lowest = weight.float() - path, loss

@@ -36,7 +36,10 @@ from eora_lab.run.report import LayerReport, Report, layer_report
 
 CONFIG = "config.json"
 LATER = ("tokenizer",)  # settings that older runs do not have
-SINCE = {field.name: field.default for field in fields(Selection)} | {"grid": "integer"}  # nor these; they did the same
+SINCE = {field.name: field.default for field in fields(Selection)} | {
+    "grid": "integer",
+    "labels": "model",
+}  # nor these; they did the same
 DAMAGED = "incomplete, corrupt, or of another model; delete it, and start the run again to make it anew"
 
 

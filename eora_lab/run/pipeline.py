@@ -15,10 +15,13 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from eora_lab.calibrate.contract import Contract, check_blocks
+from eora_lab.calibrate.output_statistics import OutputStatistics
+from eora_lab.calibrate.outputs import collect_output_statistics
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.calibrate.stream import BlockStream, collect_statistics
-from eora_lab.compensate import SOLVERS, LowRank
+from eora_lab.compensate import SOLVERS, LowRank, needs_outputs
 from eora_lab.compensate.eora import eora
+from eora_lab.compensate.eora_fisher import eora_fisher
 from eora_lab.compensate.factors import store_factors
 from eora_lab.compress import residual
 from eora_lab.environment import peak_memory
@@ -33,7 +36,7 @@ from eora_lab.run.budget import Budget
 from eora_lab.run.fit import Steps, check_statistics, fit_layer
 from eora_lab.run.folder import RunFolder, open_folder
 from eora_lab.run.given import check_given, named_for, origin_of
-from eora_lab.run.ranks import given_ranks, spread
+from eora_lab.run.ranks import check_budget, given_ranks, spread
 from eora_lab.run.recipe import Recipe
 from eora_lab.run.report import LayerReport, Report
 from eora_lab.text.batches import Batches, as_tokens
@@ -51,6 +54,7 @@ def compress_model(
     folder: Path | str | None = None,
     notes: dict | None = None,
     statistics: Mapping[str, InputStatistics] | None = None,
+    outputs: Mapping[str, OutputStatistics] | None = None,
     weights: Mapping | None = None,
     reround: bool = False,
     steps: Steps | None = None,
@@ -72,6 +76,8 @@ def compress_model(
     notes:      how the batches were made (source, seed, ...), to be kept in the folder's config.json.
     statistics: of the original model, from `collect_statistics` or `read_imatrix`; they replace the pass, so inputs
                 must be "original".
+    outputs:    of the original model too, from `collect_output_statistics`; they replace the backward pass of methods
+                that need one.
     weights:    module name -> W^ made elsewhere, such as `read_checkpoint` gives, in place of the compressor, whose
                 settings then do not matter. Linears without one stay as they are.
     reround:    give these weights other codes on their own grids, so that the outputs suffer less (`compress.reround`);
@@ -90,23 +96,29 @@ def compress_model(
     chosen = recipe.left(model, weights)
     tokens = None if batches is None else as_tokens(model, batches)
     check_finite(model)
-    check_statistics(statistics, recipe, weights is not None, tokens is not None)
+    check_statistics(statistics, recipe, weights is not None, tokens is not None, outputs is not None)
+    check_budget(budget, recipe)
     contract = UNTRIED if tokens is None else check_blocks(model, tokens)
     left = {*chosen, *contract.left}
     names = block_linears(model).keys() if weights is None else set(weights)
     if names <= left:
         raise EoraLabError("nothing is left to compress: the model reads the weights of these linears itself")
     left |= block_linears(model).keys() - names
-    steps = steps or Steps(recipe, weights, reround)
+    steps = steps or Steps(recipe, weights, reround, outputs)
     if weights is not None:
         came["given"] = check_given(model, weights, came.get("checkpoint", ""), progress)
     opened: AbstractContextManager[RunFolder | None] = nullcontext()
     if folder:
         about = {"ranks": asked, "budget": budget and asdict(budget)} | _stated(recipe, came) | (notes or {})
-        opened = open_folder(folder, about | came | steps.about() | identity(model, tokens, statistics))
+        opened = open_folder(folder, about | came | steps.about() | identity(model, tokens, statistics, outputs))
     with opened as run:
         before = judge(model) if judge else {}
         started = time.perf_counter()
+        todo = run is None or not all(map(run.has_block, range(len(decoder_blocks(model)))))
+        if needs_outputs(recipe.method) and not steps.outputs and todo:
+            steps.outputs = collect_output_statistics(
+                model, tokens, recipe.held_out, recipe.labels, progress=progress, contract=contract, left=left
+            )
         if budget and budget != Budget():
 
             def plan() -> dict[str, int]:
@@ -204,7 +216,9 @@ def compress_linear(
     usable = statistics.or_identity(recipe.held_out > 0)
     with naming(name):
         fit = fit_layer(name, linear.weight, usable, steps, rank)
-        factors = store_factors(fit.low_rank, recipe.factor_bits, (fit.residual, usable) if recipe.refit else None)
+        outputs = steps.outputs.get(name) if needs_outputs(recipe.method) else None
+        refit = (fit.residual, usable) if recipe.refit else None
+        factors = store_factors(fit.low_rank, recipe.factor_bits, refit, outputs)
     module = CompensatedLinear(linear, fit.compressed, factors)
     model.set_submodule(name, module)
     weight = linear.weight.float()
@@ -220,6 +234,8 @@ def compress_linear(
     if steps.reround and steps.weights:
         given = output_energy(residual(linear.weight, steps.weights[name]), usable.metric) / signal
     held_out = energies(usable.held_out) if usable.held_out else None
+    total = steps.loss(name, fit.residual, usable) if SOLVERS[recipe.method] in (eora, eora_fisher) else None
+    nats = [outputs.cost(error, statistics.metric) / 2 for error in (fit.residual, left)] if outputs else [None, None]
     return module, LayerReport(
         name=name,
         out_features=weight.shape[0],
@@ -227,7 +243,7 @@ def compress_linear(
         rank=module.rank,
         error_before=before / signal,
         error_after=after / signal,
-        spectrum=spectrum_summary(fit.low_rank, weight.shape, before if SOLVERS[recipe.method] is eora else None),
+        spectrum=spectrum_summary(fit.low_rank, weight.shape, total),
         tokens=statistics.tokens,
         pooled_tokens=statistics.pooled_tokens,
         held_out_before=held_out and held_out[1] / held_out[0],
@@ -237,6 +253,8 @@ def compress_linear(
         seconds_compress=fit.seconds_compress,
         seconds_solve=fit.seconds_solve,
         diagonal=statistics.diagonal,
+        nats_before=nats[0],
+        nats_after=nats[1],
         data_free=usable is not statistics,
         error_given=given,
     )
@@ -245,8 +263,8 @@ def compress_linear(
 def spectrum_summary(low_rank: LowRank, shape: torch.Size, error_energy: float | None) -> dict[int, float]:
     """Share of the error energy that ranks 1, 2, 4, ... and the layer's own remove, in the solver's metric.
 
-    error_energy: E|R x|², where that is the solver's metric. It is needed where the spectrum ends early; without it the
-    summary is then empty.
+    error_energy: of R in the solver's metric, where that is known (`Steps.loss`). It is needed where the spectrum ends
+    early; without it the summary is then empty.
     """
     spectrum = low_rank.spectrum
     total = spectrum.sum().item() if len(spectrum) == min(shape) else error_energy
@@ -260,10 +278,11 @@ def identity(
     model: nn.Module,
     tokens: Int[Tensor, "nsamples seqlen"] | None,
     statistics: Mapping[str, InputStatistics] | None = None,
+    outputs: Mapping[str, OutputStatistics] | None = None,
 ) -> dict[str, str]:
     """Which model, tokenizer and tokens (nsamples, seqlen): what a resumed run shares with the interrupted one.
 
-    statistics: in place of tokens, where there are none.
+    statistics, outputs: in place of tokens, where there are none.
     """
     about = {
         "model": model_name(model),
@@ -276,6 +295,8 @@ def identity(
     found = hashlib.sha256()
     for name, one in (statistics or {}).items():
         add_tensor(found, name, one.metric)
+    for name, gradients in (outputs or {}).items():
+        add_tensor(found, name, gradients.second_moment)
     return about | {"statistics": found.hexdigest()}
 
 

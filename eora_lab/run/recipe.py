@@ -61,7 +61,8 @@ class PathSettings:
     """How the error is compensated: all that the low-rank path depends on beside the residual and its statistics."""
 
     method: str = "eora"
-    """how the error is compensated: none, svd, act_s, qera_approx or eora"""
+    """how the error is compensated: none, svd, act_s, qera_approx, eora, or eora_fisher, which weighs an
+    output error by what it costs the model (one backward pass over the calibration texts)"""
     rank: int = 64
     """rank of the compensation in every layer; a smaller layer gets the highest that it allows"""
     factor_bits: int = 16
@@ -69,7 +70,10 @@ class PathSettings:
     refit: bool = True
     """round A and B to few bits as GPTQ does, so that the output error grows least, and not to nearest"""
     shrink: bool = False
-    """mix S with the identity, as much as the held-out samples ask for"""
+    """mix S with the identity, as much as the held-out samples ask for; with eora_fisher also choose its damping"""
+    labels: Literal["model", "text"] = "model"
+    """eora_fisher: whose loss the backward pass takes: of tokens drawn from the model's own predictions, or of the next
+    tokens of the text"""
 
 
 @settings

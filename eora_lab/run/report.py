@@ -32,6 +32,10 @@ class LayerReport:
     pooled_tokens: float = 0.0  # of other experts, that the statistics of an expert were drawn towards
     diagonal: bool = False  # of S only the diagonal was known: errors are as if input channels were not correlated
     error_given: float | None = None  # of W^ as it came, where it was rounded again
+    nats_before: float | None = (
+        None  # loss a token that the error of W^ adds, to second order, where gradients are known
+    )
+    nats_after: float | None = None  # of W^ + B A
     data_free: bool = False  # too few tokens reached it: compressed, compensated and judged as if S were the identity
 
 
@@ -158,6 +162,13 @@ class Report:
             lines.insert(-1, f"output error {before:.5f} -> {after:.5f}, mean of layers, held-out tokens")
         if any(layer.diagonal for layer in self.layers):
             lines.append("only mean squares were known (imatrix): output errors are as if channels were not correlated")
+        if self.layers and self.layers[0].nats_before is not None:
+            before, after = (
+                sum(getattr(la, name) or 0.0 for la in self.layers) for name in ("nats_before", "nats_after")
+            )
+            lines.insert(
+                -1, f"predicted loss {before:.4f} -> {after:.4f} nats a token, to second order, all layers added"
+            )
         if self.backends:
             lines.append(f"computed by {', '.join(f'{name} ({n} layers)' for name, n in self.backends.items())}")
         alone = [layer.name for layer in self.layers if not layer.tokens and not layer.data_free]
