@@ -12,6 +12,7 @@ from eora_lab.errors import EoraLabError
 from eora_lab.files import write_safetensors
 
 M = TypeVar("M", bound="Moments")
+PANEL = 256  # rows of a second moment that one product adds to
 
 
 class Moments:
@@ -53,7 +54,11 @@ class Moments:
             self.tokens = new
 
     def _add(self, v: Float[Tensor, "tokens features"], kept: float, added: float) -> None:
-        self.second_moment.addmm_(v.T, v, beta=kept, alpha=added)
+        moment = self.second_moment
+        for start in range(0, len(moment), PANEL):  # what is right of the diagonal, then its mirror image
+            rows, rest = slice(start, start + PANEL), slice(start + PANEL, None)
+            moment[rows, start:].addmm_(v[:, rows].T, v[:, start:], beta=kept, alpha=added)
+            moment[rest, rows] = moment[rows, rest].T
 
     def merge(self: M, other: M) -> M:
         """Statistics of both token sets together, for passes split over processes."""

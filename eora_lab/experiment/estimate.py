@@ -84,16 +84,17 @@ def calibrating(cell: Cell, shape: Shape) -> float:
     chosen = shape.compressed(cell)
     for _, in_features in shape.layers.values() if cell.shared else chosen:
         total += 2.0 * SHARED_INPUTS * tokens * in_features**2  # S
-    if cell.recipe and needs_outputs(cell.recipe.method):  # forward twice, backward, F
-        total += 6.0 * shape.parameters * tokens + sum(
-            2.0 * tokens * outputs**2 for outputs, _ in shape.layers.values()
-        )
     return total + sum(2.0 * out_features * in_features**2 for out_features, in_features in chosen)  # GPTQ
 
 
 def solving(cell: Cell, shape: Shape) -> float:
-    """Floating-point operations of the compensation of all layers, roughly."""
-    return sum(2.0 * n * k**2 + 25.0 * min(n, k) ** 3 for n, k in shape.compressed(cell))  # R S, eigenvectors
+    """Floating-point operations of the compensation of all layers, roughly, with the backward pass that it may need."""
+    total = sum(2.0 * n * k**2 + 25.0 * min(n, k) ** 3 for n, k in shape.compressed(cell))  # R S, eigenvectors
+    if cell.recipe and needs_outputs(cell.recipe.method):
+        tokens = cell.calibration.nsamples * cell.calibration.seqlen
+        total += 6.0 * shape.parameters * tokens  # forward twice, backward
+        total += sum(2.0 * tokens * out_features**2 for out_features, _ in shape.layers.values())  # F
+    return total
 
 
 def work(cells: list[Cell]) -> float | None:
@@ -110,7 +111,7 @@ def work(cells: list[Cell]) -> float | None:
         if cell.recipe is None:
             continue
         solve = replace(cell, evaluation=Evaluation(()), tasks=(), recipe=replace(cell.recipe, rank=0))
-        base = replace(solve, recipe=replace(cell.recipe, rank=0, method="none"))
+        base = replace(solve, recipe=replace(cell.recipe, rank=0, method="none"), budget="uniform")
         for key, part in ((base, calibrating), (solve, solving)):
             if key not in seen or not cell.shared:
                 total += part(cell, shape)
