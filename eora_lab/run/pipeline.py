@@ -282,7 +282,7 @@ def identity(
 ) -> dict[str, str]:
     """Which model, tokenizer and tokens (nsamples, seqlen): what a resumed run shares with the interrupted one.
 
-    statistics, outputs: in place of tokens, where there are none.
+    statistics: in place of tokens, where there are none. outputs: gradients, where these were measured before.
     """
     about = {
         "model": model_name(model),
@@ -290,14 +290,19 @@ def identity(
         "weights": model_digest(model),
         "tokenizer": origin(model).tokenizer,
     }
+    if outputs is not None:
+        about["outputs"] = _digest({name: one.second_moment for name, one in outputs.items()})
     if tokens is not None:
         return about | {"tokens": tokens_digest(tokens)}
+    return about | {"statistics": _digest({name: one.metric for name, one in (statistics or {}).items()})}
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of named tensors."""
     found = hashlib.sha256()
-    for name, one in (statistics or {}).items():
-        add_tensor(found, name, one.metric)
-    for name, gradients in (outputs or {}).items():
-        add_tensor(found, name, gradients.second_moment)
-    return about | {"statistics": found.hexdigest()}
+    for name, tensor in tensors.items():
+        add_tensor(found, name, tensor)
+    return found.hexdigest()
 
 
 def tokens_digest(batches: Int[Tensor, "nsamples seqlen"]) -> str:
