@@ -134,3 +134,14 @@ def test_the_cost_of_an_error_is_the_mean_of_its_squared_effect():
     inputs.update(x)
     outputs.update(g)
     assert outputs.cost(D, inputs.metric) == pytest.approx((g @ D @ x.T).square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("features", [255, 256, 257, 600])
+def test_wide_second_moments_are_added_up_panel_by_panel(features):
+    x = tokens(70, features)
+    statistics = OutputStatistics(features)
+    for part in x.split(40):
+        statistics.update(part)
+    found, exact = statistics.second_moment, x.double().T @ x.double() / len(x)
+    assert torch.equal(found[:256, 256:], found[256:, :256].T)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-6 * exact.abs().max().item())
