@@ -28,11 +28,16 @@ class Inputs:
         self._halves: dict[int, Halves] = {}
         self._seen: list[tuple[Tensor, InputStatistics]] = []  # of this mini-batch; held so that no id is reused
         self._mini_batch, self._held_out = 0, False
+        self._originals: Mapping[str, Tensor] = {}
 
-    def begin(self, mini_batch: int, held_out: bool) -> None:
-        """What comes now is of that mini-batch. held_out: it is measured apart."""
+    def begin(self, mini_batch: int, held_out: bool, originals: Mapping[str, Tensor]) -> None:
+        """What comes now is of that mini-batch.
+
+        held_out:  it is measured apart.
+        originals: full module name -> input of that linear in the original model, token by token the same.
+        """
         self._seen.clear()
-        self._mini_batch, self._held_out = mini_batch, held_out
+        self._mini_batch, self._held_out, self._originals = mini_batch, held_out, originals
 
     def hook(self, name: str) -> Callable:
         """A forward pre-hook for the linear of that name."""
@@ -45,7 +50,7 @@ class Inputs:
             if (one := self._found[name]) is not shared:
                 if not apart:
                     self._seen.append((x, one))
-                self._part(one).update(x)
+                self._part(one).update(x, self._originals.get(name))
 
         return watch
 

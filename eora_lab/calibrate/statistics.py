@@ -26,6 +26,8 @@ class InputStatistics:
     tokens:        how many tokens were seen; every token weighs the same, however they were batched.
     pooled_tokens: tokens of other experts that are mixed in, where this is one of a mixture.
     held_out:      the same of tokens that were kept apart to judge by, or None.
+    drift:         D = E[(x - x̂) x̂ᵀ], (in_features, in_features) float32, where x̂ is the input that was measured and x
+                   that of the original model at the same token; None where that is not known, and so of no drift.
     """
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu", name: str = "input"):
@@ -36,6 +38,7 @@ class InputStatistics:
         self._power: Tensor | None = None
         self.mean_abs = torch.zeros(in_features, device=device)
         self.held_out: InputStatistics | None = None
+        self.drift: Tensor | None = None
         self._root: Tensor | None = None
 
     @classmethod
@@ -108,8 +111,11 @@ class InputStatistics:
         return len(self.mean_abs)
 
     @torch.no_grad()
-    def update(self, x: Float[Tensor, "... in"]) -> None:
-        """Add the tokens of one batch. Raises EoraLabError on NaN or Inf, naming the layer."""
+    def update(self, x: Float[Tensor, "... in"], original: Float[Tensor, "... in"] | None = None) -> None:
+        """Add the tokens of one batch. Raises EoraLabError on NaN or Inf, naming the layer.
+
+        original: the same tokens in the original model, for `drift`; without it in one batch, there is no drift.
+        """
         x = x.reshape(-1, x.shape[-1]).float()  # (tokens, in)
         if not all_finite(x):
             raise EoraLabError(f"{self.name}: NaN or Inf in its input after {self.tokens} tokens")
@@ -118,6 +124,12 @@ class InputStatistics:
             return
         kept, added = self.tokens / new, 1 / new
         self.second_moment.addmm_(x.T, x, beta=kept, alpha=added)
+        if original is None:
+            self.drift = None
+        elif self.tokens == 0 or self.drift is not None:
+            off = original.reshape(x.shape).float() - x
+            before = torch.zeros_like(self.second_moment) if self.drift is None else self.drift
+            self.drift = before.addmm_(off.T, x, beta=kept, alpha=added)
         self.mean_abs.mul_(kept).add_(x.abs().sum(0), alpha=added)
         self.tokens, self._root = new, None
 
@@ -128,6 +140,8 @@ class InputStatistics:
         share = other.tokens / max(merged.tokens, 1)
         merged.second_moment = torch.lerp(self.second_moment, other.second_moment, share)
         merged.mean_abs = torch.lerp(self.mean_abs, other.mean_abs, share)
+        if self.drift is not None and other.drift is not None:
+            merged.drift = torch.lerp(self.drift, other.drift, share)
         kept_apart = [s.held_out for s in (self, other) if s.held_out]
         merged.held_out = kept_apart[0].merge(kept_apart[1]) if len(kept_apart) == 2 else next(iter(kept_apart), None)
         return merged

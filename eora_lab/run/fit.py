@@ -112,20 +112,28 @@ class Fit:
     seconds_solve: float = 0.0
 
 
-def fit_layer(name: str, weight: Float[Tensor, "out in"], statistics: InputStatistics, steps: Steps, rank: int) -> Fit:
+def fit_layer(
+    name: str,
+    weight: Float[Tensor, "out in"],
+    statistics: InputStatistics,
+    steps: Steps,
+    rank: int,
+    step: Float[Tensor, "out in"] | None = None,
+) -> Fit:
     """Compress W, compensate; then compress W - B A, compensate again, for as many rounds as the recipe says.
 
-    weight: in the dtype of the model.
+    weight: in the dtype of the model. step: what is added to it, so that the layer aims at more than W.
     A round that does not lower the loss, which greedy compressors can cause, ends it.
     """
     best: Fit | None = None
-    target, seconds, lowest = weight.float(), [0.0, 0.0], math.inf
+    aim = weight.float() if step is None else weight.float() + step
+    target, seconds, lowest = aim, [0.0, 0.0], math.inf
     rounds = steps.recipe.rounds if rank else 1
     for _ in range(rounds):
         start = time.perf_counter()
         compressed = steps.compress(name, target, statistics)
         compressed_at = time.perf_counter()
-        error = residual(weight, compressed)
+        error = residual(weight, compressed) if step is None else residual(weight, compressed) + step
         low_rank, shrinkage = steps.compensate(name, error, statistics, rank)
         seconds[0] += compressed_at - start
         seconds[1] += time.perf_counter() - compressed_at
@@ -135,7 +143,7 @@ def fit_layer(name: str, weight: Float[Tensor, "out in"], statistics: InputStati
             loss = output_energy(error - path, statistics.metric)
             if best and loss >= lowest:
                 break
-            target, lowest = weight.float() - path, loss
+            target, lowest = aim - path, loss
         best = fit
     assert best is not None
     best.seconds_compress, best.seconds_solve = seconds

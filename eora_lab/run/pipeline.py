@@ -15,9 +15,11 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from eora_lab.calibrate.contract import Contract, check_blocks
+from eora_lab.calibrate.drift import DriftStream
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.calibrate.stream import BlockStream, collect_statistics
 from eora_lab.compensate import SOLVERS, LowRank
+from eora_lab.compensate.drift import drift_step
 from eora_lab.compensate.eora import eora
 from eora_lab.compensate.factors import store_factors
 from eora_lab.compress import residual
@@ -165,10 +167,13 @@ def _walk(
     original = recipe.inputs == "original"
     stream = None
     if tokens is not None and statistics is None:
-        stream = BlockStream(model, tokens, recipe.held_out, contract)
+        kind = DriftStream if recipe.inputs == "drift" else BlockStream
+        stream = kind(model, tokens, recipe.held_out, contract)
     reports: list[LayerReport] = []
     bar = tqdm(blocks.items(), desc="compress", unit="block", disable=not progress, leave=False)
     for index, (prefix, block) in enumerate(bar):
+        if stream:
+            stream.begin(index)
         if run and run.has_block(index):
             if stream and original:
                 stream.advance(index)
@@ -203,7 +208,8 @@ def compress_linear(
     linear, recipe = linear_at(model, name), steps.recipe
     usable = statistics.or_identity(recipe.held_out > 0)
     with naming(name):
-        fit = fit_layer(name, linear.weight, usable, steps, rank)
+        step, _ = drift_step(linear.weight, usable)
+        fit = fit_layer(name, linear.weight, usable, steps, rank, step)
         factors = store_factors(fit.low_rank, recipe.factor_bits, (fit.residual, usable) if recipe.refit else None)
     module = CompensatedLinear(linear, fit.compressed, factors)
     model.set_submodule(name, module)

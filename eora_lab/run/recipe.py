@@ -76,9 +76,10 @@ class PathSettings:
 class PassSettings:
     """Where the statistics come from that a block is compressed and compensated with."""
 
-    inputs: Literal["compensated", "original"] = "compensated"
+    inputs: Literal["compensated", "original", "drift"] = "compensated"
     """where a block's calibration inputs come from: the blocks before it as compressed and compensated, or the
-    original model"""
+    original model; drift: as compensated, and every layer aims at the outputs of the original model, to make good what
+    was lost before it, as far as that helps on held-out samples (QEP, arXiv 2504.09629)"""
     true_sequential: bool = False
     """measure the inputs of o after q, k and v are compressed and compensated, and so on through each block"""
     held_out: float = 0.0
@@ -104,7 +105,9 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
             raise EoraLabError(f"rounds must be 1 or more, not {self.rounds}")
         if not 0 <= self.held_out < 1:
             raise EoraLabError(f"the held-out share must be at least 0 and below 1, not {self.held_out}")
-        if self.true_sequential and self.inputs != "compensated":
+        if self.inputs == "drift" and not self.held_out:
+            raise EoraLabError("what drift may ask for is chosen on held-out samples: hold out a share, such as 0.125")
+        if self.true_sequential and self.inputs == "original":
             raise EoraLabError(
                 'inputs measured within a block are those of the compressed one: use inputs="compensated"'
             )
