@@ -38,13 +38,17 @@ class DriftStream(BlockStream):
         """Remember block `index` as it is: uncompressed."""
         self._linears = linears(list(self.blocks.values())[index])
 
+    def restore(self, index: int) -> None:
+        """Put the linears back in block `index` that it had at `begin`."""
+        put(list(self.blocks.values())[index], self._linears)
+
     @contextmanager
     def _original(self, index: int) -> Iterator[None]:
         """Block `index` as it was, within this context."""
         block = list(self.blocks.values())[index]
         now = {name: block.get_submodule(name) for name in self._linears}
         try:
-            put(block, self._linears)
+            self.restore(index)
             yield
         finally:
             put(block, now)
@@ -83,7 +87,7 @@ class DriftStream(BlockStream):
         return total / max(count, 1)
 
 
-def put(block: nn.Module, modules: Mapping[str, nn.Module]) -> None:
-    """Put modules in a block, by their names in it."""
+def put(root: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules in place, by their names in the block or model."""
     for name, module in modules.items():
-        block.set_submodule(name, module)
+        root.set_submodule(name, module)

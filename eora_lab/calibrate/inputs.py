@@ -50,7 +50,9 @@ class Inputs:
             if (one := self._found[name]) is not shared:
                 if not apart:
                     self._seen.append((x, one))
-                self._part(one).update(x, self._originals.get(name))
+                part = self._part(one)
+                part.update(x)
+                part.update_drift(x, self._originals.get(name))
 
         return watch
 

@@ -111,11 +111,8 @@ class InputStatistics:
         return len(self.mean_abs)
 
     @torch.no_grad()
-    def update(self, x: Float[Tensor, "... in"], original: Float[Tensor, "... in"] | None = None) -> None:
-        """Add the tokens of one batch. Raises EoraLabError on NaN or Inf, naming the layer.
-
-        original: the same tokens in the original model, for `drift`; without it in one batch, there is no drift.
-        """
+    def update(self, x: Float[Tensor, "... in"]) -> None:
+        """Add the tokens of one batch. Raises EoraLabError on NaN or Inf, naming the layer."""
         x = x.reshape(-1, x.shape[-1]).float()  # (tokens, in)
         if not all_finite(x):
             raise EoraLabError(f"{self.name}: NaN or Inf in its input after {self.tokens} tokens")
@@ -124,14 +121,23 @@ class InputStatistics:
             return
         kept, added = self.tokens / new, 1 / new
         self.second_moment.addmm_(x.T, x, beta=kept, alpha=added)
-        if original is None:
-            self.drift = None
-        elif self.tokens == 0 or self.drift is not None:
-            off = original.reshape(x.shape).float() - x
-            before = torch.zeros_like(self.second_moment) if self.drift is None else self.drift
-            self.drift = before.addmm_(off.T, x, beta=kept, alpha=added)
         self.mean_abs.mul_(kept).add_(x.abs().sum(0), alpha=added)
         self.tokens, self._root = new, None
+
+    @torch.no_grad()
+    def update_drift(self, x: Float[Tensor, "... in"], original: Float[Tensor, "... in"] | None) -> None:
+        """Add the drift of the batch that was added last; without `original` once, no drift is known.
+
+        original: the inputs of the original model at the same tokens.
+        """
+        x = x.reshape(-1, x.shape[-1]).float()
+        known = self.drift is not None or self.tokens == len(x)
+        if original is None or not known or not self.tokens:
+            self.drift = None
+            return
+        before = torch.zeros_like(self.second_moment) if self.drift is None else self.drift
+        off, added = original.reshape(x.shape).float() - x, 1 / self.tokens
+        self.drift = before.addmm_(off.T, x, beta=1 - len(x) * added, alpha=added)
 
     def merge(self, other: "InputStatistics") -> "InputStatistics":
         """Statistics of both token sets together, for passes split over processes."""
@@ -140,8 +146,6 @@ class InputStatistics:
         share = other.tokens / max(merged.tokens, 1)
         merged.second_moment = torch.lerp(self.second_moment, other.second_moment, share)
         merged.mean_abs = torch.lerp(self.mean_abs, other.mean_abs, share)
-        if self.drift is not None and other.drift is not None:
-            merged.drift = torch.lerp(self.drift, other.drift, share)
         kept_apart = [s.held_out for s in (self, other) if s.held_out]
         merged.held_out = kept_apart[0].merge(kept_apart[1]) if len(kept_apart) == 2 else next(iter(kept_apart), None)
         return merged

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -60,6 +61,7 @@ class BlockStream:
     def begin(self, index: int) -> None:
         """Block `index` is next; none of its linears is replaced yet."""
 
+    @torch.no_grad()
     def run(self, index: int, mini_batch: int) -> Float[Tensor, "... hidden"]:
         """Block `index`, as it is now, on the current hidden states of that mini-batch."""
         return self._calls.run(mini_batch, list(self.blocks)[index], self.hidden[mini_batch])

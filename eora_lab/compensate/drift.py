@@ -16,15 +16,15 @@ DAMPING = 0.01  # of the mean diagonal of S
 
 
 def drift_step(
-    weight: Float[Tensor, "out in"], statistics: InputStatistics
+    weight: Float[Tensor, "out in"], statistics: InputStatistics, share: float = 1.0
 ) -> tuple[Float[Tensor, "out in"] | None, float]:
-    """α W D (S + λ I)^-1, to be added to W, float32, and the share α; None and 0 where no drift was measured.
+    """share α W D (S + λ I)^-1, to be added to W, float32, and share α; None and 0 where no drift was measured.
 
     α is in [0, 1], the least squares fit of W (x - x̂) on the held-out tokens: with K = W D (S + λ I)^-1 it is
     tr(K D_hᵀ Wᵀ) / tr(K S_h Kᵀ).
     """
     held_out = statistics.held_out
-    if statistics.drift is None or held_out is None or held_out.drift is None:
+    if not share or statistics.drift is None or held_out is None or held_out.drift is None:
         return None, 0.0
     W, S = weight.double(), statistics.second_moment.double()
     damped = S + DAMPING * S.diagonal().mean() * torch.eye(len(S), dtype=S.dtype, device=S.device)
@@ -34,5 +34,5 @@ def drift_step(
     K = torch.cholesky_solve((W @ statistics.drift.double()).T, factor).T
     met = ((W @ held_out.drift.double()) * K).sum()
     length = ((K @ held_out.second_moment.double()) * K).sum()
-    share = (met / length).clamp(0, 1).item() if length > 0 else 0.0
-    return (share * K).to(weight.dtype if weight.dtype.itemsize >= 4 else torch.float32), share
+    strength = share * (met / length).clamp(0, 1).item() if length > 0 else 0.0
+    return (strength * K).float() if strength else None, strength

@@ -12,6 +12,7 @@ from eora_lab.errors import EoraLabError
 from eora_lab.experiment.cells import Cell
 from eora_lab.model.load import load_skeleton
 from eora_lab.model.structure import block_linears, decoder_blocks
+from eora_lab.run.walk import SHARES
 from eora_lab.text.settings import Evaluation
 
 SHARED_INPUTS = 4 / 7  # q, k and v read one input, gate and up another
@@ -62,6 +63,8 @@ def memory(cell: Cell) -> int | None:
     if cell.recipe is None:
         return int(WORKSPACE * weights)
     moments = int(SHARED_INPUTS * sum(4 * inputs**2 for _, inputs in shape.layers.values()))  # S is float32
+    if drifts(cell):
+        moments *= 4  # S and D, of held-out tokens too
     largest = max(max(pair) for pair in shape.compressed(cell))
     return int(WORKSPACE * (2 * weights + (moments if cell.shared else moments / shape.blocks) + 6 * 8 * largest**2))
 
@@ -81,12 +84,26 @@ def calibrating(cell: Cell, shape: Shape) -> float:
     chosen = shape.compressed(cell)
     for _, in_features in shape.layers.values() if cell.shared else chosen:
         total += 2.0 * SHARED_INPUTS * tokens * in_features**2  # S
-    return total + sum(2.0 * out_features * in_features**2 for out_features, in_features in chosen)  # GPTQ
+    if drifts(cell):
+        total *= 2  # two streams, S and D
+    gptq = sum(2.0 * out_features * in_features**2 for out_features, in_features in chosen)
+    return total + tries(cell) * gptq
 
 
 def solving(cell: Cell, shape: Shape) -> float:
     """Floating-point operations of the compensation of all layers, roughly."""
-    return sum(2.0 * n * k**2 + 25.0 * min(n, k) ** 3 for n, k in shape.compressed(cell))  # R S, eigenvectors
+    once = sum(2.0 * n * k**2 + 25.0 * min(n, k) ** 3 for n, k in shape.compressed(cell))  # R S, eigenvectors
+    return tries(cell) * once
+
+
+def tries(cell: Cell) -> int:
+    """How often a block is compressed and compensated, rounds apart."""
+    return len(SHARES) if drifts(cell) else 1
+
+
+def drifts(cell: Cell) -> bool:
+    """Whether layers aim at the outputs of the original model."""
+    return cell.recipe is not None and cell.recipe.inputs == "drift"
 
 
 def work(cells: list[Cell]) -> float | None:

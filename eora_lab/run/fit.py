@@ -1,7 +1,6 @@
 """One layer: compress its weight, compensate the error. The pass, the rank plan and sweeps all go through here."""
 
 import inspect
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -11,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
-from eora_lab.compensate import LowRank, solve, store_factors
+from eora_lab.compensate import LowRank, StoredFactors, solve, store_factors
 from eora_lab.compensate.shrinkage import solve_shrunk
 from eora_lab.compress import COMPRESSORS, Compressed, Grid, reround, residual
 from eora_lab.errors import EoraLabError
@@ -91,6 +90,22 @@ class Steps:
         compressor = COMPRESSORS[self.recipe.compressor]
         return compressor(weight, statistics, **taken(compressor, self.recipe.base_settings()))
 
+    def again(
+        self, name: str, weight: Float[Tensor, "out in"], statistics: InputStatistics, before: Compressed
+    ) -> Compressed:
+        """W^ for what a low-rank path leaves of the weight: on new grids and with a new mask.
+
+        Weights that came compressed keep their grids (`before`), and their codes too unless they are rounded again.
+        For others that would fit the calibration tokens better still, and other tokens worse.
+        """
+        if self.weights is None:
+            return self.compress(name, weight, statistics)
+        return reround(weight, statistics, before) if self.reround else before
+
+    def loss(self, name: str, error: Float[Tensor, "out in"], statistics: InputStatistics) -> float:
+        """What an error of the layer of that name costs: what rounds are judged by."""
+        return output_energy(error, statistics.metric)
+
     def compensate(
         self, name: str, error: Float[Tensor, "out in"], statistics: InputStatistics, rank: int
     ) -> tuple[LowRank, float]:
@@ -102,14 +117,22 @@ class Steps:
 
 @dataclass
 class Fit:
-    """A weight compressed and compensated: R = W - W^ and the answer to it."""
+    """A weight compressed and compensated: R = W - W^ (or what is aimed at, less W^), and the answer to it."""
 
     compressed: Compressed
     residual: Float[Tensor, "out in"]
     low_rank: LowRank
+    factors: StoredFactors
     shrinkage: float
+    loss: float = 0.0  # `Steps.loss` of what is left, with the factors as they are stored, where there are rounds
     seconds_compress: float = 0.0
     seconds_solve: float = 0.0
+
+    @property
+    def path(self) -> Float[Tensor, "out in"]:
+        """B A as it is stored."""
+        A, B = self.factors.dense()
+        return B @ A
 
 
 def fit_layer(
@@ -122,28 +145,28 @@ def fit_layer(
 ) -> Fit:
     """Compress W, compensate; then compress W - B A, compensate again, for as many rounds as the recipe says.
 
-    weight: in the dtype of the model. step: what is added to it, so that the layer aims at more than W.
-    A round that does not lower the loss, which greedy compressors can cause, ends it.
+    weight: in the dtype of the model. step: what is added to it, where the layer aims at more than W.
+    The best of all rounds is kept. One that does not lower the loss, which greedy compressors can cause, ends them.
     """
-    best: Fit | None = None
     aim = weight.float() if step is None else weight.float() + step
-    target, seconds, lowest = aim, [0.0, 0.0], math.inf
-    rounds = steps.recipe.rounds if rank else 1
-    for _ in range(rounds):
+    recipe, best, seconds = steps.recipe, None, [0.0, 0.0]
+    for _ in range(recipe.rounds if rank else 1):
         start = time.perf_counter()
-        compressed = steps.compress(name, target, statistics)
+        if best is None:
+            compressed = steps.compress(name, aim, statistics)
+        else:
+            compressed = steps.again(name, aim - best.path, statistics, best.compressed)
         compressed_at = time.perf_counter()
         error = residual(weight, compressed) if step is None else residual(weight, compressed) + step
         low_rank, shrinkage = steps.compensate(name, error, statistics, rank)
+        factors = store_factors(low_rank, recipe.factor_bits, (error, statistics) if recipe.refit else None)
         seconds[0] += compressed_at - start
         seconds[1] += time.perf_counter() - compressed_at
-        fit = Fit(compressed, error, low_rank, shrinkage)
-        if rounds > 1:
-            path = low_rank.dense()
-            loss = output_energy(error - path, statistics.metric)
-            if best and loss >= lowest:
-                break
-            target, lowest = aim - path, loss
+        fit = Fit(compressed, error, low_rank, factors, shrinkage)
+        if recipe.rounds > 1:
+            fit.loss = steps.loss(name, error - fit.path, statistics)
+        if best and not fit.loss < best.loss:
+            break
         best = fit
     assert best is not None
     best.seconds_compress, best.seconds_solve = seconds

@@ -1,11 +1,8 @@
-"""The pass: block by block, measure the inputs, compress the weights, compensate the error, move on.
-
-One block's statistics are held at a time. Linears that share an input share its statistics.
-"""
+"""The pass over a model, from its settings to the report: what is checked, kept and resumed around `run.walk`."""
 
 import hashlib
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -15,29 +12,24 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from eora_lab.calibrate.contract import Contract, check_blocks
-from eora_lab.calibrate.drift import DriftStream
-from eora_lab.calibrate.statistics import InputStatistics, output_energy
-from eora_lab.calibrate.stream import BlockStream, collect_statistics
-from eora_lab.compensate import SOLVERS, LowRank
-from eora_lab.compensate.drift import drift_step
-from eora_lab.compensate.eora import eora
-from eora_lab.compensate.factors import store_factors
-from eora_lab.compress import residual
+from eora_lab.calibrate.statistics import InputStatistics
+from eora_lab.calibrate.stream import collect_statistics
 from eora_lab.environment import peak_memory
-from eora_lab.errors import EoraLabError, naming
+from eora_lab.errors import EoraLabError
 from eora_lab.files import add_tensor
-from eora_lab.layer.linear import CompensatedLinear, backends_in_use
+from eora_lab.layer.linear import backends_in_use
 from eora_lab.model.digest import model_digest, origin
-from eora_lab.model.structure import block_linears, decoder, decoder_blocks, linear_at, linears, matrices, model_name
+from eora_lab.model.structure import block_linears, decoder, matrices, model_name
 from eora_lab.model.unfold import unfold
 from eora_lab.model.whole import check_finite
 from eora_lab.run.budget import Budget
-from eora_lab.run.fit import Steps, check_statistics, fit_layer
+from eora_lab.run.fit import Steps, check_statistics
 from eora_lab.run.folder import RunFolder, open_folder
 from eora_lab.run.given import check_given, named_for, origin_of
 from eora_lab.run.ranks import given_ranks, spread
 from eora_lab.run.recipe import Recipe
-from eora_lab.run.report import LayerReport, Report
+from eora_lab.run.report import Report
+from eora_lab.run.walk import walk
 from eora_lab.text.batches import Batches, as_tokens
 
 UNTRIED = Contract({}, *[frozenset()] * 4)  # of a model that nothing runs through
@@ -123,7 +115,7 @@ def compress_model(
             asked = run.planned(plan) if run else plan()
             recipe.check_fit(model, asked, given=weights)  # they may come from a file
         part = decoder(model)
-        report = Report(_walk(model, tokens, steps, asked, statistics, run, contract, left, progress))
+        report = Report(walk(model, tokens, steps, asked, statistics, run, contract, left, progress))
         report.base = came.get("base", recipe.base)
         report.seconds = time.perf_counter() - started
         report.peak_memory = peak_memory(next(model.parameters()).device)
@@ -143,123 +135,6 @@ def compress_model(
 def _stated(recipe: Recipe, given: dict) -> dict:
     """The settings that a run keeps: of the base only where it is made here."""
     return {key: value for key, value in asdict(recipe).items() if not given or key not in recipe.base_settings()}
-
-
-def _walk(
-    model: nn.Module,
-    tokens: Int[Tensor, "nsamples seqlen"] | None,
-    steps: Steps,
-    ranks: dict[str, int] | None,
-    statistics: Mapping[str, InputStatistics] | None,
-    run: RunFolder | None,
-    contract: Contract,
-    left: Container[str],
-    progress: bool,
-) -> list[LayerReport]:
-    """Block by block; blocks that the run folder holds already are put in place from there.
-
-    left: linears that stay as they are.
-    """
-    from tqdm.auto import tqdm
-
-    recipe, blocks = steps.recipe, decoder_blocks(model)
-    ranks = recipe.ranks(model, left) if ranks is None else ranks
-    original = recipe.inputs == "original"
-    stream = None
-    if tokens is not None and statistics is None:
-        kind = DriftStream if recipe.inputs == "drift" else BlockStream
-        stream = kind(model, tokens, recipe.held_out, contract)
-    reports: list[LayerReport] = []
-    bar = tqdm(blocks.items(), desc="compress", unit="block", disable=not progress, leave=False)
-    for index, (prefix, block) in enumerate(bar):
-        if stream:
-            stream.begin(index)
-        if run and run.has_block(index):
-            if stream and original:
-                stream.advance(index)
-            reports += run.load_block(index, model)
-        else:
-            modules, layers = {}, []
-            for locals_ in stream.groups(index) if stream and recipe.true_sequential else [list(linears(block))]:
-                chosen = [local for local in locals_ if f"{prefix}.{local}" not in left]
-                if not chosen and not original:
-                    continue
-                found = stream.statistics(index, original, chosen) if stream else statistics or {}
-                for name in (f"{prefix}.{local}" for local in chosen):
-                    if name not in found:
-                        raise EoraLabError(f"{name}: no statistics")
-                    modules[name], layer = compress_linear(model, name, found[name], steps, ranks.get(name, 0))
-                    layers.append(layer)
-            if run:
-                run.save_block(index, modules, layers)
-            reports += layers
-        if stream and not original and index + 1 < len(blocks):
-            stream.advance(index)
-    return reports
-
-
-def compress_linear(
-    model: nn.Module, name: str, statistics: InputStatistics, steps: Steps, rank: int
-) -> tuple[CompensatedLinear, LayerReport]:
-    """Compress one linear, compensate it at `rank`, and put it in place.
-
-    Raises EoraLabError with the layer's name, such as where a weight is not finite.
-    """
-    linear, recipe = linear_at(model, name), steps.recipe
-    usable = statistics.or_identity(recipe.held_out > 0)
-    with naming(name):
-        step, _ = drift_step(linear.weight, usable)
-        fit = fit_layer(name, linear.weight, usable, steps, rank, step)
-        factors = store_factors(fit.low_rank, recipe.factor_bits, (fit.residual, usable) if recipe.refit else None)
-    module = CompensatedLinear(linear, fit.compressed, factors)
-    model.set_submodule(name, module)
-    weight = linear.weight.float()
-    left = fit.residual - module.lora_B.float() @ module.lora_A.float()
-
-    def energies(seen: InputStatistics) -> tuple[float, float, float]:
-        """Of the output, its error before, its error after."""
-        signal, before, after = (output_energy(matrix, seen.metric) for matrix in (weight, fit.residual, left))
-        return signal or 1.0, before, after
-
-    signal, before, after = energies(usable)
-    given = None
-    if steps.reround and steps.weights:
-        given = output_energy(residual(linear.weight, steps.weights[name]), usable.metric) / signal
-    held_out = energies(usable.held_out) if usable.held_out else None
-    return module, LayerReport(
-        name=name,
-        out_features=weight.shape[0],
-        in_features=weight.shape[1],
-        rank=module.rank,
-        error_before=before / signal,
-        error_after=after / signal,
-        spectrum=spectrum_summary(fit.low_rank, weight.shape, before if SOLVERS[recipe.method] is eora else None),
-        tokens=statistics.tokens,
-        pooled_tokens=statistics.pooled_tokens,
-        held_out_before=held_out and held_out[1] / held_out[0],
-        held_out_after=held_out and held_out[2] / held_out[0],
-        shrinkage=fit.shrinkage,
-        nbytes=module.nbytes,
-        seconds_compress=fit.seconds_compress,
-        seconds_solve=fit.seconds_solve,
-        diagonal=statistics.diagonal,
-        data_free=usable is not statistics,
-        error_given=given,
-    )
-
-
-def spectrum_summary(low_rank: LowRank, shape: torch.Size, error_energy: float | None) -> dict[int, float]:
-    """Share of the error energy that ranks 1, 2, 4, ... and the layer's own remove, in the solver's metric.
-
-    error_energy: E|R x|², where that is the solver's metric. It is needed where the spectrum ends early; without it the
-    summary is then empty.
-    """
-    spectrum = low_rank.spectrum
-    total = spectrum.sum().item() if len(spectrum) == min(shape) else error_energy
-    if total is None:
-        return {}
-    ranks = sorted({2**k for k in range(16)} | {low_rank.rank})
-    return {r: spectrum[:r].sum().item() / total if total else 1.0 for r in ranks if 0 < r <= len(spectrum)}
 
 
 def identity(

@@ -92,7 +92,8 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
 
     rounds: int = 1
     """how often at most: compress what the low-rank path leaves of the weight, compensate again (LoftQ's alternation,
-    arXiv 2310.08659, in the metric of the method); above 1, the compressed weight is of use with its path only"""
+    arXiv 2310.08659, judged by the output error), and keep the best; above 1, the compressed weight is of use with its
+    path only"""
 
     def check(self) -> None:
         """Raise EoraLabError when a value is unknown or does not go with the others."""

@@ -13,7 +13,10 @@ LISTED = 5  # kinds of matrices left that a line names
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear. Errors are relative output errors E|(W - W')x|² / E|Wx|² on the calibration tokens."""
+    """One linear. Errors are relative output errors E|(W - W')x|² / E|Wx|² on the calibration tokens.
+
+    With drift, W - W' is what is left of what the layer aims at.
+    """
 
     name: str
     out_features: int
@@ -32,6 +35,7 @@ class LayerReport:
     pooled_tokens: float = 0.0  # of other experts, that the statistics of an expert were drawn towards
     diagonal: bool = False  # of S only the diagonal was known: errors are as if input channels were not correlated
     error_given: float | None = None  # of W^ as it came, where it was rounded again
+    drift: float = 0.0  # share of the step towards the outputs of the original model that the layer took
     data_free: bool = False  # too few tokens reached it: compressed, compensated and judged as if S were the identity
 
 
@@ -156,6 +160,8 @@ class Report:
         if self.layers and self.layers[0].held_out_after is not None:
             before, after = mean("held_out_before"), mean("held_out_after")
             lines.insert(-1, f"output error {before:.5f} -> {after:.5f}, mean of layers, held-out tokens")
+        if any(layer.drift for layer in self.layers):
+            lines.append(f"towards the outputs of the original model: {mean('drift'):.0%} of the step, mean of layers")
         if any(layer.diagonal for layer in self.layers):
             lines.append("only mean squares were known (imatrix): output errors are as if channels were not correlated")
         if self.backends:
