@@ -4,6 +4,7 @@ What an input has become since the first block, x̂, is measured together with w
 GPTAQ, arXiv 2504.02692). One block's original linears, and one mini-batch's original inputs, are held at a time.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
@@ -76,14 +77,17 @@ class DriftStream(BlockStream):
             self._other.advance(index)
 
     def loss(self, index: int) -> float:
-        """Of block `index` as it is now: mean over held-out tokens of |h - ĥ|² / |h|², h what the original returns."""
+        """Of block `index` as it is now: mean over held-out tokens of |h - ĥ|² / |h|², h what the original returns.
+
+        Infinite where hidden states are not finite.
+        """
         total, count = 0.0, 0
         for mini_batch in (i for i, apart in enumerate(self.apart) if apart):
             with self._original(index):
                 wanted = self._other.run(index, mini_batch).double()
             off = self.run(index, mini_batch).double() - wanted
             share = off.square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-30)
-            total, count = total + share.sum().item(), count + share.numel()
+            total, count = total + share.nan_to_num(nan=math.inf, posinf=math.inf).sum().item(), count + share.numel()
         return total / max(count, 1)
 
 

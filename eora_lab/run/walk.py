@@ -112,13 +112,14 @@ class _Blocks:
         known = None
         if not self.steps.recipe.true_sequential:  # the same for all shares
             chosen = [name for name in linears(block) if f"{prefix}.{name}" not in self.left]
-            known = stream.statistics(index, False, chosen)
+            known = stream.statistics(index, False, chosen) if chosen else {}
         best, lowest = None, math.inf
         for share in SHARES:
             made = self.compress(index, share, known)
             if not any(layer.drift for layer in made.layers) and best is None:
                 return made  # there is none, as in the first block
-            if (loss := stream.loss(index)) < lowest:
+            loss = stream.loss(index)
+            if best is None or loss < lowest:
                 best, lowest = made, loss
             stream.restore(index)
         assert best is not None
