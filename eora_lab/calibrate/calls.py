@@ -3,6 +3,7 @@
 It is noted for every mini-batch, because it may depend on the tokens.
 """
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -66,28 +67,42 @@ class BlockCalls:
         states: list[Tensor] = []
         calls: dict[str, Call] = {}
 
-        def note(name: str) -> Callable:
+        def note(name: str, hidden: Tensor, call: Call) -> Tensor:
+            calls[name] = call
+            states.append(hidden)
+            if len(calls) == len(self.blocks):
+                raise _AllBlocksSeen
+            return hidden
+
+        with contextlib.suppress(_AllBlocksSeen):
+            self._without_blocks(tokens, note)
+        self._calls.append(self._kept(calls))
+        self._handed.append({})
+        return states[0]
+
+    @torch.no_grad()
+    def leave(self, tokens: Int[Tensor, "batch seqlen"], hidden: Float[Tensor, "... hidden"]) -> Any:
+        """What the model returns for these tokens where its last block gives these hidden states."""
+        last = list(self.blocks)[-1]
+        return self._without_blocks(tokens, lambda name, given, _call: hidden if name == last else given)
+
+    def _without_blocks(self, tokens: Tensor, give: Callable[[str, Tensor, Call], Tensor]) -> Any:
+        """Run the model, with hidden states from `give(name, hidden, call)` in place of every block's."""
+
+        def instead(name: str) -> Callable:
             def forward(*args, **kwargs):
-                hidden, calls[name] = split(name, args, kwargs)
-                states.append(hidden)
-                if len(calls) == len(self.blocks):
-                    raise _AllBlocksSeen
+                hidden = give(name, *split(name, args, kwargs))
                 return type(self.rest[name])([hidden, *self.rest[name]]) if name in self.rest else hidden
 
             return forward
 
         for name, block in self.blocks.items():
-            block.forward = note(name)
+            block.forward = instead(name)
         try:
-            self.model(tokens, use_cache=False)
-        except _AllBlocksSeen:
-            pass
+            return self.model(tokens, use_cache=False)
         finally:
             for block in self.blocks.values():
                 del block.forward
-        self._calls.append(self._kept(calls))
-        self._handed.append({})
-        return states[0]
 
     @torch.no_grad()
     def run(self, mini_batch: int, name: str, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "... hidden"]:

@@ -58,7 +58,7 @@ def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Co
     plain = [_plain_pass(model, blocks, probe, called) for probe in probes]
     if changed := [name for name, parameter in model.named_parameters() if parameter._version != versions[name]]:
         raise EoraLabError(f"{changed[0]} is changed by the model itself as it runs: what it was cannot be compressed")
-    rest = {name: output[1:] for name, output in plain[0].items() if isinstance(output, tuple | list)}
+    rest = _rest(plain[0])
     calls = BlockCalls(model, blocks, rest)
     ran, apart = set[str](), set[str]()
     with _stand_ins(model) as (left, inputs):
@@ -79,6 +79,20 @@ def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Co
     used = {id(linear.weight) for name, linear in every.items() if name in ran}
     lent = frozenset(name for name, linear in every.items() if name not in ran and id(linear.weight) in used)
     return Contract(rest, lent | left, lent, frozenset(_idle(model, blocks, called)), frozenset(apart))
+
+
+@torch.no_grad()
+def returned(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> dict[str, tuple | list]:
+    """`Contract.rest` alone, for a model whose blocks were tried before it was compressed.
+
+    Raises EoraLabError when a block does not run once, in order.
+    """
+    probe = tokens[:1, :TOKENS].to(next(model.parameters()).device)
+    return _rest(_plain_pass(model, decoder_blocks(model), probe, set()))
+
+
+def _rest(outputs: dict[str, Any]) -> dict[str, tuple | list]:
+    return {name: output[1:] for name, output in outputs.items() if isinstance(output, tuple | list)}
 
 
 def _check_modules(model: nn.Module, blocks: dict[str, nn.Module]) -> None:

@@ -25,6 +25,11 @@ class StoredFactors:
         A, B = (f.float() if isinstance(f, Tensor) else f.dense() for f in (self.A, self.B))
         return A, B
 
+    def matrices(self) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+        """The same without a copy of what is stored as matrices: those are float16."""
+        A, B = (f if isinstance(f, Tensor) else f.dense() for f in (self.A, self.B))
+        return A, B
+
     @property
     def nbytes(self) -> int:
         """Bytes as stored."""

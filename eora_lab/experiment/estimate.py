@@ -3,11 +3,11 @@
 import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from eora_lab.environment import free_memory
 from eora_lab.errors import EoraLabError
 from eora_lab.experiment.cells import Cell
 from eora_lab.model.load import load_skeleton
@@ -146,23 +146,12 @@ def _kind(config: dict) -> tuple:
     return tuple(str(config.get(name)) for name in names)
 
 
-def available(device: str = "cpu") -> int | None:
-    """Bytes that a process can still get on a device, or None when the system does not say."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-
-
 def check_memory(cells: list[Cell], device: str = "cpu", processes: int = 1) -> int | None:
     """The largest memory of all cells, times the processes. Raises EoraLabError when it is more than there is."""
     needs = [need for cell in cells if (need := memory(cell)) is not None]
     if not needs:
         return None
-    largest, there = processes * max(needs), available(device)
+    largest, there = processes * max(needs), free_memory(device)
     if there is not None and largest > there:
         raise EoraLabError(
             f"this sweep needs about {largest / 1e9:.1f} GB on {device} and {there / 1e9:.1f} GB are free: use a "

@@ -156,6 +156,9 @@ def _walk(
 ) -> list[LayerReport]:
     """Block by block; blocks that the run folder holds already are put in place from there.
 
+    With a run folder the original linears come back once a block is done, and all blocks are put in place from their
+    files in the end. Both may be files that the system maps into memory, so that no more than one block takes any.
+
     left: linears that stay as they are.
     """
     from tqdm.auto import tqdm
@@ -169,6 +172,7 @@ def _walk(
     reports: list[LayerReport] = []
     bar = tqdm(blocks.items(), desc="compress", unit="block", disable=not progress, leave=False)
     for index, (prefix, block) in enumerate(bar):
+        originals = linears(block)
         if run and run.has_block(index):
             if stream and original:
                 stream.advance(index)
@@ -190,7 +194,16 @@ def _walk(
             reports += layers
         if stream and not original and index + 1 < len(blocks):
             stream.advance(index)
+        _put_back(block, originals if run else {})
+    if run:
+        run.load_blocks(model)
     return reports
+
+
+def _put_back(block: nn.Module, originals: Mapping[str, nn.Linear]) -> None:
+    """Let linears have their places in the block again."""
+    for name, linear in originals.items():
+        block.set_submodule(name, linear)
 
 
 def compress_linear(
