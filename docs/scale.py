@@ -1,8 +1,8 @@
 """Peak memory and time of a pass against the sizes of a model: `python -m docs.scale FOLDER`, models made on the spot.
 
 Every line is one command, `eora-lab mend` of a Q4_0 file or `eora-lab compress`, in a process of its own, on random
-weights of the sizes asked for. A model is made block by block, so that this takes little memory too; its shards are the
-weights of the file with noise as large as their rounding. It is kept in the folder for the next time.
+weights of the sizes asked for. All blocks of a model are alike, so that it is soon made; its shards are the weights of
+the file with noise as large as their rounding. It is kept in the folder for the next time.
 
 `anonymous` is the memory of that process that the system cannot take back, looked at every 20 ms. The rest of `peak` is
 pages of files, of which it keeps as many as there is room for. A hard limit shows that they are not needed. As root,
@@ -89,15 +89,15 @@ def make(folder: Path, hidden: int, ffn: int, blocks: int) -> None:
     writer.write_ti_data_to_file()
     for values in plain.values():
         writer.write_tensor_data(values)
+    codes, tensors = {}, {f"{name}.weight": torch.ones(hidden, dtype=torch.bfloat16) for name in NORMS}
+    for name, (rows, columns) in sizes.items():
+        codes[name], weight = _linear(random, rows, columns)
+        if name.endswith(("q_proj", "k_proj")):  # the file has the rows of a head in pairs
+            weight = weight.unflatten(0, (hidden // HEAD, -1, 2)).transpose(1, 2).flatten(0, 2)
+        tensors[f"{name}.weight"] = weight.contiguous()
     for block in range(blocks):
-        tensors = {f"{name}.weight": torch.ones(hidden, dtype=torch.bfloat16) for name in NORMS}
-        for name, (rows, columns) in sizes.items():
-            codes, weight = _linear(random, rows, columns)
-            heads = hidden // HEAD
-            if name.endswith(("q_proj", "k_proj")):  # the file has the rows of a head in pairs
-                weight = weight.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-            writer.write_tensor_data(codes)
-            tensors[f"{name}.weight"] = weight.contiguous()
+        for name in sizes:
+            writer.write_tensor_data(codes[name])
         keep(f"block-{block}.safetensors", {f"model.layers.{block}.{key}": one for key, one in tensors.items()})
     for _ in range(blocks * len(NORMS)):
         writer.write_tensor_data(np.ones(hidden, np.float32))

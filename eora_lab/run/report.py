@@ -43,6 +43,8 @@ class Report:
     base: str = ""  # how the weights were compressed, in short
     seconds: float = 0.0
     peak_memory: int = 0  # bytes: of the process, or of the GPU when the model is there
+    own_memory: int = 0  # of it on the CPU, bytes that are no pages of files, which the system takes back as it likes
+    needed_memory: int = 0  # as predicted before: of `own_memory`, or of the GPU
     backends: dict[str, int] = field(default_factory=dict)  # who multiplies one row of input -> how many layers
     perplexity: dict[str, dict[str, float]] = field(default_factory=dict)  # text -> state of the model -> value
     left: dict[str, int] | None = None  # matrices of the decoder that stayed as they are -> weights; None: not counted
@@ -148,6 +150,11 @@ class Report:
             f"output error {mean('error_before'):.5f} -> {mean('error_after'):.5f}, mean of layers, calibration tokens",
             f"{self.seconds:.1f} s, peak memory {self.peak_memory / 1e9:.2f} GB",
         ]
+        if self.own_memory:
+            lines.append(
+                f"{self.own_memory / 1e9:.2f} GB of it are no pages of files; {self.needed_memory / 1e9:.2f} GB were "
+                "predicted"
+            )
         if self.layers and self.layers[0].error_given is not None:
             given = mean("error_given")
             lines.insert(1, f"rounded again on its own grid: output error {given:.5f} -> {mean('error_before'):.5f}")
