@@ -39,7 +39,8 @@ from eora_lab.run.recipe import Recipe
 from eora_lab.run.report import LayerReport, Report
 from eora_lab.text.batches import Batches, as_tokens
 
-UNTRIED = Contract({}, *[frozenset()] * 4)  # of a model that nothing runs through
+NONE = frozenset[str]()
+UNTRIED = Contract({}, NONE, NONE, NONE, NONE)  # of a model that nothing runs through
 
 
 @torch.no_grad()
@@ -102,7 +103,7 @@ def compress_model(
     if weights is not None:
         came["given"] = check_given(model, weights, came.get("checkpoint", ""), progress)
     opened: AbstractContextManager[RunFolder | None] = nullcontext()
-    shape = None if tokens is None else tuple(tokens.shape)
+    shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
     spreads = bool(budget and budget != Budget()) and statistics is None
     parts = needed(model, recipe, contract, shape, left, weights is not None, spreads)
     predicted = check_room(parts, device)
