@@ -10,6 +10,7 @@ from eora_lab import EoraLabError, InputStatistics, LowRank, solve
 from eora_lab.compensate import SOLVERS, krylov
 from eora_lab.compensate.eora_paper import eora_paper
 from eora_lab.compensate.factors import StoredFactors, store_factors
+from eora_lab.compensate.projection import in_double
 from eora_lab.compensate.shrinkage import solve_shrunk
 
 KINDS = ("random", "rank-deficient", "condition 1e12", "outlier channels")
@@ -226,6 +227,13 @@ def test_ranks_near_the_limit_of_the_krylov_path(rank):
     R, S = power_law(1024, 1024)
     values = torch.linalg.eigvalsh(R.double() @ S.double() @ R.double().T).flip(0)
     assert loss(R, S, solve("eora", R, S, rank)) == pytest.approx(values[rank:].sum().item(), rel=1e-4)
+
+
+def test_a_product_with_s_some_columns_at_a_time_is_the_product():
+    random = torch.Generator().manual_seed(0)
+    R = torch.randn(5, 2500, generator=random, dtype=torch.float64)
+    S = torch.randn(2500, 2500, generator=random)
+    torch.testing.assert_close(in_double(R, S), R @ S.double(), rtol=1e-12, atol=1e-11)
 
 
 def test_krylov_gives_up_where_its_bound_is_not_met():

@@ -12,7 +12,6 @@ from torch import nn
 from eora_lab.calibrate.contract import Contract
 from eora_lab.calibrate.experts import JUDGED, experts_of, too_large
 from eora_lab.calibrate.stream import BATCH
-from eora_lab.compensate.krylov import dimensions, worth_it
 from eora_lab.environment import free_memory, own_memory
 from eora_lab.errors import EoraLabError
 from eora_lab.model.structure import decoder_blocks, linears
@@ -89,11 +88,8 @@ def of_layer(linear: nn.Linear, recipe: Recipe, given: bool) -> int:
     judged = MATRICES * FLOAT * size
     compressed = 0 if given or recipe.compressor not in ITERATIVE else CHOLESKY * DOUBLE * columns**2 + 3 * FLOAT * size
     solved = 0
-    if recipe.method != "none":
-        if worth_it(torch.empty(rows, columns, device="meta"), recipe.rank):
-            solved = 2 * FLOAT * size + 2 * FLOAT * dimensions(recipe.rank)[-1] * rows
-        else:
-            solved = 3 * DOUBLE * size + DOUBLE * columns**2 + EIGEN * DOUBLE * min(rows, columns) ** 2
+    if recipe.method != "none":  # W, R, and in float64, as a Krylov space may not do: R, R S, eigenvectors
+        solved = 2 * (FLOAT + DOUBLE) * size + EIGEN * DOUBLE * min(rows, columns) ** 2
     return max(judged, compressed, solved)
 
 
