@@ -45,7 +45,7 @@ class Compress:
     """importance matrix of the original model, of llama-imatrix or `eora-lab imatrix`: nothing is measured, and
     compressor and method have to be such that look at channels alone, such as rtn and qera_approx"""
     dtype: Dtype = "float32"
-    """type that the model is held in"""
+    """type that the model is held in; in that of its files, mostly bfloat16, the model may be larger than memory"""
     device: str = "cpu"
     """cpu or cuda"""
 

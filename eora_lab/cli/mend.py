@@ -47,7 +47,7 @@ class Mend:
     """importance matrix of the original model, of llama-imatrix or `eora-lab imatrix`: nothing is measured, and the
     method has to be one that looks at channels alone, such as qera_approx"""
     dtype: Dtype = "float32"
-    """type that the model is held in"""
+    """type that the model is held in; in that of its files, mostly bfloat16, the model may be larger than memory"""
     device: str = "cpu"
     """cpu or cuda"""
 
