@@ -69,7 +69,8 @@ def needed(
         widest = max([widest, *(linear.out_features for linear in own.values())])
     parts = {"statistics of all blocks": every} if spread else {"statistics of a block": statistics}
     if tokens is not None:
-        hidden = getattr(model.config.get_text_config(), "hidden_size", widest)  # type: ignore[operator, union-attr]
+        config = getattr(model, "config", None)
+        hidden = getattr(config.get_text_config(), "hidden_size", widest) if config is not None else widest
         parts["hidden states"] = tokens[0] * tokens[1] * hidden * itemsize
         parts["activations"] = WIDTHS * min(BATCH, tokens[0]) * tokens[1] * widest * itemsize
     return parts | {"work on a layer": work + SLACK}
