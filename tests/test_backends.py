@@ -17,23 +17,25 @@ from tests.test_linear import layer
 
 def test_the_first_backend_that_takes_a_layer_computes_it():
     quarter = layer(dtype=torch.bfloat16)
-    assert (quarter.backend_for(1), quarter.backend_for(64), quarter.backend_for(65)) == ("int4", "int4", "tiles")
-    assert layer(bits=3, dtype=torch.bfloat16).backend_for(1) == "tiles"
-    assert layer(dtype=torch.float32).backend_for(1) == "tiles"
-    model = nn.Sequential(quarter, layer(bits=3, dtype=torch.bfloat16))
-    assert backends_in_use(model) == {"int4": 1, "tiles": 1}
+    assert [quarter.backend_for(rows) for rows in (1, 16, 17, 64, 65)] == ["numba", "numba", "int4", "int4", "tiles"]
+    assert [layer(bits=3).backend_for(rows) for rows in (16, 17)] == ["numba", "tiles"]
+    half = layer(bits=16, sparse=True)
+    assert half.backend_for(1) == "tiles"
+    model = nn.Sequential(quarter, half)
+    assert backends_in_use(model) == {"numba": 1, "tiles": 1}
+    assert backends_in_use(model, 64) == {"int4": 1, "tiles": 1}
     with unpacked(model):
-        assert backends_in_use(model) == {"int4": 1, "dense": 1}
-    assert "backend=int4" in repr(quarter)
+        assert backends_in_use(model) == {"numba": 1, "dense": 1}
+    assert "backend=numba" in repr(quarter)
 
 
 def test_a_layer_follows_the_rows_of_x():
     module, W = layer(dtype=torch.bfloat16), layer(dtype=torch.bfloat16).dense().float()
-    for rows in (1, 65, 2, 128, 1):
+    for rows in (1, 32, 65, 2, 128, 1):
         x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(rows)).bfloat16()
         exact = x.float() @ (W + module.lora_B.float() @ module.lora_A.float()).T + module.bias.float()
         assert (module(x).float() - exact).norm() < 8e-3 * exact.norm()
-    assert set(module._products) == {"int4", "tiles"}
+    assert set(module._products) == {"numba", "int4", "tiles"}
 
 
 @pytest.mark.parametrize(
@@ -45,8 +47,9 @@ def test_a_layer_follows_the_rows_of_x():
         ({"bits": 16, "sparse": True, "dtype": torch.bfloat16}, "int4", "it reads 4-bit grids"),
         ({"group_size": 16, "dtype": torch.bfloat16}, "int4", "groups of 32, 64, 128, 256"),
         ({}, "dense", "kept dense only while a model is measured"),
-        ({"dtype": torch.bfloat16}, "tiles", "slower than int4 for 1 rows"),
-        ({}, "tiles", ""),
+        ({"dtype": torch.bfloat16}, "int4", "slower than numba for 1 rows"),
+        ({}, "numba", ""),
+        ({"bits": 16, "sparse": True}, "tiles", ""),
     ],
 )
 def test_every_backend_says_why_it_does_not_compute(kind, name, reason):
@@ -63,7 +66,7 @@ def test_a_backend_can_be_forced_and_refused():
     torch.testing.assert_close(model(x), auto, rtol=0, atol=8e-3 * auto.abs().max().item())
     with pytest.raises(EoraLabError, match="the triton backend cannot take this layer: it needs an NVIDIA GPU"):
         use_backend(model, "triton")
-    with pytest.raises(EoraLabError, match="unknown backend 'cuda'; known: auto, triton, int4, "):
+    with pytest.raises(EoraLabError, match="unknown backend 'cuda'; known: auto, triton, numba, int4, "):
         use_backend(model, "cuda")
     with pytest.raises(EoraLabError, match="this model has none"):
         use_backend(nn.Linear(2, 2), "tiles")

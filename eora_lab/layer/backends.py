@@ -5,6 +5,8 @@ A backend makes the product of a whole layer, y = W^ x + B (A x) + bias, from wh
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +15,12 @@ from torch import Tensor, nn
 
 from eora_lab.compress import Compressed, GridWeight, zero_points
 from eora_lab.errors import EoraLabError, unknown
+from eora_lab.layer.cpu_kernels import cpu_product, pack_grid, why_not_packed
 from eora_lab.layer.triton_kernels import FusedLinear, fused_weight, why_not_fused, why_not_triton
 
 AUTO = "auto"
 TILE = 2**18  # weights that are dense at once, on the CPU; they stay in its cache
+CPU_ROWS = 16  # tokens up to which the CPU kernel beats dense tiles
 INT4_GROUPS = (32, 64, 128, 256)
 INT4_ROWS = 64  # tokens up to which torch's int4 product beats dense tiles
 
@@ -33,6 +37,7 @@ class PackedLayer(nn.Module, ABC):
     lora_B: Tensor  # (out, rank)
     bias: Tensor | None
     keep_dense: bool  # W^ may stay dense for a while
+    made: dict[str, Any]  # what backends made of W^ alone, by their names: it stays when the path changes
 
     @property
     @abstractmethod
@@ -47,6 +52,10 @@ class PackedLayer(nn.Module, ABC):
     @abstractmethod
     def rows(self, start: int, stop: int) -> Compressed:
         """Some rows of W^, unpacked."""
+
+    @abstractmethod
+    def stored_weight(self) -> dict[str, Tensor]:
+        """W^ as a file holds it."""
 
 
 class Backend(ABC):
@@ -82,6 +91,32 @@ class Triton(Backend):
         weight = fused_weight(layer.compressed, layer.lora_A, layer.lora_B, layer.bias, layer.lora_A.dtype)
         fused = FusedLinear(weight.to(layer.lora_A.device))
         return lambda _, x: fused(x)
+
+
+class Numba(Backend):
+    """The fused kernel for CPUs. It reads W^ as it is stored, and computes in float32."""
+
+    name = "numba"
+
+    def why_not(self, layer: PackedLayer, x: Shaped[Tensor, "... in"], gradients: bool) -> str | None:
+        if not layer.lora_A.is_cpu:
+            return f"it needs a CPU, and the layer is on {layer.lora_A.device}"
+        if x.dtype == torch.float64:
+            return "it computes in float32"
+        if not find_spec("numba"):
+            return "numba is not installed"
+        return "it has no backward pass" if gradients else why_not_packed(layer.sample)
+
+    def slower(self, layer: PackedLayer, rows: int) -> bool:
+        return rows > CPU_ROWS
+
+    def prepare(self, layer: PackedLayer) -> Product:
+        if self.name not in layer.made:
+            weight = layer.compressed
+            assert isinstance(weight, GridWeight)
+            layer.made[self.name] = pack_grid(weight, layer.stored_weight()["codes"])
+        product = cpu_product(layer.made[self.name], layer.lora_A, layer.lora_B, layer.bias)
+        return lambda _, x: product(x)
 
 
 class Int4(Backend):
@@ -140,7 +175,7 @@ class Tiles(Backend):
         return with_path(in_tiles)
 
 
-BACKENDS: dict[str, Backend] = {one.name: one for one in (Triton(), Int4(), Dense(), Tiles())}
+BACKENDS: dict[str, Backend] = {one.name: one for one in (Triton(), Numba(), Int4(), Dense(), Tiles())}
 
 
 def check_backend(name: str) -> None:

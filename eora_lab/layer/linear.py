@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -43,17 +44,19 @@ class CompensatedLinear(PackedLayer):
         self.register_buffer("bias", old.bias)
         self._forget()
 
-    def _forget(self) -> None:
-        """What was made from the buffers for products is out of date."""
+    def _forget(self, weight: bool = True) -> None:
+        """What was made for products is out of date: of all buffers, or of the path alone."""
         self._products: dict[str, Product] = {}
         self._chosen: dict[tuple, str] = {}
-        self._sample: Compressed | None = None
+        if weight:
+            self.made: dict[str, Any] = {}
+            self._sample: Compressed | None = None
 
     def set_factors(self, factors: StoredFactors) -> None:
         """Put another low-rank path beside the same compressed weight. Of rank 0: none."""
         A, B = factors.dense()
         self.factors, self.lora_A, self.lora_B = factors, A.to(self.lora_A), B.to(self.lora_B)
-        self._forget()
+        self._forget(weight=False)
 
     @property
     def rank(self) -> int:  # type: ignore[override]
@@ -135,7 +138,7 @@ class CompensatedLinear(PackedLayer):
 
     def __getstate__(self) -> dict:
         """A copy makes its own products."""
-        return self.__dict__ | {"_products": {}, "_chosen": {}, "_sample": None}
+        return self.__dict__ | {"_products": {}, "_chosen": {}, "made": {}, "_sample": None}
 
     def extra_repr(self) -> str:
         """What torch prints of the layer."""

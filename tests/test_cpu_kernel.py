@@ -1,0 +1,146 @@
+"""The fused kernel for CPUs against float64, whatever the bits, groups, grids, ranks and rows."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from eora_lab.compensate.factors import StoredFactors
+from eora_lab.compress import GridWeight
+from eora_lab.errors import EoraLabError
+from eora_lab.layer.linear import CompensatedLinear
+from tests.test_linear import layer
+
+EPSILON = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def weight_of(draw, bits: int, out: int, features: int, generator: torch.Generator) -> GridWeight:
+    """A grid of any kind that the kernel reads, scales over six orders of magnitude."""
+    size = draw(st.one_of(st.sampled_from([8, 16, 32, 48, 64, 96, 128, features]), st.integers(1, features + 3)))
+    groups = -(-features // size)
+    codes = torch.randint(2**bits, (out, features), generator=generator, dtype=torch.uint8)
+    scales = 10 ** torch.empty(out, groups).uniform_(-3, 3 if draw(st.booleans()) else -2, generator=generator)
+    kind = draw(st.sampled_from(["integer", "float", "half"]))
+    offsets = torch.randint(2**bits, (out, groups), generator=generator, dtype=torch.uint8)
+    if kind != "integer":
+        offsets = scales * torch.empty(out, groups).normal_(-(2 ** (bits - 1)), 2, generator=generator)
+    if kind == "half":
+        scales, offsets = scales.half(), offsets.half()
+    mask = index = None
+    if kind == "integer" and draw(st.booleans()):
+        mask = torch.rand(out, features, generator=generator) < 0.5
+    if draw(st.booleans()):  # groups of any channels, some of them empty
+        index = torch.randint(groups, (features,), generator=generator, dtype=torch.int32)
+    return GridWeight(codes if mask is None else codes * mask, scales, offsets, bits, mask, size, index)
+
+
+def parts_of(weight: GridWeight, x: Tensor) -> Tensor:
+    """Sum of |terms| of x W^ᵀ as the kernel adds them up: what its rounding is relative to."""
+    lattice = weight.lattice()
+    step, origin = (t.double()[:, lattice.group].abs() for t in (lattice.step, lattice.origin))
+    return x.double().abs() @ (weight.codes * step + origin).T
+
+
+@st.composite
+def cases(draw):
+    """A layer, and some rows for it."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    bits, dtype = (
+        draw(st.sampled_from([2, 3, 4, 8])),
+        draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
+    )
+    out, features = draw(st.integers(1, 70)), draw(st.integers(1, 300))
+    rank, rows = draw(st.integers(0, 40)), draw(st.integers(1, 16))
+    weight = weight_of(draw, bits, out, features, generator)
+    old = nn.Linear(features, out, bias=draw(st.booleans())).to(dtype)
+    factors = (torch.randn(shape, generator=generator).half() for shape in ((rank, features), (out, rank)))
+    module = CompensatedLinear(old, weight, StoredFactors(*factors), "numba")
+    size = 1.0 if dtype == torch.float16 else 10.0 ** draw(st.integers(-6, 6))
+    return module, weight, (size * torch.randn(rows, features, generator=generator)).to(dtype)
+
+
+@given(cases())
+def test_the_product_is_exact_to_rounding(case):
+    module, weight, x = case
+    A, B = module.lora_A.double(), module.lora_B.double()
+    exact = x.double() @ weight.dense().double().T + x.double() @ A.T @ B.T
+    size = parts_of(weight, x) + x.double().abs() @ A.T.abs() @ B.T.abs()
+    if module.bias is not None:
+        exact, size = exact + module.bias.double(), size + module.bias.double().abs()
+    y = module(x)
+    assert y.dtype == x.dtype
+    # a sum of n float32 terms in 16 lanes, and what storing the result rounds
+    bound = (16 + x.shape[1] / 16) * EPSILON[torch.float32] * size + EPSILON[x.dtype] * exact.abs()
+    if x.dtype == torch.float16:
+        bound += 2**-24
+        fits = exact.abs() < 65000
+        y, exact, bound = y[fits], exact[fits], bound[fits]
+    assert ((y.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_no_byte_behind_the_weight_counts(bits):
+    """The last rows are read from a copy with zeros behind it."""
+    for out, features in ((1, 1), (1, 17), (3, 100), (40, 576)):
+        module = layer(bits=bits, out=out, features=features, group_size=64, rank=0)
+        x = torch.randn(1, features)
+        exact = x.double() @ module.dense().double().T + module.bias.double()
+        module.backend = "numba"
+        assert (module(x) - exact).norm() <= 1e-6 * exact.norm() + 1e-12
+
+
+def test_another_path_repacks_nothing():
+    module, x = layer(), torch.ones(1, 128)
+    module.backend = "numba"
+    module(x)
+    made = module.made["numba"]
+    assert made.codes.data_ptr() == module.codes.data_ptr() and made.scales.data_ptr() == module.scales.data_ptr()
+    module.set_factors(StoredFactors(torch.zeros(0, 128), torch.zeros(96, 0)))
+    assert torch.allclose(module(x), x @ module.dense().T + module.bias, atol=1e-5)
+    assert module.made["numba"] is made
+    again = copy.deepcopy(module)
+    assert torch.equal(again(x), module(x)) and again.made["numba"] is not made
+
+
+def test_inputs_that_are_not_contiguous():
+    module = layer()
+    module.backend = "numba"
+    x = torch.randn(128, 5).T
+    assert torch.equal(module(x), module(x.contiguous()))
+    assert torch.equal(module(x[::2]), module(x[::2].contiguous()))
+    assert module(x[:0]).shape == (0, 96)
+
+
+@pytest.mark.parametrize(
+    ("kind", "x", "reason"),
+    [
+        ({"bits": 16, "sparse": True}, torch.ones(1, 128), "it reads grids, not a weight that is stored as sparse"),
+        ({"sparse": True}, torch.ones(1, 128), "it reads a mask with integer zero points only"),
+        ({"bits": 5}, torch.ones(1, 128), "it reads 2, 3, 4, 8 bits, not 5"),
+        ({"dtype": torch.float64}, torch.ones(1, 128).double(), "it computes in float32"),
+        ({}, torch.ones(1, 128, requires_grad=True), "it has no backward pass"),
+    ],
+    ids=["sparse", "mask", "bits", "float64", "gradients"],
+)
+def test_says_why_not(kind, x, reason):
+    module = layer(**kind)
+    module.backend = "numba"
+    with pytest.raises(EoraLabError, match=f"the numba backend cannot take this layer: {reason}"):
+        module(x)
+    module.backend = "auto"
+    assert module(x).shape == (1, 96)
+
+
+def test_threads_change_nothing():
+    module, x = layer(bits=3, out=1000), torch.randn(3, 128)
+    module.backend = "numba"
+    threads, alone = torch.get_num_threads(), module(x)
+    try:
+        for count in (2, 3):
+            torch.set_num_threads(count)
+            assert torch.equal(module(x), alone)
+    finally:
+        torch.set_num_threads(threads)
