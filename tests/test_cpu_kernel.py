@@ -28,7 +28,7 @@ def weight_of(draw, bits: int, out: int, features: int, generator: torch.Generat
     if kind != "integer":
         offsets = scales * torch.empty(out, groups).normal_(-(2 ** (bits - 1)), 2, generator=generator)
     if kind == "half":
-        scales, offsets = scales.half(), offsets.half()
+        scales, offsets = scales.half(), offsets.clamp(-6e4, 6e4).half()
     mask = index = None
     if kind == "integer" and draw(st.booleans()):
         mask = torch.rand(out, features, generator=generator) < 0.5
@@ -86,10 +86,10 @@ def test_no_byte_behind_the_weight_counts(bits):
     """The last rows are read from a copy with zeros behind it."""
     for out, features in ((1, 1), (1, 17), (3, 100), (40, 576)):
         module = layer(bits=bits, out=out, features=features, group_size=64, rank=0)
-        x = torch.randn(1, features)
-        exact = x.double() @ module.dense().double().T + module.bias.double()
         module.backend = "numba"
-        assert (module(x) - exact).norm() <= 1e-6 * exact.norm() + 1e-12
+        x = torch.ones(1, features)
+        exact = x.double() @ module.dense().double().T + module.bias.double()
+        assert (module(x) - exact).norm() <= 1e-6 * parts_of(module.compressed, x).norm()
 
 
 def test_another_path_repacks_nothing():

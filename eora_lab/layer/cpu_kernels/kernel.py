@@ -19,6 +19,7 @@ from eora_lab.layer.cpu_kernels.vectors import (
     add_codes,
     add_products,
     load,
+    load_half,
     pointer,
     scale,
     spread,
@@ -48,39 +49,63 @@ def rounded(value):
 
 
 @njit
+def length_of(call, step):
+    """Of a row of x in the order of the codes."""
+    return call.blocks * call.steps * step
+
+
+@njit
+def totals_of(call, step):
+    """Where the sums of x lie."""
+    return call.scratch + 4 * call.padded * length_of(call, step)
+
+
+@njit
+def down_of(call, step):
+    """Where A x lies."""
+    return totals_of(call, step) + 4 * call.padded * call.blocks * LANES
+
+
+@njit
 def gather(call, step, blocks):
     """x in the order of the codes, and for every group its sums, lane by lane. Rows that only fill a block are 0."""
     place, x, x16 = pointer(call.place, types.int32), pointer(call.x, types.float32), pointer(call.x, types.uint16)
-    ordered, totals = pointer(call.ordered, types.float32), pointer(call.totals, types.float32)
-    length = call.blocks * call.steps * step
+    ordered, totals = pointer(call.scratch, types.float32), pointer(totals_of(call, step), types.float32)
+    rows, half, features, block_length = call.rows, call.half, call.features, call.steps * step
     for row in range(call.padded):
         for block in blocks:
             sum_at = (row * call.blocks + block) * LANES
             for lane in range(LANES):
                 totals[sum_at + lane] = 0
-            for i in range(block * call.steps * step, (block + 1) * call.steps * step):
-                value = np.float32(0)
-                if row < call.rows and place[i] >= 0:
-                    at = row * call.x_stride + place[i]
-                    value = np.uint32(x16[at] << 16).view(np.float32) if call.half else x[at]
-                ordered[row * length + i] = value
+            for i in range(block * block_length, (block + 1) * block_length):
+                value, channel = np.float32(0), place[i]
+                if row < rows and channel >= 0:
+                    at = row * features + channel
+                    value = np.uint32(x16[at] << 16).view(np.float32) if half else x[at]
+                ordered[row * call.blocks * block_length + i] = value
                 totals[sum_at + i % LANES] += value
+
+
+@njit
+def add_path(total, half, matrix, at, other, stride, count):
+    """total[r] + a row of A or B, from its element `at`, times `count` numbers of the r-th other row."""
+    for i in range(0, count, LANES):
+        values = load_half(matrix + 2 * (at + i)) if half else load(matrix + 4 * (at + i))
+        total = add_products(total, values, other + 4 * i, 4 * stride)
+    return total
 
 
 @njit
 def down(call, step, ranks, zero):
     """A x."""
-    out = pointer(call.down, types.float32)
-    length = call.blocks * call.steps * step
+    out, factor = pointer(down_of(call, step), types.float32), pointer(call.factor, types.float32)
+    length = length_of(call, step)
     for rank in ranks:
         for row in range(0, call.padded, len(zero)):
-            total = zero
-            for i in range(0, length, LANES):
-                a = load(call.A + 4 * (rank * length + i))
-                total = add_products(total, a, call.ordered + 4 * (row * length + i), 4 * length)
-            found = sums(total)
+            x = call.scratch + 4 * row * length
+            found = sums(add_path(zero, call.half_path, call.A, rank * length, x, length, length))
             for r in range(len(zero)):
-                out[(row + r) * call.rank + rank] = found[r]
+                out[(row + r) * call.rank + rank] = factor[rank] * found[r]
 
 
 @njit
@@ -89,35 +114,42 @@ def up(call, step, outputs, zero, bits, groups):
     literally(bits)
     literally(groups)
     y, y16, bias = pointer(call.y, types.float32), pointer(call.y, types.uint16), pointer(call.bias, types.float32)
-    code_bytes, length = step * bits // 8, call.blocks * call.steps * step
+    code_bytes, length, blocks, steps, rank = (
+        step * bits // 8,
+        length_of(call, step),
+        call.blocks,
+        call.steps,
+        call.rank,
+    )
+    ordered, totals, down = call.scratch, totals_of(call, step), down_of(call, step)
+    rows, padded, width, half, has_bias = call.rows, call.padded, call.outputs, call.half, call.bias != 0
     for out in outputs:
         start = call.codes + out * call.code_stride
         if out >= call.safe:
             start = call.last + (out - call.safe) * call.last_stride
-        for row in range(0, call.padded, len(zero)):
-            scaled, shifted, codes, x = zero, zero, start, call.ordered + 4 * row * length
-            for block in range(call.blocks):
+        for row in range(0, padded, len(zero)):
+            scaled, shifted, codes, x = zero, zero, start, ordered + 4 * row * length
+            here, grid = totals + 4 * LANES * row * blocks, 4 * out * call.grid_stride
+            scales, offsets = call.scales + grid, call.offsets + grid
+            for _ in range(blocks):
                 part = zero
-                for _ in range(call.steps):
+                for _ in range(steps):
                     part = add_codes(part, codes, x, 4 * length, bits)
                     codes += code_bytes
                     x += 4 * step
-                grid = 4 * (out * call.grid_stride + block * groups)
-                scaled = scale(scaled, part, spread(call.scales + grid, groups))
-                here = call.totals + 4 * LANES * (row * call.blocks + block)
-                shifted = add_products(shifted, spread(call.offsets + grid, groups), here, 4 * LANES * call.blocks)
-            for i in range(0, call.rank, LANES):
-                b = load(call.B + 4 * (out * call.rank + i))
-                shifted = add_products(shifted, b, call.down + 4 * (row * call.rank + i), 4 * call.rank)
+                scaled = scale(scaled, part, spread(scales, groups))
+                shifted = add_products(shifted, spread(offsets, groups), here, 4 * LANES * blocks)
+                scales += 4 * groups
+                offsets += 4 * groups
+                here += 4 * LANES
+            shifted = add_path(shifted, call.half_path, call.B, out * rank, down + 4 * row * rank, rank, rank)
             found = sums(add(scaled, shifted))
-            for r in range(min(len(zero), call.rows - row)):
-                value = found[r]
-                if call.bias:
-                    value += bias[out]
-                if call.half:
-                    y16[(row + r) * call.outputs + out] = rounded(value)
+            for r in range(min(len(zero), rows - row)):
+                value = found[r] + bias[out] if has_bias else found[r]
+                if half:
+                    y16[(row + r) * width + out] = rounded(value)
                 else:
-                    y[(row + r) * call.outputs + out] = value
+                    y[(row + r) * width + out] = value
 
 
 @lru_cache

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 FIELDS = (
-    "x y ordered totals down place codes last scales offsets A B bias"  # addresses
-    " rows padded x_stride half threads outputs safe code_stride last_stride grid_stride blocks steps rank"
+    "x y scratch place codes last scales offsets A B factor bias"  # addresses
+    " rows padded half threads features outputs safe code_stride last_stride grid_stride blocks steps rank half_path"
 )
 
 

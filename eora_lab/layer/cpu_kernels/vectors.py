@@ -76,6 +76,23 @@ def load(typing, address):
     return VECTOR(types.int64), lambda context, builder, signature, arguments: read(builder, arguments[0], FLOATS)
 
 
+@intrinsic
+def load_half(typing, address):
+    """Sixteen neighbours in float16, that are finite."""
+
+    def make(context, builder, signature, arguments):
+        triple, _, features = context.codegen().magic_tuple()
+        if "+f16c" in features or not triple.startswith("x86"):
+            return builder.fpext(read(builder, arguments[0], ir.VectorType(ir.HalfType(), LANES)), FLOATS)
+        bits = builder.zext(read(builder, arguments[0], ir.VectorType(ir.IntType(16), LANES)), INTS)
+        size = builder.bitcast(builder.shl(builder.and_(bits, constant(0x7FFF)), constant(13)), FLOATS)
+        size = builder.fmul(size, ir.Constant(FLOATS, [2.0**112] * LANES))  # what the exponents start from differs
+        sign = builder.shl(builder.and_(bits, constant(0x8000)), constant(16))
+        return builder.bitcast(builder.or_(builder.bitcast(size, INTS), sign), FLOATS)
+
+    return VECTOR(types.int64), make
+
+
 @intrinsic(prefer_literal=True)
 def spread(typing, address, count):
     """`count` neighbours, each in as many lanes as the others."""
