@@ -31,6 +31,7 @@ def checked_modules() -> list[str]:
 hook = install_import_hook(checked_modules(), "beartype.beartype")
 
 settings.register_profile("eora_lab", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("thousand", settings.get_profile("eora_lab"), max_examples=1000)
 settings.load_profile("eora_lab")
 
 

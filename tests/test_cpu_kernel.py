@@ -1,6 +1,10 @@
 """The fused kernel for CPUs against float64, whatever the bits, groups, grids, ranks and rows."""
 
 import copy
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -144,3 +148,20 @@ def test_threads_change_nothing():
             assert torch.equal(module(x), alone)
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.kernels
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86 processors")
+@pytest.mark.parametrize("processor", [None, ("haswell", "+avx2,+fma,+f16c"), ("x86-64", "")], ids=str)
+def test_a_thousand_cases_as_compiled_for_other_processors(processor):
+    names = {} if processor is None else dict(zip(("NUMBA_CPU_NAME", "NUMBA_CPU_FEATURES"), processor, strict=True))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--hypothesis-profile=thousand",
+        f"{__file__}::{test_the_product_is_exact_to_rounding.__name__}",
+    ]
+    done = subprocess.run(command, env=os.environ | names, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -6,6 +6,8 @@ made once for all rows, offsets of any kind cost one addition a group.
 """
 
 from functools import lru_cache
+from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from numba import carray, cfunc, from_dtype, literally, njit
@@ -154,12 +156,15 @@ def up(call, step, outputs, zero, bits, groups):
 
 @lru_cache
 def kernel(bits: int, groups: int):
-    """The product for codes of some bits, where a step spans so many groups, or a part of one."""
-    step = LANES * FIELDS[bits]
+    """The product for codes of some bits, where a step spans so many groups, or a part of one.
 
-    @cfunc(types.void(CALL), cache=True)
+    It is compiled in some two seconds, once for a processor: numba keeps it in its cache.
+    """
+    step, sources = LANES * FIELDS[bits], sources_sum()
+
     def whole(calls):
         """What every thread of a team does."""
+        _ = sources  # part of what numba finds the function by
         call = carray(calls, 1)[0]
         me = thread_number() if call.threads > 1 else 0
         gather(call, step, share(call.blocks, me, call.threads))
@@ -177,4 +182,12 @@ def kernel(bits: int, groups: int):
         else:
             up(call, step, share(call.outputs, me, call.threads), zeros(BLOCK), bits, groups)
 
-    return whole
+    try:
+        return cfunc(types.void(CALL), cache=True)(whole)
+    except RuntimeError:  # there is no folder that numba may write to
+        return cfunc(types.void(CALL))(whole)
+
+
+def sources_sum() -> int:
+    """A number that changes with the files of this folder."""
+    return crc32(b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))))
