@@ -1,6 +1,6 @@
-"""Time the fused kernels beside their peers and their floors on this machine's GPU.
+"""Time the fused kernels beside their peers and their floors on this machine's GPU, or with --cpu on its CPU.
 
-Writes kernels/results/<gpu>.json and kernels/results/<gpu>.png/.svg.
+Writes kernels/results/<gpu>.json and kernels/results/<gpu>.png/.svg; with --cpu it prints tables, in some ten minutes.
 """
 
 import argparse
@@ -106,8 +106,15 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=128)
     parser.add_argument("--dtypes", nargs="+", choices=("float16", "bfloat16"), default=["float16", "bfloat16"])
     parser.add_argument("--no-stack", action="store_true", help="leave out the whole LLaMA-3-8B-shaped model")
+    parser.add_argument("--cpu", action="store_true", help="packed layers and SmolLM2-135M on the CPU; see --rounds")
+    parser.add_argument("--rounds", type=int, default=30, help="how often everything is timed on the CPU")
     arguments = parser.parse_args()
     try:
+        if arguments.cpu:
+            from kernels.bench_cpu import bench_cpu
+
+            bench_cpu(arguments.rounds)
+            return
         result = bench(arguments.models, arguments.rank, arguments.dtypes, not arguments.no_stack)
         path = RESULTS / f"{result['gpu'].replace(' ', '-')}.json"
         write_json(path, result)
