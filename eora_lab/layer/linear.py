@@ -117,8 +117,7 @@ class CompensatedLinear(PackedLayer):
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Raises EoraLabError when a backend is asked for that does not take this layer."""
-        trained = x.requires_grad or self.lora_A.requires_grad or self.lora_B.requires_grad
-        gradients = trained and torch.is_grad_enabled()
+        gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, self.lora_A, self.lora_B))
         rows = max(x.numel() // self.in_features, 1)
         key = (x.dtype, gradients, (rows - 1).bit_length(), self.backend, self.keep_dense)
         name = self._chosen.get(key)

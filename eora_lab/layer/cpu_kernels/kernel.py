@@ -111,18 +111,13 @@ def down(call, step, ranks, zero):
 
 
 @njit
-def up(call, step, outputs, zero, bits, groups):
+def up(call, step, outputs, zero, bits, groups, steps):
     """W^ x + B (A x) + bias."""
     literally(bits)
     literally(groups)
+    literally(steps)
     y, y16, bias = pointer(call.y, types.float32), pointer(call.y, types.uint16), pointer(call.bias, types.float32)
-    code_bytes, length, blocks, steps, rank = (
-        step * bits // 8,
-        length_of(call, step),
-        call.blocks,
-        call.steps,
-        call.rank,
-    )
+    code_bytes, length, blocks, rank = step * bits // 8, length_of(call, step), call.blocks, call.rank
     ordered, totals, down = call.scratch, totals_of(call, step), down_of(call, step)
     rows, padded, width, half, has_bias = call.rows, call.padded, call.outputs, call.half, call.bias != 0
     for out in outputs:
@@ -135,7 +130,7 @@ def up(call, step, outputs, zero, bits, groups):
             scales, offsets = call.scales + grid, call.offsets + grid
             for _ in range(blocks):
                 part = zero
-                for _ in range(steps):
+                for _ in range(call.steps if steps == 0 else steps):
                     part = add_codes(part, codes, x, 4 * length, bits)
                     codes += code_bytes
                     x += 4 * step
@@ -155,7 +150,7 @@ def up(call, step, outputs, zero, bits, groups):
 
 
 @lru_cache
-def kernel(bits: int, groups: int):
+def kernel(bits: int, groups: int, steps: int):
     """The product for codes of some bits, where a step spans so many groups, or a part of one.
 
     It is compiled in some two seconds, once for a processor: numba keeps it in its cache.
@@ -178,9 +173,9 @@ def kernel(bits: int, groups: int):
             if call.threads > 1:
                 barrier()
         if call.padded == 1:
-            up(call, step, share(call.outputs, me, call.threads), zeros(1), bits, groups)
+            up(call, step, share(call.outputs, me, call.threads), zeros(1), bits, groups, steps)
         else:
-            up(call, step, share(call.outputs, me, call.threads), zeros(BLOCK), bits, groups)
+            up(call, step, share(call.outputs, me, call.threads), zeros(BLOCK), bits, groups, steps)
 
     try:
         return cfunc(types.void(CALL), cache=True)(whole)

@@ -11,6 +11,7 @@ from torch import Tensor
 from eora_lab.layer.cpu_kernels.packed import LANES, PackedGrid
 from eora_lab.layer.cpu_kernels.team import Call, openmp
 
+UNROLLED = (1, 2, 4)  # steps of a block, as the usual sizes of groups have them
 FAINT = 2**-26  # of the largest number of a row: less than what its float32 sums are rounded by
 
 
@@ -21,7 +22,7 @@ def cpu_product(
     library = openmp()
     from eora_lab.layer.cpu_kernels.kernel import BLOCK, kernel
 
-    function = kernel(weight.bits, weight.groups).address
+    function = kernel(weight.bits, weight.groups, weight.steps if weight.steps in UNROLLED else 0).address
     out_features, in_features = len(weight.codes), A.shape[1]
     A, B, factor = path(A.float(), B.float())
     rank = -(-len(A) // LANES) * LANES
