@@ -17,25 +17,25 @@ from tests.test_linear import layer
 
 def test_the_first_backend_that_takes_a_layer_computes_it():
     quarter = layer(dtype=torch.bfloat16)
-    assert [quarter.backend_for(rows) for rows in (1, 16, 17, 64, 65)] == ["numba", "numba", "int4", "int4", "tiles"]
-    assert [layer(bits=3).backend_for(rows) for rows in (16, 17)] == ["numba", "tiles"]
+    assert [quarter.backend_for(rows) for rows in (1, 4, 5, 32, 33)] == ["numba", "numba", "int4", "int4", "numba"]
+    assert [layer(bits=3).backend_for(rows) for rows in (1, 5, 1000)] == ["numba"] * 3
     half = layer(bits=16, sparse=True)
     assert half.backend_for(1) == "tiles"
     model = nn.Sequential(quarter, half)
     assert backends_in_use(model) == {"numba": 1, "tiles": 1}
-    assert backends_in_use(model, 64) == {"int4": 1, "tiles": 1}
     with unpacked(model):
         assert backends_in_use(model) == {"numba": 1, "dense": 1}
+        assert backends_in_use(model, 1000) == {"dense": 2}
     assert "backend=numba" in repr(quarter)
 
 
 def test_a_layer_follows_the_rows_of_x():
     module, W = layer(dtype=torch.bfloat16), layer(dtype=torch.bfloat16).dense().float()
-    for rows in (1, 32, 65, 2, 128, 1):
+    for rows in (1, 8, 65, 2, 128, 1):
         x = torch.randn(rows, 128, generator=torch.Generator().manual_seed(rows)).bfloat16()
         exact = x.float() @ (W + module.lora_B.float() @ module.lora_A.float()).T + module.bias.float()
         assert (module(x).float() - exact).norm() < 8e-3 * exact.norm()
-    assert set(module._products) == {"numba", "int4", "tiles"}
+    assert set(module._products) == {"numba", "int4"}
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_a_backend_can_be_forced_and_refused():
     torch.testing.assert_close(model(x), auto, rtol=0, atol=8e-3 * auto.abs().max().item())
     with pytest.raises(EoraLabError, match="the triton backend cannot take this layer: it needs an NVIDIA GPU"):
         use_backend(model, "triton")
-    with pytest.raises(EoraLabError, match="unknown backend 'cuda'; known: auto, triton, numba, int4, "):
+    with pytest.raises(EoraLabError, match="unknown backend 'cuda'; known: auto, triton, int4, numba, "):
         use_backend(model, "cuda")
     with pytest.raises(EoraLabError, match="this model has none"):
         use_backend(nn.Linear(2, 2), "tiles")
@@ -96,7 +96,7 @@ def test_a_copy_computes_with_its_own_path():
     other.lora_A = module.lora_A  # as a copy that never computed would
     third = copy.deepcopy(module)
     third.bias.data.add_(1)
-    assert torch.allclose(third(x), before + 1) and torch.equal(module(x), before)
+    assert torch.allclose(third(x), before + 1, atol=1e-5) and torch.equal(module(x), before)
 
 
 def test_a_layer_is_freed_when_nobody_holds_it():

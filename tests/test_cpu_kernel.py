@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from eora_lab.compensate.factors import StoredFactors
 from eora_lab.compress import GridWeight
 from eora_lab.errors import EoraLabError
+from eora_lab.layer.backends import CPU_ROWS
 from eora_lab.layer.linear import CompensatedLinear
 from tests.test_linear import layer
 
@@ -57,7 +58,7 @@ def cases(draw):
         draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16])),
     )
     out, features = draw(st.integers(1, 70)), draw(st.integers(1, 300))
-    rank, rows = draw(st.integers(0, 40)), draw(st.integers(1, 16))
+    rank, rows = draw(st.integers(0, 40)), draw(st.one_of(st.integers(1, 16), st.integers(17, 40)))
     weight = weight_of(draw, bits, out, features, generator)
     old = nn.Linear(features, out, bias=draw(st.booleans())).to(dtype)
     factors = (torch.randn(shape, generator=generator).half() for shape in ((rank, features), (out, rank)))
@@ -70,7 +71,8 @@ def cases(draw):
 def test_the_product_is_exact_to_rounding(case):
     module, weight, x = case
     A, B = module.lora_A.double(), module.lora_B.double()
-    exact = x.double() @ weight.dense().double().T + x.double() @ A.T @ B.T
+    W = weight.dense().double()
+    exact = x.double() @ W.T + x.double() @ A.T @ B.T
     size = parts_of(weight, x) + x.double().abs() @ A.T.abs() @ B.T.abs()
     if module.bias is not None:
         exact, size = exact + module.bias.double(), size + module.bias.double().abs()
@@ -78,6 +80,9 @@ def test_the_product_is_exact_to_rounding(case):
     assert y.dtype == x.dtype
     # a sum of n float32 terms in 16 lanes, and what storing the result rounds
     bound = (16 + x.shape[1] / 16) * EPSILON[torch.float32] * size + EPSILON[x.dtype] * exact.abs()
+    if len(x) > CPU_ROWS:  # W^, the path and sums of both in the type of x
+        whole = x.double().abs() @ W.abs().T + x.double().abs() @ A.T.abs() @ B.T.abs() + exact.abs()
+        bound += 4 * EPSILON[x.dtype] * whole
     if x.dtype == torch.float16:
         bound += 2**-24
         fits = exact.abs() < 65000

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from eora_lab.compress import Compressed, GridWeight, zero_points
 from eora_lab.errors import EoraLabError, unknown
-from eora_lab.layer.cpu_kernels import cpu_product, pack_grid, why_not_packed
+from eora_lab.layer.cpu_kernels import few_rows, many_rows, pack_grid, why_not_packed
 from eora_lab.layer.triton_kernels import FusedLinear, fused_weight, why_not_fused, why_not_triton
 
 AUTO = "auto"
 TILE = 2**18  # weights that are dense at once, on the CPU; they stay in its cache
-CPU_ROWS = 16  # tokens up to which the CPU kernel beats dense tiles
+CPU_ROWS = 16  # tokens up to which the fused CPU kernel beats its own tiles
 INT4_GROUPS = (32, 64, 128, 256)
-INT4_ROWS = 64  # tokens up to which torch's int4 product beats dense tiles
+INT4_ROWS = range(5, 33)  # tokens for which torch's int4 product beats the CPU kernel
 
 Product = Callable[["PackedLayer", Tensor], Tensor]  # the layer, x (..., in) -> y (..., out)
 
@@ -93,34 +93,8 @@ class Triton(Backend):
         return lambda _, x: fused(x)
 
 
-class Numba(Backend):
-    """The fused kernel for CPUs. It reads W^ as it is stored, and computes in float32."""
-
-    name = "numba"
-
-    def why_not(self, layer: PackedLayer, x: Shaped[Tensor, "... in"], gradients: bool) -> str | None:
-        if not layer.lora_A.is_cpu:
-            return f"it needs a CPU, and the layer is on {layer.lora_A.device}"
-        if x.dtype == torch.float64:
-            return "it computes in float32"
-        if not find_spec("numba"):
-            return "numba is not installed"
-        return "it has no backward pass" if gradients else why_not_packed(layer.sample)
-
-    def slower(self, layer: PackedLayer, rows: int) -> bool:
-        return rows > CPU_ROWS
-
-    def prepare(self, layer: PackedLayer) -> Product:
-        if self.name not in layer.made:
-            weight = layer.compressed
-            assert isinstance(weight, GridWeight)
-            layer.made[self.name] = pack_grid(weight, layer.stored_weight()["codes"])
-        product = cpu_product(layer.made[self.name], layer.lora_A, layer.lora_B, layer.bias)
-        return lambda _, x: product(x)
-
-
 class Int4(Backend):
-    """torch's int4 product on the CPU, which is fast in bfloat16 only."""
+    """torch's int4 product on the CPU, which is fast in bfloat16 only. It holds W^ once more, its grids in bfloat16."""
 
     name = "int4"
 
@@ -136,7 +110,7 @@ class Int4(Backend):
         return None if hasattr(torch, "_weight_int4pack_mm_for_cpu") else "this torch does not have it"
 
     def slower(self, layer: PackedLayer, rows: int) -> bool:
-        return rows > INT4_ROWS
+        return rows not in INT4_ROWS
 
     def prepare(self, layer: PackedLayer) -> Product:
         weight = layer.compressed
@@ -148,6 +122,36 @@ class Int4(Backend):
 
         group_size = weight.group_size
         return with_path(lambda _, x: torch._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group_size, grids))
+
+
+class Numba(Backend):
+    """The fused kernel for CPUs, which reads W^ as it is stored and computes a few rows in float32; and for more rows,
+    tiles of W^ that it unpacks."""
+
+    name = "numba"
+
+    def why_not(self, layer: PackedLayer, x: Shaped[Tensor, "... in"], gradients: bool) -> str | None:
+        if not layer.lora_A.is_cpu:
+            return f"it needs a CPU, and the layer is on {layer.lora_A.device}"
+        if x.dtype == torch.float64:
+            return "it computes in float32"
+        if not find_spec("numba"):
+            return "numba is not installed"
+        return "it has no backward pass" if gradients else why_not_packed(layer.sample)
+
+    def slower(self, layer: PackedLayer, rows: int) -> bool:
+        return layer.keep_dense and rows > CPU_ROWS
+
+    def prepare(self, layer: PackedLayer) -> Product:
+        if self.name not in layer.made:
+            weight = layer.compressed
+            assert isinstance(weight, GridWeight)
+            layer.made[self.name] = pack_grid(weight, layer.stored_weight()["codes"])
+        packed = layer.made[self.name]
+        few = few_rows(packed, layer.lora_A, layer.lora_B, layer.bias)
+        tiled = many_rows(packed)
+        many = with_path(lambda _, x: tiled(x))
+        return lambda layer, x: few(x) if x.numel() <= CPU_ROWS * layer.in_features else many(layer, x)
 
 
 class Dense(Backend):
@@ -175,7 +179,7 @@ class Tiles(Backend):
         return with_path(in_tiles)
 
 
-BACKENDS: dict[str, Backend] = {one.name: one for one in (Triton(), Numba(), Int4(), Dense(), Tiles())}
+BACKENDS: dict[str, Backend] = {one.name: one for one in (Triton(), Int4(), Numba(), Dense(), Tiles())}
 
 
 def check_backend(name: str) -> None:

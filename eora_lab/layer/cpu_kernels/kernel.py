@@ -25,12 +25,14 @@ from eora_lab.layer.cpu_kernels.vectors import (
     pointer,
     scale,
     spread,
+    store_codes,
     sums,
     zeros,
 )  # fmt: skip
 
 CALL = types.CPointer(from_dtype(np.dtype(Call)))
 BLOCK = 4  # rows of x that share the unpacking
+TOGETHER = 16  # outputs for which such rows stay in the cache
 barrier = types.ExternalFunction("eora_lab_barrier", types.void())
 thread_number = types.ExternalFunction("eora_lab_thread_number", types.int32())
 
@@ -66,6 +68,14 @@ def totals_of(call, step):
 def down_of(call, step):
     """Where A x lies."""
     return totals_of(call, step) + 4 * call.padded * call.blocks * LANES
+
+
+@njit
+def codes_of(call, out):
+    """Where the codes of an output lie."""
+    if out < call.safe:
+        return call.codes + out * call.code_stride
+    return call.last + (out - call.safe) * call.last_stride
 
 
 @njit
@@ -120,44 +130,58 @@ def up(call, step, outputs, zero, bits, groups, steps):
     code_bytes, length, blocks, rank = step * bits // 8, length_of(call, step), call.blocks, call.rank
     ordered, totals, down = call.scratch, totals_of(call, step), down_of(call, step)
     rows, padded, width, half, has_bias = call.rows, call.padded, call.outputs, call.half, call.bias != 0
-    for out in outputs:
-        start = call.codes + out * call.code_stride
-        if out >= call.safe:
-            start = call.last + (out - call.safe) * call.last_stride
+    for first in range(outputs.start, outputs.stop, TOGETHER):
         for row in range(0, padded, len(zero)):
-            scaled, shifted, codes, x = zero, zero, start, ordered + 4 * row * length
-            here, grid = totals + 4 * LANES * row * blocks, 4 * out * call.grid_stride
-            scales, offsets = call.scales + grid, call.offsets + grid
-            for _ in range(blocks):
-                part = zero
-                for _ in range(call.steps if steps == 0 else steps):
-                    part = add_codes(part, codes, x, 4 * length, bits)
-                    codes += code_bytes
-                    x += 4 * step
-                scaled = scale(scaled, part, spread(scales, groups))
-                shifted = add_products(shifted, spread(offsets, groups), here, 4 * LANES * blocks)
-                scales += 4 * groups
-                offsets += 4 * groups
-                here += 4 * LANES
-            shifted = add_path(shifted, call.half_path, call.B, out * rank, down + 4 * row * rank, rank, rank)
-            found = sums(add(scaled, shifted))
-            for r in range(min(len(zero), rows - row)):
-                value = found[r] + bias[out] if has_bias else found[r]
-                if half:
-                    y16[(row + r) * width + out] = rounded(value)
-                else:
-                    y[(row + r) * width + out] = value
+            for out in range(first, min(first + TOGETHER, outputs.stop)):
+                scaled, shifted, codes, x = zero, zero, codes_of(call, out), ordered + 4 * row * length
+                here, grid = totals + 4 * LANES * row * blocks, 4 * out * call.grid_stride
+                scales, offsets = call.scales + grid, call.offsets + grid
+                for _ in range(blocks):
+                    part = zero
+                    for _ in range(call.steps if steps == 0 else steps):
+                        part = add_codes(part, codes, x, 4 * length, bits)
+                        codes += code_bytes
+                        x += 4 * step
+                    scaled = scale(scaled, part, spread(scales, groups))
+                    shifted = add_products(shifted, spread(offsets, groups), here, 4 * LANES * blocks)
+                    scales += 4 * groups
+                    offsets += 4 * groups
+                    here += 4 * LANES
+                shifted = add_path(shifted, call.half_path, call.B, out * rank, down + 4 * row * rank, rank, rank)
+                found = sums(add(scaled, shifted))
+                for r in range(min(len(zero), rows - row)):
+                    value = found[r] + bias[out] if has_bias else found[r]
+                    if half:
+                        y16[(row + r) * width + out] = rounded(value)
+                    else:
+                        y[(row + r) * width + out] = value
+
+
+@njit
+def unpack(call, step, outputs, bits, groups):
+    """Rows of W^, their channels in the order of the codes."""
+    literally(bits)
+    literally(groups)
+    for out in outputs:
+        codes, y = codes_of(call, call.first + out), call.y + 4 * out * length_of(call, step)
+        for block in range(call.blocks):
+            grid = 4 * ((call.first + out) * call.grid_stride + block * groups)
+            factor, summand = spread(call.scales + grid, groups), spread(call.offsets + grid, groups)
+            for _ in range(call.steps):
+                store_codes(y, codes, factor, summand, bits)
+                codes += step * bits // 8
+                y += 4 * step
 
 
 @lru_cache
-def kernel(bits: int, groups: int, steps: int):
-    """The product for codes of some bits, where a step spans so many groups, or a part of one.
+def product_kernel(bits: int, groups: int, steps: int):
+    """y = W^ x + B (A x) + bias for codes of some bits, where a step spans so many groups, or a part of one.
 
-    It is compiled in some two seconds, once for a processor: numba keeps it in its cache.
+    steps: of a block, which are then unrolled; 0: any number.
     """
     step, sources = LANES * FIELDS[bits], sources_sum()
 
-    def whole(calls):
+    def product(calls):
         """What every thread of a team does."""
         _ = sources  # part of what numba finds the function by
         call = carray(calls, 1)[0]
@@ -177,10 +201,30 @@ def kernel(bits: int, groups: int, steps: int):
         else:
             up(call, step, share(call.outputs, me, call.threads), zeros(BLOCK), bits, groups, steps)
 
+    return compiled(product)
+
+
+@lru_cache
+def unpack_kernel(bits: int, groups: int):
+    """y = `rows` rows of W^ from `first` on, as `product_kernel` is made."""
+    step, sources = LANES * FIELDS[bits], sources_sum()
+
+    def rows_of(calls):
+        """What every thread of a team does."""
+        _ = sources
+        call = carray(calls, 1)[0]
+        me = thread_number() if call.threads > 1 else 0
+        unpack(call, step, share(call.rows, me, call.threads), bits, groups)
+
+    return compiled(rows_of)
+
+
+def compiled(function) -> int:
+    """The address of its machine code: made in some two seconds, once for a processor, and kept in numba's cache."""
     try:
-        return cfunc(types.void(CALL), cache=True)(whole)
+        return cfunc(types.void(CALL), cache=True)(function).address
     except RuntimeError:  # there is no folder that numba may write to
-        return cfunc(types.void(CALL))(whole)
+        return cfunc(types.void(CALL))(function).address
 
 
 def sources_sum() -> int:

@@ -9,7 +9,8 @@ import torch
 
 FIELDS = (
     "x y scratch place codes last scales offsets A B factor bias"  # addresses
-    " rows padded half threads features outputs safe code_stride last_stride grid_stride blocks steps rank half_path"
+    " first rows padded half threads features outputs safe code_stride last_stride grid_stride"
+    " blocks steps rank half_path"
 )
 
 
@@ -48,3 +49,13 @@ def openmp() -> ctypes.CDLL | None:
     for name in ("eora_lab_barrier", "eora_lab_thread_number"):
         binding.add_symbol(name, ctypes.cast(alone, ctypes.c_void_p).value)
     return None
+
+
+def run(function: int, call: Call) -> None:
+    """Call compiled code on torch's threads, or on one where they cannot be had."""
+    library = openmp()
+    call.threads = torch.get_num_threads() if library else 1
+    if library:
+        library.GOMP_parallel(function, ctypes.addressof(call), call.threads, 0)
+    else:
+        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(ctypes.addressof(call))

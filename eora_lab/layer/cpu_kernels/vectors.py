@@ -124,17 +124,12 @@ def add_products(typing, totals, a, address, stride):
 @intrinsic(prefer_literal=True)
 def add_codes(typing, totals, codes, address, stride, bits):
     """totals[r] + the codes of sixteen lanes times x[r], field by field; x[r] lies r strides behind the address."""
-    width = bits.literal_value
-    fields = FIELDS[width]
 
     def make(context, builder, signature, arguments):
         totals, codes, address, stride, _ = arguments
-        totals, words = unpacked(builder, totals), lanes_of(builder, codes, width * fields // 8)
-        for field in range(fields):
-            code = words if field == 0 else builder.lshr(words, constant(width * field))
-            if field < fields - 1:
-                code = builder.and_(code, constant(2**width - 1))
-            value, row = builder.sitofp(code, FLOATS), address
+        totals = unpacked(builder, totals)
+        for value in numbers(builder, codes, bits.literal_value):
+            row = address
             for r in range(len(totals)):
                 totals[r] = add_product(builder, totals[r], value, read(builder, row, FLOATS))
                 row = builder.add(row, stride)
@@ -142,6 +137,21 @@ def add_codes(typing, totals, codes, address, stride, bits):
         return context.make_tuple(builder, signature.return_type, totals)
 
     return totals(totals, types.int64, types.int64, types.int64, bits), make
+
+
+@intrinsic(prefer_literal=True)
+def store_codes(typing, address, codes, factor, summand, bits):
+    """factor codes + summand of sixteen lanes, field by field."""
+
+    def make(context, builder, signature, arguments):
+        address, codes, factor, summand, _ = arguments
+        for value in numbers(builder, codes, bits.literal_value):
+            place = builder.inttoptr(address, ir.PointerType(FLOATS))
+            builder.store(add_product(builder, summand, value, factor), place, align=4)
+            address = builder.add(address, ir.Constant(address.type, 4 * LANES))
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, VECTOR, VECTOR, bits), make
 
 
 @intrinsic
@@ -190,6 +200,14 @@ def sums(typing, totals):
 def unpacked(builder, rows) -> list:
     """The elements of a tuple."""
     return [builder.extract_value(rows, i) for i in range(rows.type.count)]
+
+
+def numbers(builder, address, width: int):
+    """The codes of sixteen lanes, a vector for each field."""
+    words, mask = lanes_of(builder, address, width * FIELDS[width] // 8), constant(2**width - 1)
+    for field in range(FIELDS[width]):
+        code = builder.lshr(words, constant(width * field)) if field else words
+        yield builder.sitofp(code if field == FIELDS[width] - 1 else builder.and_(code, mask), FLOATS)
 
 
 def lanes_of(builder, address, width: int):
