@@ -22,9 +22,8 @@ from tests.test_linear import layer
 EPSILON = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
-def weight_of(draw, bits: int, out: int, features: int, generator: torch.Generator) -> GridWeight:
+def weight_of(draw, bits: int, out: int, features: int, size: int, generator: torch.Generator) -> GridWeight:
     """A grid of any kind that the kernel reads, scales over six orders of magnitude."""
-    size = draw(st.one_of(st.sampled_from([8, 16, 32, 48, 64, 96, 128, features]), st.integers(1, features + 3)))
     groups = -(-features // size)
     codes = torch.randint(2**bits, (out, features), generator=generator, dtype=torch.uint8)
     scales = 10 ** torch.empty(out, groups).uniform_(-3, 3 if draw(st.booleans()) else -2, generator=generator)
@@ -50,8 +49,8 @@ def parts_of(weight: GridWeight, x: Tensor) -> Tensor:
 
 
 @st.composite
-def cases(draw):
-    """A layer, and some rows for it."""
+def cases(draw, sizes: st.SearchStrategy[int]):
+    """A layer with groups of such sizes, and some rows for it."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     bits, dtype = (
         draw(st.sampled_from([2, 3, 4, 8])),
@@ -59,7 +58,7 @@ def cases(draw):
     )
     out, features = draw(st.integers(1, 70)), draw(st.integers(1, 300))
     rank, rows = draw(st.integers(0, 40)), draw(st.one_of(st.integers(1, 16), st.integers(17, 40)))
-    weight = weight_of(draw, bits, out, features, generator)
+    weight = weight_of(draw, bits, out, features, draw(sizes), generator)
     old = nn.Linear(features, out, bias=draw(st.booleans())).to(dtype)
     factors = (torch.randn(shape, generator=generator).half() for shape in ((rank, features), (out, rank)))
     module = CompensatedLinear(old, weight, StoredFactors(*factors), "numba")
@@ -67,9 +66,8 @@ def cases(draw):
     return module, weight, (size * torch.randn(rows, features, generator=generator)).to(dtype)
 
 
-@given(cases())
-def test_the_product_is_exact_to_rounding(case):
-    module, weight, x = case
+def check(module: CompensatedLinear, weight: GridWeight, x: Tensor) -> None:
+    """The product is exact to what rounding may cost."""
     A, B = module.lora_A.double(), module.lora_B.double()
     W = weight.dense().double()
     exact = x.double() @ W.T + x.double() @ A.T @ B.T
@@ -88,6 +86,17 @@ def test_the_product_is_exact_to_rounding(case):
         fits = exact.abs() < 65000
         y, exact, bound = y[fits], exact[fits], bound[fits]
     assert ((y.double() - exact).abs() <= bound).all()
+
+
+@given(cases(st.sampled_from([20, 64, 300])))
+def test_the_product_is_exact_to_rounding(case):
+    check(*case)
+
+
+@pytest.mark.kernels  # every kind of group is compiled
+@given(cases(st.one_of(st.sampled_from([8, 16, 32, 48, 64, 96, 128]), st.integers(1, 303))))
+def test_groups_of_any_size(case):
+    check(*case)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -166,7 +175,7 @@ def test_a_thousand_cases_as_compiled_for_other_processors(processor):
         "pytest",
         "-q",
         "--hypothesis-profile=thousand",
-        f"{__file__}::{test_the_product_is_exact_to_rounding.__name__}",
+        f"{__file__}::{test_groups_of_any_size.__name__}",
     ]
     done = subprocess.run(command, env=os.environ | names, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
