@@ -20,6 +20,7 @@ from eora_lab.layer.cpu_kernels.vectors import (
     add,
     add_codes,
     add_products,
+    fetch,
     load,
     load_half,
     pointer,
@@ -32,6 +33,7 @@ from eora_lab.layer.cpu_kernels.vectors import (
 
 CALL = types.CPointer(from_dtype(np.dtype(Call)))
 BLOCK = 4  # rows of x that share the unpacking
+AHEAD = 4096  # bytes of codes that are asked for before they are needed: what is next has not been read lately
 TOGETHER = 16  # outputs for which such rows stay in the cache
 barrier = types.ExternalFunction("eora_lab_barrier", types.void())
 thread_number = types.ExternalFunction("eora_lab_thread_number", types.int32())
@@ -140,6 +142,7 @@ def up(call, step, outputs, zero, bits, groups, steps):
                     part = zero
                     for _ in range(call.steps if steps == 0 else steps):
                         part = add_codes(part, codes, x, 4 * length, bits)
+                        fetch(codes + AHEAD)
                         codes += code_bytes
                         x += 4 * step
                     scaled = scale(scaled, part, spread(scales, groups))
@@ -147,6 +150,8 @@ def up(call, step, outputs, zero, bits, groups, steps):
                     scales += 4 * groups
                     offsets += 4 * groups
                     here += 4 * LANES
+                fetch(scales + AHEAD // 8)
+                fetch(offsets + AHEAD // 8)
                 shifted = add_path(shifted, call.half_path, call.B, out * rank, down + 4 * row * rank, rank, rank)
                 found = sums(add(scaled, shifted))
                 for r in range(min(len(zero), rows - row)):

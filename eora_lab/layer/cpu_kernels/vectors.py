@@ -77,6 +77,20 @@ def load(typing, address):
 
 
 @intrinsic
+def fetch(typing, address):
+    """Have the cache read what lies there; any address will do."""
+
+    def make(context, builder, signature, arguments):
+        pointer = ir.PointerType(BYTE)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, INT, INT, INT])
+        prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        builder.call(prefetch, [builder.inttoptr(arguments[0], pointer), INT(0), INT(3), INT(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), make
+
+
+@intrinsic
 def load_half(typing, address):
     """Sixteen neighbours in float16, that are finite."""
 
