@@ -1,6 +1,7 @@
 """Time the fused kernels beside their peers and their floors on this machine's GPU, or with --cpu on its CPU.
 
-Writes kernels/results/<gpu>.json and kernels/results/<gpu>.png/.svg; with --cpu it prints tables, in some ten minutes.
+Writes kernels/results/<gpu>.json and kernels/results/<gpu>.png/.svg; with --cpu, which takes
+some ten minutes, it prints tables and writes kernels/results/cpu.json.
 """
 
 import argparse
@@ -113,7 +114,8 @@ def main() -> None:
         if arguments.cpu:
             from kernels.bench_cpu import bench_cpu
 
-            bench_cpu(arguments.rounds)
+            command = " ".join(["python -m kernels.bench", *sys.argv[1:]])
+            write_json(RESULTS / "cpu.json", {"command": command} | bench_cpu(arguments.rounds))
             return
         result = bench(arguments.models, arguments.rank, arguments.dtypes, not arguments.no_stack)
         path = RESULTS / f"{result['gpu'].replace(' ', '-')}.json"

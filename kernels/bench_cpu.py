@@ -10,6 +10,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 
 import pandas as pd
@@ -33,6 +34,7 @@ from eora_lab.model.structure import block_linears
 SHAPES = ((4096, 4096), (14336, 4096))
 GROUP, RANK = 64, 64
 PAST_CACHE = 2**27  # bytes that turns of a layer's copies touch, more than the caches of most processors hold
+COPIES = 40  # at most
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
 PROMPT, TOKENS = "The low-rank path beside a compressed weight", 8
 ROADS = {torch.float32: ("numba", "tiles"), torch.bfloat16: ("numba", "int4", "tiles")}
@@ -83,7 +85,7 @@ def turns(module: nn.Module, nbytes: int, x: Tensor, exact: Tensor | None) -> Ca
     with torch.no_grad():
         if exact is not None and not (error := (module(x) - exact).norm() / exact.norm()) <= TOLERANCE[x.dtype]:
             raise EoraLabError(f"{module} is wrong: relative error {error:.1e} against float64")
-    modules = [module] + [copy.deepcopy(module) for _ in range(-(-PAST_CACHE // nbytes) - 1)]
+    modules = [module] + [copy.deepcopy(module) for _ in range(min(-(-PAST_CACHE // nbytes), COPIES) - 1)]
 
     def once() -> float:
         with torch.no_grad():
@@ -174,26 +176,37 @@ def time_model(rounds: int, folder: Path) -> list[dict]:
 
 
 def bench_cpu(rounds: int) -> dict:
-    """All of it, with tables as it goes."""
-    result = environment() | {"load": os.getloadavg(), "bandwidth": bandwidth(), "layers": [], "models": []}
-    print(f"{torch.get_num_threads()} threads, reading {result['bandwidth'] / 1e9:.1f} GB/s, load {os.getloadavg()}")
-    for N, K in SHAPES:
-        for bits, rank in ((4, RANK), (4, 0), (3, RANK), (3, 0)):
-            result["layers"] += time_layer(N, K, bits, rank, rounds)
-    table = pd.DataFrame(result["layers"])
-    keys = table.groupby(["layer", "bits", "rank"], sort=False)
-    for road in ("tiles, float32", "dense, float32"):
-        other = keys.apply(lambda part, road=road: part.set_index("road")["median"][road])
-        table[f"x {road}"] = other.reindex(pd.MultiIndex.from_frame(table[["layer", "bits", "rank"]])).values
-        table[f"x {road}"] /= table["median"]
-    table["of bandwidth"] = table["bytes"] / table["median"] / result["bandwidth"]
-    table[["least", "median"]] *= 1e3
-    print("milliseconds of one row", table.drop(columns="bytes").to_markdown(index=False, floatfmt=".3g"), sep="\n\n")
+    """All of it, with a table after each part."""
+    result = environment() | {"date": date.today().isoformat(), "load": os.getloadavg(), "bandwidth": bandwidth()}
+    machine, load = result["machine"], ", ".join(f"{one:.1f}" for one in result["load"])
+    print(
+        f"{machine['processor']}, {machine['threads']} threads, reads {result['bandwidth'] / 1e9:.1f} GB/s, load {load}"
+    )
+    cases = [(*shape, bits, rank) for shape in SHAPES for bits, rank in ((4, RANK), (4, 0), (3, RANK), (3, 0))]
+    result["layers"] = [row for case in tqdm(cases, desc="layers") for row in time_layer(*case, rounds)]
+    print("", "Milliseconds of one row", layer_table(result).to_markdown(index=False, floatfmt=".3g"), sep="\n\n")
     with tempfile.TemporaryDirectory() as folder:
         result["models"] = time_model(rounds, Path(folder))
-    table = pd.DataFrame(result["models"]).set_index("model")
-    table = 1 / table.rename(columns={"least": "best"})
-    table["x dense, float32"] = table["median"] / table["median"]["dense, float32"]
-    table["x dense, bfloat16"] = table["median"] / table["median"]["dense, bfloat16"]
-    print("", "tokens a second of SmolLM2-135M", table.to_markdown(floatfmt=".3g"), sep="\n\n")
+    table = model_table(result).to_markdown(index=False, floatfmt=".3g")
+    print("", "Tokens a second of SmolLM2-135M", table, sep="\n\n")
     return result
+
+
+def layer_table(result: dict) -> pd.DataFrame:
+    """Times in milliseconds, how many times as fast as unpacked tiles and dense float32, and the share of bandwidth."""
+    table = pd.DataFrame(result["layers"])
+    of_one = table.set_index("road").groupby(["layer", "bits", "rank"], sort=False)["median"]
+    for road in ("tiles, float32", "dense, float32"):
+        table[f"x {road}"] = of_one.transform(lambda times, road=road: times[road] / times).values
+    table["of bandwidth"] = table["bytes"] / table["median"] / result["bandwidth"]
+    table[["least", "median"]] *= 1e3
+    return table.drop(columns="bytes")
+
+
+def model_table(result: dict) -> pd.DataFrame:
+    """Tokens a second, and how many times as fast as dense models."""
+    table = pd.DataFrame(result["models"]).rename(columns={"least": "best"})
+    table[["best", "median"]] = 1 / table[["best", "median"]]
+    for dense in ("dense, float32", "dense, bfloat16"):
+        table[f"x {dense}"] = table["median"] / table.set_index("model")["median"][dense]
+    return table

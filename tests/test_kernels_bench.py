@@ -8,9 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from eora_lab.errors import EoraLabError
+from eora_lab.layer.linear import backends_in_use
+from eora_lab.model.structure import block_linears
+from kernels.bench_cpu import layer_table, model_table, pack, random_layer, time_layer, turns, write
 from kernels.figure import draw
 from kernels.shapes import H200, MODELS, Dimensions, floor_us
 from kernels.stack import VARIANTS, Decoder
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,4 +77,31 @@ def test_says_in_one_line_that_it_needs_a_gpu(command):
 
 def test_recorded_results_say_where_they_are_from():
     for path in (ROOT / "kernels/results").glob("*.json"):
-        assert {"gpu", "date", "command", "versions", "layers"} <= set(json.loads(path.read_text())), path
+        machine = "machine" if path.name == "cpu.json" else "gpu"
+        assert {machine, "date", "command", "versions", "layers"} <= set(json.loads(path.read_text())), path
+
+
+def test_the_cpu_bench_times_every_road_of_a_layer():
+    rows = time_layer(64, 128, 4, 8, rounds=1)
+    table = layer_table({"layers": rows, "bandwidth": 1e9})
+    both = ("numba", "tiles", "dense")
+    assert set(table["road"]) == {f"{road}, float32" for road in both} | {
+        f"{road}, bfloat16" for road in (*both, "int4")
+    }
+    assert (table[["least", "median", "of bandwidth"]] > 0).all(axis=None)
+    assert table.set_index("road")["x dense, float32"]["dense, float32"] == 1
+
+
+def test_the_cpu_bench_times_nothing_wrong():
+    layer = random_layer(64, 128, 3, 8, torch.float32)
+    with pytest.raises(EoraLabError, match="is wrong: relative error 1"):
+        turns(layer, 1000, torch.ones(1, 128), 1e6 * torch.ones(1, 64))
+
+
+def test_the_cpu_bench_packs_and_writes_with_a_model():
+    model = tiny_model("llama").eval()
+    packed = pack(model, 4, bits=3, group_size=16)
+    assert backends_in_use(packed) == {"numba": len(block_linears(model))}
+    assert write(packed, torch.ones(1, 3, dtype=torch.long)) > 0
+    rows = [{"model": name, "least": 1, "median": 2} for name in ("dense, float32", "dense, bfloat16")]
+    assert list(model_table({"models": rows})["median"]) == [0.5, 0.5]
