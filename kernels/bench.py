@@ -1,7 +1,7 @@
 """Time the fused kernels beside their peers and their floors on this machine's GPU, or with --cpu on its CPU.
 
 Writes kernels/results/<gpu>.json and kernels/results/<gpu>.png/.svg; with --cpu, which takes
-some ten minutes, it prints tables and writes kernels/results/cpu.json.
+some ten minutes, it prints tables and writes kernels/results/cpu/<processor>.json.
 """
 
 import argparse
@@ -115,7 +115,8 @@ def main() -> None:
             from kernels.bench_cpu import bench_cpu
 
             command = " ".join(["python -m kernels.bench", *sys.argv[1:]])
-            write_json(RESULTS / "cpu.json", {"command": command} | bench_cpu(arguments.rounds))
+            result = {"command": command} | bench_cpu(arguments.rounds)
+            write_json(RESULTS / "cpu" / f"{result['machine']['processor'].replace(' ', '-')}.json", result)
             return
         result = bench(arguments.models, arguments.rank, arguments.dtypes, not arguments.no_stack)
         path = RESULTS / f"{result['gpu'].replace(' ', '-')}.json"

@@ -99,6 +99,17 @@ def test_a_copy_computes_with_its_own_path():
     assert torch.allclose(third(x), before + 1, atol=1e-5) and torch.equal(module(x), before)
 
 
+@pytest.mark.parametrize("name", ["int4", "numba"])
+def test_another_path_leaves_what_was_made_of_the_weight(name):
+    module, x = layer(dtype=torch.bfloat16), torch.ones(8, 128).bfloat16()
+    module.backend = name
+    module(x)
+    made = module.made[name]
+    module.set_factors(StoredFactors(torch.zeros(0, 128), torch.zeros(96, 0)))
+    exact = x.double() @ module.dense(torch.float64).T + module.bias.double()
+    assert (module(x) - exact).norm() < 8e-3 * exact.norm() and module.made[name] is made
+
+
 def test_a_layer_is_freed_when_nobody_holds_it():
     gc.disable()
     try:

@@ -5,6 +5,7 @@ import os
 import platform
 import subprocess
 import sys
+from functools import lru_cache
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from eora_lab.compensate.factors import StoredFactors
 from eora_lab.compress import GridWeight
 from eora_lab.errors import EoraLabError
 from eora_lab.layer.backends import CPU_ROWS
+from eora_lab.layer.cpu_kernels import team
 from eora_lab.layer.linear import CompensatedLinear
 from tests.test_linear import layer
 
@@ -162,6 +164,22 @@ def test_threads_change_nothing():
             assert torch.equal(module(x), alone)
     finally:
         torch.set_num_threads(threads)
+
+
+def test_one_thread_where_those_of_torch_cannot_be_had(monkeypatch):
+    module, x = layer(), torch.ones(20, 128)
+    alone, many = module(x[:1]), module(x)
+    monkeypatch.setattr(team, "libraries", lambda: iter(["none.so"]))
+    monkeypatch.setattr(team, "openmp", lru_cache(team.openmp.__wrapped__))
+    assert torch.equal(module(x[:1]), alone) and torch.equal(module(x), many) and team.openmp() is None
+
+
+def test_fewer_threads_than_were_asked_for():
+    code = """import torch; from tests.test_linear import layer
+module, x = layer(out=1000), torch.ones(3, 128); torch.set_num_threads(4)
+y = module(x); torch.set_num_threads(1); assert torch.equal(module(x), y) and module.backend_for(3) == "numba" """
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"OMP_THREAD_LIMIT": "1"}, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @pytest.mark.kernels

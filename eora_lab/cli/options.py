@@ -22,7 +22,7 @@ class Loading:
     device: str = "cpu"
     """cpu or cuda"""
     backend: str = "auto"
-    """who multiplies a run folder's compressed layers: auto (the first that can), triton, int4 or tiles"""
+    """who multiplies a run folder's compressed layers: auto (the first that can), triton, numba, int4 or tiles"""
     base: str | None = None
     """the base model of a run folder, where it is no longer in its place"""
 

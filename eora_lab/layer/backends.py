@@ -113,15 +113,16 @@ class Int4(Backend):
         return rows not in INT4_ROWS
 
     def prepare(self, layer: PackedLayer) -> Product:
-        weight = layer.compressed
-        assert isinstance(weight, GridWeight)
-        scales = weight.scales.float()
-        middle = (8 - zero_points(weight.scales, weight.offsets)) * scales  # the weight of code 8
-        grids = torch.stack([scales, middle], dim=-1).transpose(0, 1).contiguous().bfloat16()  # (groups, out, 2)
-        packed = torch._convert_weight_to_int4pack_for_cpu(weight.codes.int(), 1)
-
-        group_size = weight.group_size
-        return with_path(lambda _, x: torch._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group_size, grids))
+        if self.name not in layer.made:
+            weight = layer.compressed
+            assert isinstance(weight, GridWeight)
+            scales = weight.scales.float()
+            middle = (8 - zero_points(weight.scales, weight.offsets)) * scales  # the weight of code 8
+            grids = torch.stack([scales, middle], dim=-1).transpose(0, 1).contiguous().bfloat16()  # (groups, out, 2)
+            packed = torch._convert_weight_to_int4pack_for_cpu(weight.codes.int(), 1)
+            layer.made[self.name] = packed, weight.group_size, grids
+        made = layer.made[self.name]
+        return with_path(lambda _, x: torch._weight_int4pack_mm_for_cpu(x.contiguous(), *made))
 
 
 class Numba(Backend):

@@ -37,6 +37,7 @@ AHEAD = 4096  # bytes of codes that are asked for before they are needed: what i
 TOGETHER = 16  # outputs for which such rows stay in the cache
 barrier = types.ExternalFunction("eora_lab_barrier", types.void())
 thread_number = types.ExternalFunction("eora_lab_thread_number", types.int32())
+thread_count = types.ExternalFunction("eora_lab_thread_count", types.int32())  # fewer than asked for, it may be
 
 
 @njit
@@ -190,21 +191,21 @@ def product_kernel(bits: int, groups: int, steps: int):
         """What every thread of a team does."""
         _ = sources  # part of what numba finds the function by
         call = carray(calls, 1)[0]
-        me = thread_number() if call.threads > 1 else 0
-        gather(call, step, share(call.blocks, me, call.threads))
-        if call.threads > 1:
+        me, threads = (thread_number(), thread_count()) if call.threads > 1 else (0, 1)
+        gather(call, step, share(call.blocks, me, threads))
+        if threads > 1:
             barrier()
         if call.rank:
             if call.padded == 1:
-                down(call, step, share(call.rank, me, call.threads), zeros(1))
+                down(call, step, share(call.rank, me, threads), zeros(1))
             else:
-                down(call, step, share(call.rank, me, call.threads), zeros(BLOCK))
-            if call.threads > 1:
+                down(call, step, share(call.rank, me, threads), zeros(BLOCK))
+            if threads > 1:
                 barrier()
         if call.padded == 1:
-            up(call, step, share(call.outputs, me, call.threads), zeros(1), bits, groups, steps)
+            up(call, step, share(call.outputs, me, threads), zeros(1), bits, groups, steps)
         else:
-            up(call, step, share(call.outputs, me, call.threads), zeros(BLOCK), bits, groups, steps)
+            up(call, step, share(call.outputs, me, threads), zeros(BLOCK), bits, groups, steps)
 
     return compiled(product)
 
@@ -218,8 +219,8 @@ def unpack_kernel(bits: int, groups: int):
         """What every thread of a team does."""
         _ = sources
         call = carray(calls, 1)[0]
-        me = thread_number() if call.threads > 1 else 0
-        unpack(call, step, share(call.rows, me, call.threads), bits, groups)
+        me, threads = (thread_number(), thread_count()) if call.threads > 1 else (0, 1)
+        unpack(call, step, share(call.rows, me, threads), bits, groups)
 
     return compiled(rows_of)
 

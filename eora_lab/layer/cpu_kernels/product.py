@@ -32,7 +32,7 @@ def few_rows(
     A = F.pad(A[:, weight.place.clamp(min=0)] * (weight.place >= 0), (0, 0, 0, rank - len(A)))
     B, factor = (F.pad(t, (0, rank - t.shape[-1])).contiguous() for t in (B, factor))
     tensors = {"A": A, "B": B, "factor": factor} | ({} if bias is None else {"bias": bias.float().contiguous()})
-    fixed = call_of(weight, **tensors)
+    fixed = _call_of(weight, **tensors)
     fixed.features, fixed.rank, fixed.half_path = in_features, rank, A.dtype == torch.float16
     numbers = len(weight.place) + weight.blocks * LANES + rank  # of scratch, for a row of x
 
@@ -65,7 +65,7 @@ def many_rows(weight: PackedGrid) -> Product:
     openmp()
     from eora_lab.layer.cpu_kernels.kernel import unpack_kernel
 
-    function, fixed, length = unpack_kernel(weight.bits, weight.groups), call_of(weight), len(weight.place)
+    function, fixed, length = unpack_kernel(weight.bits, weight.groups), _call_of(weight), len(weight.place)
     height = max(TILE // length, 64)
     place, nowhere = weight.place.clamp(min=0), weight.place < 0
 
@@ -86,7 +86,7 @@ def many_rows(weight: PackedGrid) -> Product:
     return product
 
 
-def call_of(weight: PackedGrid, **more: Tensor) -> Call:
+def _call_of(weight: PackedGrid, **more: Tensor) -> Call:
     """What the kernels are told of a weight, and of tensors beside it."""
     tensors = {name: getattr(weight, name) for name in ("place", "codes", "last", "scales", "offsets")} | more
     return Call(

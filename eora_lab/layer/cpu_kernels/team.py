@@ -29,6 +29,9 @@ def libraries() -> Iterator[str]:
         yield from sorted(path for path in loaded if Path(path).name.startswith(("libgomp", "libiomp", "libomp")))
 
 
+SYMBOLS = {"barrier": "GOMP_barrier", "thread_number": "omp_get_thread_num", "thread_count": "omp_get_num_threads"}
+
+
 @lru_cache
 def openmp() -> ctypes.CDLL | None:
     """The library whose threads torch uses, where it speaks GCC's interface; its functions get names for the kernel."""
@@ -37,18 +40,17 @@ def openmp() -> ctypes.CDLL | None:
     for path in libraries():
         try:
             library = ctypes.CDLL(path)
-            names = {"eora_lab_barrier": library.GOMP_barrier, "eora_lab_thread_number": library.omp_get_thread_num}
+            functions = {name: getattr(library, symbol) for name, symbol in SYMBOLS.items()}
             library.GOMP_parallel.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
             library.GOMP_parallel.restype = None
         except (OSError, AttributeError):
             continue
-        for name, function in names.items():
-            binding.add_symbol(name, ctypes.cast(function, ctypes.c_void_p).value)
-        return library
-    alone = ctypes.pythonapi.Py_IsInitialized  # never called: one thread needs neither
-    for name in ("eora_lab_barrier", "eora_lab_thread_number"):
-        binding.add_symbol(name, ctypes.cast(alone, ctypes.c_void_p).value)
-    return None
+        break
+    else:
+        library, functions = None, dict.fromkeys(SYMBOLS, ctypes.pythonapi.Py_IsInitialized)  # one thread calls none
+    for name, function in functions.items():
+        binding.add_symbol(f"eora_lab_{name}", ctypes.cast(function, ctypes.c_void_p).value)
+    return library
 
 
 def run(function: int, call: Call) -> None:
