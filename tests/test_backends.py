@@ -99,6 +99,32 @@ def test_a_copy_computes_with_its_own_path():
     assert torch.allclose(third(x), before + 1, atol=1e-5) and torch.equal(module(x), before)
 
 
+@pytest.mark.parametrize("name", ["int4", "numba", "tiles"])
+def test_a_buffer_that_is_written_to_counts_at_once(name):
+    module, x = layer(dtype=torch.bfloat16), torch.ones(8, 128).bfloat16()
+    module.backend = name
+    for change in (
+        lambda: module.lora_A.mul_(-2),
+        lambda: setattr(module, "lora_B", module.lora_B * 3),
+        lambda: module.bias.requires_grad_(False).add_(5),
+        lambda: module.scales.mul_(2),
+        lambda: module.load_state_dict(layer(dtype=torch.bfloat16).state_dict()),
+    ):
+        module(x)
+        change()
+        exact = x.double() @ (module.dense(torch.float64) + module.lora_B.double() @ module.lora_A.double()).T
+        exact += module.bias.double()
+        assert (module(x) - exact).norm() < 1e-2 * exact.norm()
+
+
+def test_a_layer_that_is_made_in_inference_mode():
+    with torch.inference_mode():
+        module, x = layer(), torch.ones(1, 128)
+        exact = x @ (module.dense() + module.lora_B @ module.lora_A).T + module.bias
+        torch.testing.assert_close(module(x), exact)
+    torch.testing.assert_close(module(x), exact.clone())
+
+
 @pytest.mark.parametrize("name", ["int4", "numba"])
 def test_another_path_leaves_what_was_made_of_the_weight(name):
     module, x = layer(dtype=torch.bfloat16), torch.ones(8, 128).bfloat16()

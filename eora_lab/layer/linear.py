@@ -51,6 +51,15 @@ class CompensatedLinear(PackedLayer):
         if weight:
             self.made: dict[str, Any] = {}
             self._sample: Compressed | None = None
+        self._made_of = self._stamp(), list(self._buffers.values())  # held, so that no other buffer gets their ids
+
+    def _stamp(self) -> list[tuple[int, int]]:
+        """It changes when a buffer is written to, or another put in its place."""
+        buffers = [tensor for tensor in self._buffers.values() if tensor is not None]
+        try:
+            return [(id(tensor), tensor._version) for tensor in buffers]
+        except RuntimeError:  # what is made in inference mode does not count how often it is written to
+            return [(id(tensor), 0) for tensor in buffers]
 
     def set_factors(self, factors: StoredFactors) -> None:
         """Put another low-rank path beside the same compressed weight. Of rank 0: none."""
@@ -117,6 +126,8 @@ class CompensatedLinear(PackedLayer):
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Raises EoraLabError when a backend is asked for that does not take this layer."""
+        if self._stamp() != self._made_of[0]:
+            self._forget()
         gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, self.lora_A, self.lora_B))
         rows = max(x.numel() // self.in_features, 1)
         key = (x.dtype, gradients, (rows - 1).bit_length(), self.backend, self.keep_dense)
@@ -137,7 +148,7 @@ class CompensatedLinear(PackedLayer):
 
     def __getstate__(self) -> dict:
         """A copy makes its own products."""
-        return self.__dict__ | {"_products": {}, "_chosen": {}, "made": {}, "_sample": None}
+        return self.__dict__ | {"_products": {}, "_chosen": {}, "made": {}, "_sample": None, "_made_of": ([], [])}
 
     def extra_repr(self) -> str:
         """What torch prints of the layer."""

@@ -10,13 +10,11 @@ from pathlib import Path
 from zlib import crc32
 
 import numpy as np
-from numba import carray, cfunc, from_dtype, literally, njit
-from numba.core import types
+from numba import carray, cfunc, from_dtype, literally, njit, types
 
+from eora_lab.layer.cpu_kernels.packed import FIELDS, LANES
 from eora_lab.layer.cpu_kernels.team import Call
 from eora_lab.layer.cpu_kernels.vectors import (
-    FIELDS,
-    LANES,
     add,
     add_codes,
     add_products,

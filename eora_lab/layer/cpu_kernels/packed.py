@@ -11,7 +11,7 @@ from torch import Tensor
 from eora_lab.compress import Compressed, GridWeight
 from eora_lab.compress.packing import pack
 
-LANES = 16  # of a vector; `vectors.py`, which needs numba, says the same
+LANES = 16  # of a vector
 FIELDS = {2: 4, 3: 8, 4: 2, 8: 1}  # bits -> codes in a lane: as many as fill whole bytes
 EXTRA = 8  # bytes that the kernel may read behind those it needs
 

@@ -45,13 +45,8 @@ def few_rows(
             return y
         padded = 1 if rows == 1 else -(-rows // BLOCK) * BLOCK
         x, scratch, call = x.contiguous(), torch.empty(padded * numbers), Call.from_buffer_copy(fixed)
-        call.x, call.y, call.scratch, call.rows, call.padded = (
-            x.data_ptr(),
-            y.data_ptr(),
-            scratch.data_ptr(),
-            rows,
-            padded,
-        )
+        call.x, call.y, call.scratch = x.data_ptr(), y.data_ptr(), scratch.data_ptr()
+        call.rows, call.padded = rows, padded
         call.half = x.dtype is torch.bfloat16
         run(function, call)
         return y
@@ -115,4 +110,4 @@ def path(
     for whole, half, power in ((A, A16, powers[0][:, None]), (B, B16, powers[1])):
         if not ((half.float() - whole * power).abs() <= FAINT * 2**15).all():
             return A, B, torch.ones(len(A))
-    return A16, B16, 1 / (powers[0] * powers[1])
+    return A16, B16, 1 / powers[0] / powers[1]

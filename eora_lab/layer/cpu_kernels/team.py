@@ -15,7 +15,7 @@ FIELDS = (
 
 
 class Call(ctypes.Structure):
-    """What the kernel is told. `whole` in kernel.py reads it."""
+    """What the kernel is told. `kernel.py` reads it by these names."""
 
     _fields_ = [(name, ctypes.c_int64) for name in FIELDS.split()]
 

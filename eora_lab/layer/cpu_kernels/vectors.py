@@ -4,12 +4,13 @@ LLVM makes of them what the processor has: AVX-512, two registers of AVX2, four 
 """
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba import types
+from numba.core import cgutils
 from numba.core.datamodel import models, register_default
 from numba.extending import intrinsic
 
-LANES = 16
-FIELDS = {2: 4, 3: 8, 4: 2, 8: 1}  # bits -> codes in a lane: as many as fill whole bytes
+from eora_lab.layer.cpu_kernels.packed import FIELDS, LANES
+
 FLOAT, INT, BYTE = ir.FloatType(), ir.IntType(32), ir.IntType(8)
 FLOATS, INTS = ir.VectorType(FLOAT, LANES), ir.VectorType(INT, LANES)
 
