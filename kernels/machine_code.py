@@ -2,7 +2,7 @@
 
 Since Volta an instruction is 128 bits, and the compiler schedules: bits 105 to 125 tell the processor for how many
 cycles to wait before the next instruction of the warp, which of six barriers the result of a load sets, and which
-barriers to wait for first (Jia et al., 2018, "Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking", 2.1).
+barriers to wait for first (Jia et al. 2018, "Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking").
 """
 
 import re
@@ -17,7 +17,7 @@ NO_BARRIER = 7
 
 @dataclass(frozen=True)
 class Instruction:
-    """name: with its suffixes. stall: cycles until the warp's next one. sets: a barrier, or 7. waits: a set of barriers.
+    """name: with its suffixes. stall: cycles until the warp's next one. sets: a barrier, or 7. waits: for barriers.
     target: the label it may jump to."""
 
     name: str

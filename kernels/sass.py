@@ -72,7 +72,8 @@ def compile_kernel(
     kernel = KERNELS[name]
     constants = {
         "BITS": bits, "GROUP": group, "HAS_BIAS": bias, "EVEN_K": even_k, "SPLIT_K": config.split_k,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": config.block_r, "STAGES": config.num_stages, "PDL": config.pdl, "PATHS": paths,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_R": config.block_r, "STAGES": config.num_stages,
+        "PDL": config.pdl, "PATHS": paths,
     }  # fmt: skip
     if name == "down":
         constants["GROUP"] = group or 128

@@ -1,8 +1,8 @@
 """Choose block sizes for this machine's GPU and write them where the package finds them.
 
 For every shape, by default those of layers as the default recipe makes them (groups of 64, float32 grids, rank 64),
-candidates are compiled ahead; those that spill are dropped; the others are timed on weights that rotate past L2, and the
-fastest is kept, with the rule's choice among them. Many rows also compare with cuBLAS on the weight made dense. The
+candidates are compiled ahead; those that spill are dropped; the others are timed on weights that rotate past L2, and
+the fastest is kept, with the rule's choice among them. Many rows also compare with cuBLAS on the weight made dense. The
 file is written after every shape, and shapes that it has are passed over, so that a stopped run goes on where it was.
 """
 
@@ -19,7 +19,7 @@ from tqdm import tqdm
 from eora_lab.errors import EoraLabError
 from eora_lab.files import write_json
 from eora_lab.layer.triton_kernels import FusedWeight
-from eora_lab.layer.triton_kernels.configs import SPLITS, Config, Gpu, bucket, key, rule, tuned_path
+from eora_lab.layer.triton_kernels.configs import SPLITS, Config, Gpu, bucket, gpu_of, key, rule, tuned_path
 from eora_lab.layer.triton_kernels.launch import launch
 from eora_lab.layer.triton_kernels.ptx import PLANES
 from kernels.peers import GROUP, Layer
@@ -101,8 +101,7 @@ def main() -> None:
 def tune(arguments: argparse.Namespace) -> None:
     device = require_gpu()
     properties = torch.cuda.get_device_properties(device)
-    shared = properties.shared_memory_per_multiprocessor
-    gpu = Gpu(properties.multi_processor_count, 10 * properties.major + properties.minor, shared)
+    gpu = gpu_of(device)
     shapes = set()
     for model in arguments.models:
         linears = MODELS[model].linears
@@ -114,12 +113,10 @@ def tune(arguments: argparse.Namespace) -> None:
     path = tuned_path(properties.name, triton.__version__)
     result = json.loads(path.read_text()) if path.is_file() else {"choices": {}, "us": {}, "rule_us": {}}
     for N, K, bits, dtype in tqdm(work):
-        names = {
-            rows: key(rows, N, K, bits, arguments.group, arguments.rank, f"torch.{dtype}") for rows in arguments.rows
-        }
+        kind, shape = getattr(torch, dtype), (N, K, bits, arguments.group, arguments.rank)
+        names = {rows: key(rows, *shape, f"torch.{dtype}") for rows in arguments.rows}
         if all(name in result["choices"] for name in names.values()):
             continue
-        kind = getattr(torch, dtype)
         count = copies_past_cache(N * K * bits // 8, device)
         weights = [
             Layer.random(N, K, bits, arguments.rank, device, kind, arguments.group).fused() for _ in range(count)

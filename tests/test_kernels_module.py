@@ -145,11 +145,11 @@ def test_sizes_that_do_not_fit_are_refused():
 
 def test_rows_that_are_packed_part_by_part_give_the_same_layer():
     compressed, A, B, b = layer(out_features=300, zero_point="integer")
-    cut = (
-        lambda start, stop: replace(  # noqa: E731
-            compressed, **{name: getattr(compressed, name)[start:stop] for name in ("codes", "scales", "offsets")}
-        )
-    )
+
+    def cut(start, stop):
+        rows = {name: getattr(compressed, name)[start:stop] for name in ("codes", "scales", "offsets")}
+        return replace(compressed, **rows)
+
     whole, parts = fused_weight(compressed, A, B, b), fused_rows([cut(0, 128), cut(128, 256), cut(256, 300)], A, B, b)
     for name, tensor in whole.tensors().items():
         assert torch.equal(tensor, getattr(parts, name)), name

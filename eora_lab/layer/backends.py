@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from eora_lab.compress import Compressed, GridWeight, zero_points
 from eora_lab.errors import EoraLabError, unknown
 from eora_lab.layer.cpu_kernels import few_rows, many_rows, pack_grid, why_not_packed
-from eora_lab.layer.triton_kernels import FusedLinear, fused_weight, why_not_fused, why_not_triton
+from eora_lab.layer.row_paths import RowPaths
+from eora_lab.layer.triton_kernels import FusedLinear, fused_rows, rows_at_once, why_not_fused, why_not_triton
 
 AUTO = "auto"
 TILE = 2**18  # weights that are dense at once, on the CPU; they stay in its cache
@@ -37,6 +38,7 @@ class PackedLayer(nn.Module, ABC):
     lora_B: Tensor  # (out, rank)
     bias: Tensor | None
     keep_dense: bool  # W^ may stay dense for a while
+    row_paths: RowPaths | None  # of a batch whose texts have a path each; the layer's own is then of rank 0
     made: dict[str, Any]  # what backends made of W^ alone, by their names: it stays when the path changes
 
     @property
@@ -54,6 +56,10 @@ class PackedLayer(nn.Module, ABC):
         """Some rows of W^, unpacked."""
 
     @abstractmethod
+    def rest(self) -> None:
+        """Let W^ as it is stored wait in the memory of the host: a backend holds it in its own order."""
+
+    @abstractmethod
     def stored_weight(self) -> dict[str, Tensor]:
         """W^ as a file holds it."""
 
@@ -62,6 +68,7 @@ class Backend(ABC):
     """One way to multiply."""
 
     name: str
+    by_row = False  # whether its product adds the paths of `row_paths`; else the layer does
 
     @abstractmethod
     def why_not(self, layer: PackedLayer, x: Shaped[Tensor, "... in"], gradients: bool) -> str | None:
@@ -78,9 +85,10 @@ class Backend(ABC):
 
 
 class Triton(Backend):
-    """The fused kernel for NVIDIA GPUs. It holds W^ once more, in its own order."""
+    """The fused kernels for NVIDIA GPUs, for any number of rows. W^ lies on the GPU in their order alone."""
 
     name = "triton"
+    by_row = True
 
     def why_not(self, layer: PackedLayer, x: Shaped[Tensor, "... in"], gradients: bool) -> str | None:
         if missing := why_not_triton(layer.lora_A.device, layer.lora_A.dtype):
@@ -88,9 +96,16 @@ class Triton(Backend):
         return "it has no backward pass" if gradients else why_not_fused(layer.sample, layer.lora_A.dtype)
 
     def prepare(self, layer: PackedLayer) -> Product:
-        weight = fused_weight(layer.compressed, layer.lora_A, layer.lora_B, layer.bias, layer.lora_A.dtype)
-        fused = FusedLinear(weight.to(layer.lora_A.device))
-        return lambda _, x: fused(x)
+        if self.name not in layer.made:
+            step, stop = rows_at_once(layer.in_features), layer.out_features
+            parts = (layer.rows(start, min(start + step, stop)) for start in range(0, stop, step))
+            nothing = layer.lora_A[:0], layer.lora_B[:, :0]
+            layer.made[self.name] = fused_rows(parts, *nothing, layer.bias, layer.lora_A.dtype)
+            layer.rest()
+        rows = layer.row_paths
+        paths = rows.paths if rows and rows.paths else ((layer.lora_A, layer.lora_B),)
+        fused = FusedLinear(layer.made[self.name].with_paths(paths))
+        return lambda layer, x: fused(x, layer.row_paths.of_rows(x) if layer.row_paths else None)
 
 
 class Int4(Backend):

@@ -13,7 +13,8 @@ from eora_lab.compensate.factors import StoredFactors
 from eora_lab.compress import Compressed
 from eora_lab.compress.storage import UNCOUNTED, tagged_state_dict, weight_from_state_dict
 from eora_lab.errors import EoraLabError
-from eora_lab.layer.backends import AUTO, PackedLayer, Product, check_backend, choose
+from eora_lab.layer.backends import AUTO, BACKENDS, PackedLayer, Product, check_backend, choose
+from eora_lab.layer.row_paths import RowPaths
 
 
 class CompensatedLinear(PackedLayer):
@@ -30,6 +31,7 @@ class CompensatedLinear(PackedLayer):
         super().__init__()
         check_backend(backend)
         self.backend, self.keep_dense = backend, False
+        self.row_paths: RowPaths | None = None
         self.transposed = getattr(old, "transposed", False)  # as files hold the original (`Conv1DLinear`)
         self.out_features, self.in_features = compressed.shape
         self.bits, self.factors = compressed.bits, factors
@@ -67,6 +69,16 @@ class CompensatedLinear(PackedLayer):
         self.factors, self.lora_A, self.lora_B = factors, A.to(self.lora_A), B.to(self.lora_B)
         self._forget(weight=False)
 
+    def set_row_paths(self, paths: RowPaths | None) -> None:
+        """Give the texts of the next batches a low-rank path each, while the layer has none (rank 0); None: no more."""
+        self.row_paths = paths
+        self._forget(weight=False)
+
+    def rest(self) -> None:
+        """Let the packed tensors wait in the memory of the host; `rows` still gives them on the layer's device."""
+        for name in self._packed:
+            setattr(self, name, getattr(self, name).cpu())
+
     @property
     def rank(self) -> int:  # type: ignore[override]
         """Of the low-rank path; 0: there is none."""
@@ -92,7 +104,7 @@ class CompensatedLinear(PackedLayer):
 
     def rows(self, start: int, stop: int) -> Compressed:
         """Some rows of W^, unpacked."""
-        packed = {name: getattr(self, name)[start:stop] for name in self._packed}
+        packed = {name: getattr(self, name)[start:stop].to(self.lora_A.device) for name in self._packed}
         return self._kind.from_state_dict(packed | self.whole)
 
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
@@ -134,7 +146,8 @@ class CompensatedLinear(PackedLayer):
         name = self._chosen.get(key)
         if name is None:
             name = self._chosen[key] = self._choose(x, gradients)
-        return self._products[name](self, x)
+        y = self._products[name](self, x)
+        return y if self.row_paths is None or BACKENDS[name].by_row else self.row_paths.add(y, x)
 
     def _choose(self, x: Tensor, gradients: bool) -> str:
         one = choose(self, x, gradients, self.backend)

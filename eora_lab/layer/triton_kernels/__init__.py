@@ -12,6 +12,7 @@ experts           many weights of which each row of x takes some
 
 from eora_lab.layer.triton_kernels.backend import why_not_triton
 from eora_lab.layer.triton_kernels.linear import FusedLinear
+from eora_lab.layer.triton_kernels.packing import rows_at_once
 from eora_lab.layer.triton_kernels.repack import FusedWeight, fused_rows, fused_weight, why_not_fused
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "FusedWeight",
     "fused_rows",
     "fused_weight",
+    "rows_at_once",
     "why_not_fused",
     "why_not_triton",
 ]

@@ -128,9 +128,15 @@ def choose(rows: int, columns: int, channels: int, bits: int, group: int, rank: 
     import torch
     import triton
 
-    properties = torch.cuda.get_device_properties(device)
-    choices = tuned(properties.name, triton.__version__)
+    choices = tuned(torch.cuda.get_device_name(device), triton.__version__)
     found = choices.get(key(rows, columns, channels, bits, group, rank, dtype))
+    return found or rule(rows, columns, channels, bits, group, gpu_of(device))
+
+
+def gpu_of(device: "torch.device | int") -> Gpu:
+    """A CUDA device's sizes."""
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
     capability = 10 * properties.major + properties.minor
-    here = Gpu(properties.multi_processor_count, capability, properties.shared_memory_per_multiprocessor)
-    return found or rule(rows, columns, channels, bits, group, here)
+    return Gpu(properties.multi_processor_count, capability, properties.shared_memory_per_multiprocessor)

@@ -9,8 +9,8 @@ scales the float32 partial sum once a group. What it then has too much or too li
 comes from the group sums: any zero point, whole or not, costs nothing a weight. x Aᵀ times B joins the same
 accumulator. Only these last steps need the first launch, so on sm_90 the second starts before it has ended (PDL).
 
-Triton copies codes and x to shared memory some blocks ahead, and scales only where the loop says how many (`STAGES`) and
-a thread copies 4 bytes: so scales are float32. Else every group waits for memory.
+Triton copies codes and x to shared memory some blocks ahead, and scales only where the loop says how many (`STAGES`)
+and a thread copies 4 bytes: so scales are float32. Else every group waits for memory.
 
 Counts that change from call to call are not specialised: one machine code a layer, the one whose spills are checked.
 """
@@ -70,7 +70,7 @@ def decode_kernel(
     SUM: tl.constexpr = GROUP if GROUP else 128  # channels of one partial sum
     tile_n = tl.program_id(0) // row_tiles
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    m, expert = rows_of_tile(ids_ptr, slots_ptr, tl.program_id(0) % row_tiles, M, PATHS, BLOCK_M)
+    m, expert = rows_of_tile(ids_ptr, slots_ptr, tl.program_id(0) % row_tiles, PATHS, BLOCK_M)
     if PATHS == "experts":
         if expert < 0:
             return

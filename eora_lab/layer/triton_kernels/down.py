@@ -1,4 +1,4 @@
-"""The first of the two launches of decoding: all that is small. x Aᵀ in float32, sums of x over groups, zeroed counters.
+"""The first of the two launches of decoding: x Aᵀ in float32, sums of x over groups, zeroed counters.
 
 What a row of the launch is, PATHS says: "one": row m of x, for which there is one path. "rows": the same, each row with
 its own path, or with none (-1). "experts": a pair of a token and an expert that it chose; the rows of a tile are pairs
@@ -12,7 +12,7 @@ from eora_lab.layer.triton_kernels.planes import dot
 
 
 @triton.jit
-def rows_of_tile(ids_ptr, slots_ptr, tile, M, PATHS: tl.constexpr, BLOCK_M: tl.constexpr):
+def rows_of_tile(ids_ptr, slots_ptr, tile, PATHS: tl.constexpr, BLOCK_M: tl.constexpr):
     """Rows of a tile (M or more: none), and its expert (0 where there are none, -1 for a tile that is empty)."""
     m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     if PATHS == "experts":
@@ -54,13 +54,13 @@ def down_kernel(
     PATHS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Axis 0: program 0 sums groups, the others take BLOCK_R ranks of a path each; axis 1: chunks of K; axis 2: rows."""
+    """Axis 0: program 0 sums groups, the others take BLOCK_R ranks of a path; axis 1: chunks of K; axis 2: rows."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     part = tl.program_id(0) - 1
     first = tl.program_id(1) * chunk
     last = tl.minimum(first + chunk, KP)
-    m, expert = rows_of_tile(ids_ptr, slots_ptr, tl.program_id(2), M, PATHS, BLOCK_M)
+    m, expert = rows_of_tile(ids_ptr, slots_ptr, tl.program_id(2), PATHS, BLOCK_M)
     k = tl.arange(0, 128)
     rows = x_ptr + row_of_x(m, top, PATHS).to(tl.int64)[:, None] * stride_xm
     if part < 0:

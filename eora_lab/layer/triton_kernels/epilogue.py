@@ -44,9 +44,10 @@ def add_path(
             mine = ids == path
             if tl.max(mine.to(tl.int32), axis=0) > 0:
                 accumulator = add_ranks(
-                    accumulator, xa_ptr, bt_ptr + path.to(tl.int64) * tile_rank * NP, mine, first_rank, ranks,
+                    accumulator, xa_ptr, bt_ptr, mine, first_rank, ranks,
                     m, n, M, NP, R, chunks, split, DTYPE, SPLIT_K, BLOCK_M, BLOCK_R,
                 )  # fmt: skip
+            bt_ptr += tile_rank * NP
     else:
         accumulator = add_ranks(
             accumulator, xa_ptr, bt_ptr, m < M, first_rank, ranks,

@@ -18,7 +18,7 @@ CHUNKS = 8  # of K in the down-projection: enough programs to be quick, few enou
 
 @dataclass(frozen=True)
 class Rows:
-    """What the rows of a launch are (`down`). ids: with "rows" the path of each, with "experts" the expert of a tile."""
+    """What the rows of a launch are (`down`). ids: "rows": the path of each; "experts": the expert of each tile."""
 
     count: int
     tiles: int

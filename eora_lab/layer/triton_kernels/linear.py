@@ -28,7 +28,7 @@ class FusedLinear(nn.Module):
         return FusedWeight(*(getattr(self, name) for name in TENSORS), **self.numbers)
 
     def set_paths(self, paths: Sequence[Path]) -> None:
-        """Other low-rank paths (A, B) beside the same packed weight. Raises EoraLabError as `FusedWeight.with_paths`."""
+        """Other low-rank paths (A, B) beside the same packed weight. Raises EoraLabError as `with_paths`."""
         self._set(self.weight.with_paths(paths))
 
     def _apply(self, fn, recurse: bool = True) -> "FusedLinear":

@@ -188,7 +188,7 @@ def fused_rows(
         Bt=torch.zeros(1, 0, columns, dtype=dtype, device=device),
         tiles=torch.tensor(tiles, dtype=torch.int32, device=device),
         bias=None if bias is None else torch.nn.functional.pad(bias.to(dtype), (0, columns - out_features)),
-        order=order,
+        order=None if order is None else order.to(device),
         bits=bits,
         group=group,
         out_features=(out_features,),
