@@ -1,5 +1,6 @@
 """The bench where there is no GPU: its floors, its figure, the decoder's variants, and what it says."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -9,11 +10,14 @@ import pytest
 import torch
 
 from eora_lab.errors import EoraLabError
+from eora_lab.layer import backends
 from eora_lab.layer.linear import backends_in_use
+from eora_lab.layer.triton_kernels.configs import GPUS, rule
 from eora_lab.model.structure import block_linears
 from kernels.bench_cpu import layer_table, model_table, pack, random_layer, time_layer, turns, write
+from kernels.check import KINDS, ROWS, check
 from kernels.figure import draw
-from kernels.shapes import H200, MODELS, Dimensions, floor_us
+from kernels.shapes import H200, MODELS, Dimensions, Machine, floor_us
 from kernels.stack import VARIANTS, Decoder
 from tests.tiny import tiny_model
 
@@ -63,6 +67,44 @@ def test_the_figure_shows_floors_and_what_was_measured(tmp_path):
 
 def test_the_committed_floors_are_those_of_the_code(tmp_path):
     assert draw(None, tmp_path / "floors")[1].read_bytes() == (ROOT / "kernels/floors.svg").read_bytes()
+
+
+def test_the_check_names_who_computes_why_and_how_well(capsys):
+    machine = Machine("this machine", 1e10, 1e11)
+    assert check(torch.device("cpu"), torch.float32, machine, 128, 8, 0.0) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines if not line.startswith("  not by")] == ["right"] * len(KINDS) * len(ROWS)
+    assert any("triton (W4)" in line and "an NVIDIA GPU" in line for line in lines)
+
+
+def test_the_check_sees_a_wrong_product(capsys, monkeypatch):
+    class Wrong(backends.Backend):
+        name = "wrong"
+
+        def why_not(self, layer, x, gradients):
+            return None if layer.sample.bits == 8 else "8 bits only"
+
+        def prepare(self, layer):
+            return lambda layer, x: 1.001 * backends.with_path(backends.in_tiles)(layer, x)
+
+    monkeypatch.setattr(backends, "BACKENDS", {"wrong": Wrong()} | backends.BACKENDS)
+    machine = Machine("this machine", 1e10, 1e11)
+    assert check(torch.device("cpu"), torch.float32, machine, 128, 8, 0.0) == len(ROWS)
+    assert "WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.kernels
+def test_the_tuner_tries_what_the_rule_ships():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from kernels.tune import candidates
+
+    for gpu in GPUS.values():
+        for rows, bits in itertools.product((1, 64, 256, 1024), (3, 4)):
+            found = candidates(rows, 14336, 4096, bits, 64, gpu)
+            assert found[0] == rule(rows, 14336, 4096, bits, 64, gpu) and len(set(found)) == len(found)
+            splits = {config.split_k for config in found if config.path == "decode"}
+            assert rows > 64 or splits >= {1, 2, 4, 8}
+            assert rows <= 64 or any(config.num_warps == 8 for config in found)
 
 
 @pytest.mark.kernels
