@@ -1,7 +1,6 @@
 """Time the fused kernels beside their peers and their floors on this machine's GPU, or with --cpu on its CPU.
 
 Layers are as the default recipe makes them: groups of 64, float32 grids, rank 64. Writes kernels/results/<gpu>.json
-Layers are as the default recipe makes them: groups of 64, float32 grids, rank 64. Writes kernels/results/<gpu>.json
 after every layer, with what failed, and kernels/results/<gpu>.png/.svg at the end; with --cpu, which takes some ten
 minutes, it prints tables and writes kernels/results/cpu/<processor>.json.
 """

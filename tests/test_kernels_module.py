@@ -7,11 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+from eora_lab.compensate.factors import StoredFactors
 from eora_lab.compress import GridWeight, rtn
 from eora_lab.errors import EoraLabError
-from eora_lab.layer.triton_kernels import FusedLinear, fused_rows, fused_weight, why_not_triton
+from eora_lab.layer.backends import BACKENDS
+from eora_lab.layer.row_paths import RowPaths
+from eora_lab.layer.triton_kernels import FusedLinear, fused_rows, fused_weight, packing, why_not_triton
 from eora_lab.layer.triton_kernels.configs import GPUS, SERIAL, bucket, rule
 from kernels.merge import merge
+from tests.test_linear import layer as stored_layer
 
 
 def layer(out_features=36, in_features=96, rank=7, bits=4, group_size=32, dtype=torch.float16, bias=True, **grid):
@@ -208,6 +212,25 @@ assert len(calls) == 1 and "fused_linear" in str(calls[0]), calls
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", [{}, {"bits": 3, "sparse": True, "zero_point": "integer"}])
+def test_a_layer_holds_its_weight_once_and_packs_it_once(kind, monkeypatch):
+    """What the backend makes of a layer on a GPU, on the CPU."""
+    monkeypatch.setattr(packing, "AT_ONCE", 128 * 128)  # a tile of rows at a time
+    module, x = stored_layer(out=300, dtype=torch.bfloat16, **kind), torch.randn(2, 3, 128).bfloat16()
+    triton = BACKENDS["triton"]
+    expected = module(x).double()
+    assert error(triton.prepare(module)(module, x), expected) < 1e-2
+    planes = module.made["triton"].planes
+    module.set_factors(StoredFactors(torch.zeros(0, 128), torch.zeros(300, 0)))
+    paths = [(torch.randn(4, 128) / 16, torch.randn(300, 4)), (torch.randn(2, 128) / 16, torch.randn(300, 2))]
+    module.set_row_paths(RowPaths.of(paths, [1, -1], module.lora_A))
+    product = triton.prepare(module)
+    assert module.made["triton"].planes is planes
+    assert error(product(module, x), module(x).double()) < 1e-2
+    with pytest.raises(EoraLabError, match="one adapter at a time"):
+        product(module, x[0])
 
 
 def test_moving_a_module_keeps_its_dtypes():

@@ -26,7 +26,7 @@ class RowPaths:
         return cls(
             tuple((A.to(like), B.to(like)) for A, B in paths),
             torch.tensor(ids, dtype=torch.int32, device=like.device),
-            tuple(torch.tensor(texts, device=like.device) for texts in of_path),
+            tuple(torch.tensor(texts, dtype=torch.long, device=like.device) for texts in of_path),
         )
 
     def check(self, x: Float[Tensor, "..."]) -> None:

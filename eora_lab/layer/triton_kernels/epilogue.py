@@ -39,9 +39,8 @@ def add_path(
     first_rank = tl.load(tile_ptr)
     ranks = tl.load(tile_ptr + 1)
     if PATHS == "rows":
-        ids = tl.load(ids_ptr + m, mask=m < M, other=-1)
         for path in range(paths):
-            mine = ids == path
+            mine = tl.load(ids_ptr + m, mask=m < M, other=-1) == path
             if tl.max(mine.to(tl.int32), axis=0) > 0:
                 accumulator = add_ranks(
                     accumulator, xa_ptr, bt_ptr, mine, first_rank, ranks,
