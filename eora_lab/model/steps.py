@@ -35,7 +35,8 @@ class Steps:
 
         self.model, (texts, self._start) = model, ids.shape
         self._cache = StaticCache(config=model.config.get_text_config(), max_cache_len=self._start + more)
-        if any(type(layer) is not StaticLayer for layer in self._cache.layers):
+        self._layers = [layer for layer in self._cache.layers if type(layer) is StaticLayer]
+        if len(self._layers) < len(self._cache.layers):
             raise EoraLabError("this model does not keep keys and values of all tokens in every layer")
         later = torch.ones(texts, more, dtype=torch.long, device=ids.device)
         self._mask = torch.cat([mask.long(), later], 1)  # of what was not written yet, causality hides all
@@ -68,7 +69,7 @@ class Steps:
                 self.logits = self._step()
         except RuntimeError as error:
             raise EoraLabError(f"no CUDA graph of this model: {one_line(error)}") from error
-        for layer in self._cache.layers:  # the step that came before the graph never was
+        for layer in self._layers:  # the step that came before the graph never was
             layer.cumulative_length.fill_(self._start)
         self._position -= 1
         self._graph = graph

@@ -5,6 +5,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from eora_lab.layer.triton_kernels.ptx import LANES, PLANES
 
 TUNED = Path(__file__).with_name("tuned")  # <gpu>-triton<version>.json, written by `python -m kernels.tune`
@@ -125,7 +127,6 @@ def decoding(rows: int, columns: int, channels: int, bits: int, group: int, gpu:
 @functools.cache
 def choose(rows: int, columns: int, channels: int, bits: int, group: int, rank: int, dtype: str, device: int) -> Config:
     """The choice for CUDA device number `device`; rows as `bucket` gives them, so that choices are few."""
-    import torch
     import triton
 
     choices = tuned(torch.cuda.get_device_name(device), triton.__version__)
@@ -133,10 +134,8 @@ def choose(rows: int, columns: int, channels: int, bits: int, group: int, rank: 
     return found or rule(rows, columns, channels, bits, group, gpu_of(device))
 
 
-def gpu_of(device: "torch.device | int") -> Gpu:
+def gpu_of(device: torch.device | int) -> Gpu:
     """A CUDA device's sizes."""
-    import torch
-
     properties = torch.cuda.get_device_properties(device)
     capability = 10 * properties.major + properties.minor
     return Gpu(properties.multi_processor_count, capability, properties.shared_memory_per_multiprocessor)

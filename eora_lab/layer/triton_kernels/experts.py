@@ -37,6 +37,7 @@ def stack(weights: Sequence[FusedWeight]) -> FusedWeight:
     def padded(matrix: Tensor) -> Tensor:  # (1, rank of its own, columns)
         return torch.nn.functional.pad(matrix, (0, 0, 0, rank - matrix.shape[1]))
 
+    biases = [one.bias for one in weights if one.bias is not None]
     return replace(
         first,
         planes=torch.stack([one.planes for one in weights]),
@@ -45,7 +46,7 @@ def stack(weights: Sequence[FusedWeight]) -> FusedWeight:
         A=torch.cat([padded(one.A) for one in weights]),
         Bt=torch.cat([padded(one.Bt) for one in weights]),
         tiles=tiles,
-        bias=None if first.bias is None else torch.stack([one.bias for one in weights]),
+        bias=torch.stack(biases) if biases else None,
         ranks=(rank,),
     )
 

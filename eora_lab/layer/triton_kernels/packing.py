@@ -39,7 +39,7 @@ def pack_into(planes: Shaped[Tensor, "words N"], start: int, codes: UInt8[Tensor
 
 def pack_planes(codes: UInt8[Tensor, "out in"], bits: int) -> Shaped[Tensor, "words N"]:
     """All codes of a layer."""
-    planes = empty_planes(*codes.shape, bits, codes.device)
+    planes = empty_planes(codes.shape[0], codes.shape[1], bits, codes.device)
     pack_into(planes, 0, codes, bits)
     return planes
 
