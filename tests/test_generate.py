@@ -63,6 +63,10 @@ def test_steps_write_what_the_whole_model_writes(kind):
     assert [tokenizer.decode(row, skip_special_tokens=True) for row in rows] == [
         likeliest(model, tokenizer, prompt, 9) for prompt in PROMPTS
     ]
+    for prompt in PROMPTS:  # alone, without anything to hide
+        one = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+        (row,) = write(Steps(model, one, torch.ones_like(one).bool(), 9), [], 9).tolist()
+        assert tokenizer.decode(row, skip_special_tokens=True) == likeliest(model, tokenizer, prompt, 9)
     end = rows[0][2]
     first = rows[0].index(end) + 1
     stopped = write(Steps(model, padded, mask, 9), [end], 9).tolist()

@@ -38,8 +38,9 @@ class Steps:
         self._layers = [layer for layer in self._cache.layers if type(layer) is StaticLayer]
         if len(self._layers) < len(self._cache.layers):
             raise EoraLabError("this model does not keep keys and values of all tokens in every layer")
-        later = torch.ones(texts, more, dtype=torch.long, device=ids.device)
-        self._mask = torch.cat([mask.long(), later], 1)  # of what was not written yet, causality hides all
+        later = torch.zeros(texts, more, dtype=torch.long, device=ids.device)
+        self._mask = torch.cat([mask.long(), later], 1)  # what was not written yet is hidden
+        self._written = torch.tensor([self._start], device=ids.device)
         position = (mask.long().cumsum(1) - 1).clamp(0)
         self.logits: Float[Tensor, "texts vocabulary"] = self._call(ids, position)  # of the token after the prompts
         self._token, self._position = ids[:, -1:].clone(), position[:, -1:] + 1
@@ -52,6 +53,8 @@ class Steps:
         return output.logits[:, -1]
 
     def _step(self) -> Tensor:
+        self._mask.index_fill_(1, self._written, 1)
+        self._written += 1
         logits = self._call(self._token, self._position)
         self._position += 1
         return logits
@@ -66,13 +69,15 @@ class Steps:
             torch.cuda.current_stream().wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self.logits = self._step()
+                after = self._step()
         except RuntimeError as error:
             raise EoraLabError(f"no CUDA graph of this model: {one_line(error)}") from error
         for layer in self._layers:  # the step that came before the graph never was
             layer.cumulative_length.fill_(self._start)
+        self._mask[:, self._start :] = 0
+        self._written -= 1
         self._position -= 1
-        self._graph = graph
+        self._graph, self._after = graph, after
 
     def take(self, token: Int[Tensor, " texts"]) -> None:
         """Go on by one token of each text; `logits` are then those of the next one."""
@@ -81,6 +86,7 @@ class Steps:
             self.logits = self._step()
         else:
             self._graph.replay()
+            self.logits = self._after
 
 
 def write(
