@@ -53,22 +53,22 @@ def exact(one: CompensatedLinear, x: Tensor) -> Tensor:
     return x @ W.T + x @ one.lora_A.double().T @ one.lora_B.double().T
 
 
-def median_host_us(call: Callable[[], object], seconds: float) -> float:
-    """Median microseconds of a call on the CPU."""
+def host_us(call: Callable[[], object], seconds: float) -> list[float]:
+    """Microseconds of each of some calls on the CPU."""
     call()
     times, end = [], time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(times)
+    return [1e6 * one for one in times]
 
 
 def measure_host(seconds: float, size: int) -> Machine:
     """This machine's processors, with torch's threads: reading memory, and a float32 product."""
     source, square = torch.randn(2**16 * size // 16), torch.randn(size, size)
-    read = median_host_us(lambda: source.sum(), seconds)
-    product = median_host_us(lambda: square @ square, seconds)
+    read = min(host_us(lambda: source.sum(), seconds))  # a floor is of the machine at its best
+    product = min(host_us(lambda: square @ square, seconds))
     return Machine(processor(), source.nbytes / read * 1e6, 2 * size**3 / product * 1e6)
 
 
@@ -88,7 +88,7 @@ def check(device: torch.device, dtype: torch.dtype, machine: Machine, size: int,
             if device.type == "cuda":
                 spent = median_us([lambda one=one, x=x: one(x)]) if who == "triton" else float("nan")
             else:
-                spent = median_host_us(lambda one=one, x=x: one(x), seconds)
+                spent = statistics.median(host_us(lambda one=one, x=x: one(x), seconds))
             bits = KINDS[kind] * (0.5 if kind.endswith("2:4") and who != "triton" else 1)
             floor = floor_us(rows, size, size, bits, rank, machine, GROUP, 32)
             bad = not error < TOLERANCE[dtype]
