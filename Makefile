@@ -5,7 +5,7 @@ BIN := .venv/bin
 EXTRAS := eval,llamacpp,lab,dev
 INTEROP := build/interop
 # of other tools, for `make interop` alone
-OTHERS := bitsandbytes==0.50.2 torchao==0.18.0
+OTHERS := bitsandbytes==0.50.2 torchao==0.18.0 hqq==0.2.8.post1
 
 help: ## list the commands
 	@grep -hE '^[a-z.]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'

@@ -11,7 +11,7 @@ from eora_lab.experiment.cells import Cell
 from eora_lab.experiment.paper_runs import TableRow, rivalry
 from eora_lab.experiment.store import ResultStore, row, scores
 from eora_lab.experiment.sweep import expand
-from eora_lab.measure.intervals import Interval, paired
+from eora_lab.run.intervals import Interval, paired
 
 
 @dataclass(frozen=True)

@@ -22,11 +22,13 @@ PLACES = {
     "InputStatistics": "calibrate.statistics",
     "LlamaCpp": "measure.llama_cpp",
     "LowRank": "compensate",
+    "OutputStatistics": "calibrate.output_statistics",
     "Recipe": "run.recipe",
     "Report": "run.report",
     "SOURCES": "text.sources",
     "block_linears": "model.structure",
     "calibration_batches": "text.tokens",
+    "collect_output_statistics": "calibrate.outputs",
     "collect_statistics": "calibrate.stream",
     "compress_model": "run.pipeline",
     "embedded_gguf": "model.embedded",
@@ -41,6 +43,7 @@ PLACES = {
     "solve_adapter": "run.task_adapter",
     "token_windows": "text.tokens",
     "versions": "environment",
+    "window_losses": "measure.evaluate",
 }
 __all__ = ["__version__", *PLACES]
 

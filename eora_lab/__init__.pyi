@@ -1,3 +1,5 @@
+from eora_lab.calibrate.output_statistics import OutputStatistics as OutputStatistics
+from eora_lab.calibrate.outputs import collect_output_statistics as collect_output_statistics
 from eora_lab.calibrate.statistics import InputStatistics as InputStatistics
 from eora_lab.calibrate.statistics import output_energy as output_energy
 from eora_lab.calibrate.stream import collect_statistics as collect_statistics
@@ -7,6 +9,7 @@ from eora_lab.environment import versions as versions
 from eora_lab.errors import EoraLabError as EoraLabError
 from eora_lab.layer.linear import CompensatedLinear as CompensatedLinear
 from eora_lab.measure.evaluate import perplexity as perplexity
+from eora_lab.measure.evaluate import window_losses as window_losses
 from eora_lab.measure.explore import Exploration as Exploration
 from eora_lab.measure.llama_cpp import LlamaCpp as LlamaCpp
 from eora_lab.model.embedded import embedded_gguf as embedded_gguf

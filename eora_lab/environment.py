@@ -5,6 +5,7 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -56,3 +57,75 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def own_memory() -> int:
+    """Bytes of this process that the system cannot take back: without pages of files, which it can read again.
+
+    0 where the system does not say (it is not Linux).
+    """
+    return _said_in(Path("/proc/self/status"), "RssAnon:") or 0
+
+
+class OwnMemory:
+    """The most `own_memory` within this context, looked at every 20 ms. The kernel keeps no such mark."""
+
+    def __init__(self):
+        self.peak = own_memory()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(0.02):
+            self.peak = max(self.peak, own_memory())
+
+    def __enter__(self) -> "OwnMemory":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def free_memory(device: torch.device | str = "cpu") -> int | None:
+    """Bytes that this process can still get on a device, or None when the system does not say.
+
+    On the CPU that is what the machine has left, and no more than the limits of the control groups that it is in.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    left = [_said_in(Path("/proc/meminfo"), "MemAvailable:")]
+    for group in _control_groups():
+        for limit, used in (("memory.max", "anon "), ("memory.limit_in_bytes", "total_rss ")):
+            try:
+                most = int((group / limit).read_text())
+            except (OSError, ValueError):  # it is of the other version, or there is no limit
+                continue
+            left.append(max(most - (_said_in(group / "memory.stat", used, unit=1) or 0), 0))
+    return min((one for one in left if one is not None), default=None)
+
+
+def _control_groups() -> list[Path]:
+    """The folders of the memory control groups that this process is in, those around its own included."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        _, kinds, path = line.split(":", 2)
+        if kinds == "" or "memory" in kinds.split(","):
+            root = Path("/sys/fs/cgroup", *(["memory"] if kinds else []))
+            own = Path(path.lstrip("/"))
+            found += [root / one for one in (own, *own.parents)]
+    return list(dict.fromkeys(found))
+
+
+def _said_in(path: Path, key: str, unit: int = 1024) -> int | None:
+    """The number behind a key in a file of the kernel, in bytes; None where there is none."""
+    try:
+        lines = path.read_text().splitlines()
+        return next(unit * int(line.removeprefix(key).split()[0]) for line in lines if line.startswith(key))
+    except (OSError, StopIteration):
+        return None

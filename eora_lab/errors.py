@@ -143,10 +143,10 @@ def as_setting(hint: typing.Any, value: typing.Any, name: str) -> typing.Any:
                 return as_setting(argument, value, name)
             except EoraLabError:
                 continue
-    elif kind is tuple:
+    elif kind is tuple or (kind is list and arguments):
         items = (value,) if isinstance(value, str) else value
         if isinstance(items, list | tuple):
-            return tuple(as_setting(arguments[0], item, name) for item in items)
+            return kind(as_setting(arguments[0], item, name) for item in items)
     elif kind is dict and arguments and isinstance(value, dict):
         key, item = arguments
         return {as_setting(key, one, name): as_setting(item, value[one], f"{name}.{one}") for one in value}

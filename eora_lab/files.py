@@ -79,6 +79,8 @@ def read_json(path: Path, kind: type = dict) -> Any:
         return as_setting(kind, json.loads(path.read_text(encoding="utf-8")), "its content")
     except OSError as error:
         raise EoraLabError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise EoraLabError(f"{path} is damaged (it is not UTF-8 text; save it again as that)") from error
     except (ValueError, RecursionError, EoraLabError) as error:
         raise EoraLabError(f"{path} is damaged ({one_line(error)})") from error
 

@@ -1,14 +1,14 @@
-"""What Triton makes of the shipped kernels on sm_80, sm_90 and sm_100, without a GPU: `python -m kernels.compiled`."""
+"""What Triton makes of the shipped kernels on six generations of GPUs, without one: `python -m kernels.compiled`."""
 
 import argparse
 from dataclasses import dataclass, field
 
 from tqdm import tqdm
 
-from eora_lab.layer.triton_kernels.configs import Config, rule
+from eora_lab.layer.triton_kernels.configs import GPUS, Config, rule
 
-PROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H200, B200
-PLAIN = {"bits": 4, "group": 128}
+PLAIN = {"bits": 4, "group": 64, "dtype": "bf16"}  # the default recipe
+SHARED = {80: 166912, 86: 101376, 89: 101376, 90: 232448, 100: 232448, 120: 101376}  # bytes a program may have
 
 
 @dataclass(frozen=True)
@@ -17,47 +17,67 @@ class Job:
 
     kernel: str
     rows: int
-    capability: int
+    gpu: str
     settings: dict = field(default_factory=dict)
 
     @property
+    def whole(self) -> dict:
+        """All settings."""
+        return PLAIN | self.settings
+
+    @property
     def config(self) -> Config:
-        bits = (PLAIN | self.settings)["bits"]
-        return rule(self.rows, 14336, 4096, bits, PROCESSORS[self.capability], self.capability // 10)
+        return rule(self.rows, 14336, 4096, self.whole["bits"], self.whole["group"], GPUS[self.gpu])
+
+    @property
+    def capability(self) -> int:
+        return GPUS[self.gpu].capability
 
     @property
     def name(self) -> str:
-        settings = " ".join(f"{k}={v}" for k, v in (PLAIN | self.settings).items())
+        settings = " ".join(f"{k}={v}" for k, v in self.whole.items())
         return f"{self.kernel} sm_{self.capability} m={self.rows} {settings}"
 
 
 def jobs() -> list[Job]:
+    """Every kernel that a layer of the default recipe uses on each GPU, and other formats in turn."""
     found = []
-    for capability in PROCESSORS:
-        for bits in (4, 3):
-            found += [Job("decode", rows, capability, {"bits": bits}) for rows in (1, 32)]
-            found.append(Job("prefill", 256, capability, {"bits": bits}))
-        found += [
-            Job("decode", 1, capability, {"dtype": "bf16", "scales": "fp32", "offsets": "fp32"}),
-            Job("decode", 1, capability, {"offsets": "u8", "bias": True}),
-            Job("decode", 1, capability, {"group": 32}),
-            Job("decode", 1, capability, {"bits": 3, "group": 0, "even_k": False}),
-            Job("prefill", 256, capability, {"dtype": "bf16", "offsets": "u8"}),
-            Job("down", 1, capability),
-            Job("dense", 1, capability),
-        ]
+    for gpu in GPUS:
+        found += [Job("decode", rows, gpu, {"bits": bits}) for bits in (4, 3) for rows in (1, 32)]
+        found += [Job("prefill", 256, gpu, {"bits": bits}) for bits in (4, 3) if gpu != "B200"]
+        found.append(Job("down", 1, gpu))
+    others = [
+        Job("decode", 1, "", {"dtype": "fp16", "group": 128, "offsets": "fp16"}),
+        Job("decode", 1, "", {"offsets": "u8", "bias": True}),
+        Job("decode", 32, "", {"group": 32}),
+        Job("decode", 1, "", {"group": 16}),
+        Job("decode", 1, "", {"bits": 3, "group": 0, "even_k": False}),
+        Job("decode", 1, "", {"paths": "rows"}),
+        Job("decode", 32, "", {"paths": "rows"}),
+        Job("decode", 1, "", {"paths": "experts"}),
+        Job("down", 1, "", {"paths": "rows"}),
+        Job("down", 1, "", {"paths": "experts"}),
+        Job("dense", 1, ""),
+    ]
+    for gpu in ("A100", "H200", "B200"):
+        found += [Job(one.kernel, one.rows, gpu, one.settings) for one in others]
     return found
 
 
 def main() -> None:
-    argparse.ArgumentParser(prog="python -m kernels.compiled", description=__doc__).parse_args()
+    parser = argparse.ArgumentParser(prog="python -m kernels.compiled", description=__doc__)
+    parser.add_argument("--only", default="", help="jobs whose name holds this text")
+    arguments = parser.parse_args()
+    from kernels.machine_code import cycles, soonest_use
     from kernels.sass import compile_kernel
 
-    print(f"{'kernel':70} registers spills shared tensor-core instructions/weight")
-    for job in tqdm(jobs()):
-        report = compile_kernel(job.kernel, job.config, job.capability, **PLAIN | job.settings)
+    print(f"{'kernel':60} registers spills shared tensor-core instructions/weight cycles/128 channels, load to use")
+    for job in tqdm([job for job in jobs() if arguments.only in job.name]):
+        report = compile_kernel(job.kernel, job.config, job.capability, **job.whole)
         numbers = f"{report.registers:9} {report.spills:6} {report.shared:6} {report.tensor_core:11}"
-        tqdm.write(f"{job.name:70} {numbers} {report.per_weight:19.2f}")
+        blocks = 2 if job.whole["bits"] == 3 else 1
+        timing = f"{cycles(report.loop) // blocks:19} {soonest_use(report.loop):12}"
+        tqdm.write(f"{job.name:60} {numbers} {report.per_weight:19.2f} {timing}")
 
 
 if __name__ == "__main__":

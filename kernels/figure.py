@@ -34,6 +34,7 @@ def draw(result: dict | None, path: Path, machine: Machine = H200) -> list[Path]
                     (row["M"], row["us"])
                     for row in (result or {"layers": []})["layers"]
                     if (row["N"], row["K"]) == SHAPE and row["peer"] == peer and row["dtype"] == "bfloat16"
+                    and "us" in row
                     and (row["bits"] == bits or (bits == 16 and peer == "dense16" and row["bits"] == 4))
                     and (bits == 16) == (peer == "dense16")
                 ]  # fmt: skip

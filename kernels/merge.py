@@ -24,6 +24,7 @@ def merge(weights: list[FusedWeight]) -> FusedWeight:
                 w.bits,
                 w.group,
                 w.in_features,
+                len(w.A),
                 w.A.dtype,
                 w.scales.dtype,
                 w.offsets.dtype,
@@ -36,10 +37,10 @@ def merge(weights: list[FusedWeight]) -> FusedWeight:
             raise EoraLabError(
                 "layers can be merged only with the same input, bits, group size, dtypes and bias or none"
             )
-    rank, tiles, ranks, columns = max(w.Bt.shape[0] for w in weights), [], 0, 0
+    rank, tiles, ranks, columns = max(w.Bt.shape[1] for w in weights), [], 0, 0
     for w in weights:
         tiles.append(w.tiles + torch.tensor([ranks, 0, columns, columns], dtype=torch.int32, device=w.tiles.device))
-        ranks, columns = ranks + w.A.shape[0], columns + sum(w.out_features)
+        ranks, columns = ranks + w.A.shape[1], columns + sum(w.out_features)
 
     def side_by_side(name: str) -> Tensor:
         return torch.cat([getattr(w, name) for w in weights], -1)
@@ -49,8 +50,8 @@ def merge(weights: list[FusedWeight]) -> FusedWeight:
         planes=side_by_side("planes"),
         scales=side_by_side("scales"),
         offsets=side_by_side("offsets"),
-        A=torch.cat([w.A for w in weights]),
-        Bt=torch.cat([torch.nn.functional.pad(w.Bt, (0, 0, 0, rank - w.Bt.shape[0])) for w in weights], 1),
+        A=torch.cat([w.A for w in weights], 1),
+        Bt=torch.cat([torch.nn.functional.pad(w.Bt, (0, 0, 0, rank - w.Bt.shape[1])) for w in weights], 2),
         tiles=torch.cat(tiles),
         bias=None if first.bias is None else side_by_side("bias"),
         out_features=sum((w.out_features for w in weights), ()),

@@ -7,48 +7,54 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eora_lab.layer.triton_kernels import FusedLinear, FusedWeight, repack
+from eora_lab.compress import GridWeight
+from eora_lab.layer.triton_kernels import FusedLinear, FusedWeight, fused_weight
 from kernels.merge import merge
 
-GROUP = 128
+GROUP = 64  # of the default recipe, as are float32 grids with an offset that is no integer
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A random layer in bits: codes, zero points 2^(bits-1), scales, factors, and the float64-exact dense weight."""
+    """A random layer in bits: a grid with float32 scales and offsets, as the default recipe makes, and factors."""
 
-    codes: Tensor
-    scales: Tensor
-    bits: int
+    grid: GridWeight
     A: Tensor
     B: Tensor
 
     @classmethod
-    def random(cls, N: int, K: int, bits: int, rank: int, device: torch.device, dtype: torch.dtype) -> "Layer":
+    def random(
+        cls, N: int, K: int, bits: int, rank: int, device: torch.device, dtype: torch.dtype, group: int = GROUP
+    ) -> "Layer":
         codes = torch.randint(0, 2**bits, (N, K), dtype=torch.uint8, device=device)
-        scales = (0.5 + torch.rand(N, K // GROUP, device=device)).mul(2**-bits / K**0.5).to(dtype)
+        scales = (0.5 + torch.rand(N, K // group, device=device)).mul(2**-bits / K**0.5)
+        offsets = -scales * (2 ** (bits - 1) + torch.rand_like(scales) - 0.5)
         A = (torch.randn(rank, K, device=device) / K**0.5).to(dtype)
-        return cls(codes, scales, bits, A, (0.1 * torch.randn(N, rank, device=device)).to(dtype))
+        B = (0.1 * torch.randn(N, rank, device=device)).to(dtype)
+        return cls(GridWeight(codes, scales, offsets, bits), A, B)
+
+    @property
+    def bits(self) -> int:
+        return self.grid.bits
 
     @property
     def dtype(self) -> torch.dtype:
         return self.A.dtype
 
     def dense(self) -> Tensor:
-        centred = (self.codes.float() - 2 ** (self.bits - 1)).unflatten(1, (-1, GROUP))
-        return (centred * self.scales.float()[..., None]).flatten(1).to(self.dtype)
+        return self.grid.dense(self.dtype)
 
-    def fused(self, rank: int | None = None) -> FusedWeight:
-        offsets = torch.full(self.scales.shape, 2 ** (self.bits - 1), dtype=torch.uint8, device=self.codes.device)
-        scales = self.scales
-        A, B = self.A[:rank], self.B[:, :rank]
-        return repack(self.codes, scales, offsets, self.bits, A, B, dtype=self.dtype)
+    def without_path(self) -> "Layer":
+        return Layer(self.grid, self.A[:0], self.B[:, :0])
+
+    def fused(self) -> FusedWeight:
+        return fused_weight(self.grid, self.A, self.B, dtype=self.dtype)
 
     def exact(self, x: Tensor) -> Tensor:
         """x W^ᵀ + (x Aᵀ) Bᵀ in float64."""
-        centred = (self.codes.double() - 2 ** (self.bits - 1)).unflatten(1, (-1, GROUP))
-        W = (centred * self.scales.double()[..., None]).flatten(1)
-        return x.double() @ W.T + x.double() @ self.A.double().T @ self.B.double().T
+        codes = self.grid.codes.double().unflatten(1, (-1, self.grid.group_size))
+        W = codes * self.grid.scales.double()[..., None] + self.grid.offsets.double()[..., None]
+        return x.double() @ W.flatten(1).T + x.double() @ self.A.double().T @ self.B.double().T
 
 
 def dense16(layer: Layer) -> Callable[[Tensor], Tensor]:
@@ -57,11 +63,11 @@ def dense16(layer: Layer) -> Callable[[Tensor], Tensor]:
 
 
 def torch_int4(layer: Layer) -> Callable[[Tensor], Tensor]:
-    """torch's own int4 product (bfloat16, symmetric): its zero is code 8."""
-    codes = layer.codes
+    """torch's own int4 product (bfloat16): its grids are rounded to bfloat16, its zero is code 8."""
+    codes, scales = layer.grid.codes, layer.grid.scales
     packed = torch.ops.aten._convert_weight_to_int4pack(codes[:, ::2] << 4 | codes[:, 1::2], 8)
-    grid = torch.stack([layer.scales, torch.zeros_like(layer.scales)], -1).transpose(0, 1).contiguous()
-    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, GROUP, grid)
+    grid = torch.stack([scales, layer.grid.offsets + 8 * scales], -1).transpose(0, 1).contiguous().bfloat16()
+    return lambda x: torch.ops.aten._weight_int4pack_mm(x, packed, layer.grid.group_size, grid)
 
 
 def with_low_rank(base: Callable[[Tensor], Tensor], layer: Layer) -> Callable[[Tensor], Tensor]:
@@ -75,7 +81,7 @@ def ours(layer: Layer) -> Callable[[Tensor], Tensor]:
 
 
 def ours_without(layer: Layer) -> Callable[[Tensor], Tensor]:
-    return FusedLinear(layer.fused(rank=0))
+    return FusedLinear(layer.without_path().fused())
 
 
 def ours_merged(layers: list[Layer]) -> Callable[[Tensor], Tensor]:

@@ -51,16 +51,18 @@ class Machine:
 H200 = Machine("NVIDIA H200", 4.3e12, 790e12)  # measured copy and bf16 product on one such machine
 
 
-def weight_bytes(N: int, K: int, bits: int, group: int = 128) -> float:
-    """W^ with a 16-bit scale and a 16-bit offset a group; bits 16: dense."""
-    return N * K * bits / 8 + (0 if bits == 16 else N * K / group * 4)
+def weight_bytes(N: int, K: int, bits: int, group: int = 128, grid_bits: int = 16) -> float:
+    """W^ with a scale and an offset a group, of `grid_bits` each; bits 16: dense."""
+    return N * K * bits / 8 + (0 if bits == 16 else N * K / group * 2 * grid_bits / 8)
 
 
-def floor_us(M: int, N: int, K: int, bits: int, rank: int, machine: Machine, group: int = 128) -> float:
+def floor_us(
+    M: int, N: int, K: int, bits: int, rank: int, machine: Machine, group: int = 128, grid_bits: int = 16
+) -> float:
     """Microseconds below which y = x W^ᵀ + (x Aᵀ) Bᵀ cannot be had: each operand read once, y written once.
 
     Launches are not counted.
     """
-    moved = weight_bytes(N, K, bits, group) + 2 * rank * (N + K) + 2 * M * (N + K)
+    moved = weight_bytes(N, K, bits, group, grid_bits) + 2 * rank * (N + K) + 2 * M * (N + K)
     operations = 2 * M * (N * K + rank * (N + K))
     return 1e6 * max(moved / machine.bandwidth, operations / machine.rate)

@@ -22,7 +22,7 @@ class Unfused(nn.Module):
 
     def __init__(self, layer: Layer):
         super().__init__()
-        self.base = FusedLinear(layer.fused(rank=0))
+        self.base = FusedLinear(layer.without_path().fused())
         self.register_buffer("At", layer.A.T)
         self.register_buffer("Bt", layer.B.T)
 

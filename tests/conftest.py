@@ -12,16 +12,18 @@ from jaxtyping import install_import_hook
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-WHOLE = ("eora_lab", "eora_lab.layer", "eora_lab.layer.triton_kernels")  # a package's name stands for all in it
+# A package's name stands for all in it.
+WHOLE = ("eora_lab", "eora_lab.layer", "eora_lab.layer.cpu_kernels", "eora_lab.layer.triton_kernels")
 
 
 def checked_modules() -> list[str]:
-    """All modules but those that Triton compiles: it cannot compile a function that a check is wrapped around."""
+    """All modules but those that a compiler reads: it cannot compile a function that a check is wrapped around."""
     root = Path(__file__).parent.parent
     modules = []
     for path in root.glob("eora_lab/**/*.py"):
         name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
-        if name not in WHOLE and "@triton.jit" not in path.read_text():
+        text = path.read_text()
+        if name not in WHOLE and not any(mark in text for mark in ("@triton.jit", "@njit", "@intrinsic")):
             modules.append(name)
     return modules
 
@@ -29,6 +31,7 @@ def checked_modules() -> list[str]:
 hook = install_import_hook(checked_modules(), "beartype.beartype")
 
 settings.register_profile("eora_lab", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("thousand", settings.get_profile("eora_lab"), max_examples=1000)
 settings.load_profile("eora_lab")
 
 

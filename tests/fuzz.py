@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from eora_lab.cli import main as eora_lab
 from tests.fuzz_commands import Commands
+from tests.fuzz_folders import Folders
 from tests.fuzz_kinds import OTHER, REFUSED, Adapters, Checkpoints, Ggufs, Kind, Models, Runs, Stores, Texts
 from tests.mutations import Change
 
@@ -37,6 +38,7 @@ MEMORY = 8 * 2**30  # bytes of address space that all cases may take
 KINDS: dict[str, type[Kind]] = {
     "models": Models,
     "checkpoints": Checkpoints,
+    "folders": Folders,
     "ggufs": Ggufs,
     "adapters": Adapters,
     "runs": Runs,

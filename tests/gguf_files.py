@@ -1,7 +1,7 @@
 """GGUF files of tiny models, as llama.cpp's converter and quantiser write them, and what the real one computes."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import transformers
 
 from eora_lab.formats.fused import fused_linears
 from eora_lab.formats.gguf_names import GgufNames, of_all_experts
-from eora_lab.measure.llama_cpp import LlamaCpp
+from eora_lab.measure.llama_cpp import LlamaCpp, quantise
 from eora_lab.model.expert_kinds import unfold_experts
 from eora_lab.model.structure import linear_at
 from tests.test_expert_adapters import mixture
@@ -93,10 +93,17 @@ def write_metadata(writer: gguf.GGUFWriter, config) -> None:
 
 
 @torch.no_grad()
-def write_gguf(path: Path, model, kind: Callable[[str], str] = lambda name: "F32", more: dict | None = None) -> None:
+def write_gguf(
+    path: Path,
+    model,
+    kind: Callable[[str], str] = lambda name: "F32",
+    more: dict | None = None,
+    importance: Mapping[str, torch.Tensor | None] | None = None,
+) -> None:
     """A plain model as llama.cpp's converter would write it.
 
     kind: name of a tensor of two or more dimensions, no router -> its type. more: tensors beside it, as float32.
+    importance: name of a tensor that llama.cpp itself makes -> E[x²] to make it by, if any.
     """
     config, names = model.config, GgufNames(unfolded := unfolded_of(model))
     writer = gguf.GGUFWriter(path, names.architecture)
@@ -105,7 +112,8 @@ def write_gguf(path: Path, model, kind: Callable[[str], str] = lambda name: "F32
     def add(key: str, values: np.ndarray) -> None:
         own = kind(key) if values.ndim > 1 and "ffn_gate_inp" not in key else "F32"
         plain = own in ("F32", "F16")
-        data = encoded(values, own)
+        by = importance or {}
+        data = quantise(torch.from_numpy(values), own, by[key]).numpy() if key in by else encoded(values, own)
         writer.add_tensor(key, data, raw_dtype=None if plain else gguf.GGMLQuantizationType[own])
 
     for each in fused_linears(unfolded):

@@ -129,7 +129,7 @@ TENSORS: dict[str, Callable[[torch.Tensor, Random], torch.Tensor]] = {
     "zero": lambda tensor, _: torch.zeros_like(tensor),
     "flip": flipped,
     "permute": shuffled,
-    "transpose": lambda tensor, _: tensor.T,
+    "transpose": lambda tensor, _: tensor.permute(*reversed(range(tensor.ndim))),
     "flatten": lambda tensor, _: tensor.flatten(),
     "shorten": lambda tensor, _: tensor[:-1],
     "lengthen": lambda tensor, _: torch.cat([tensor, tensor[:1]]),
@@ -161,7 +161,9 @@ def mutate_tensors(path: Path, random: Random) -> Change:
     elif what == "metadata":
         metadata = random.choice((None, {}, dict.fromkeys(metadata or {"format": ""}, "fox")))
     else:
-        tensors[name] = TENSORS[what](tensors[name], random)
+        scalar = tensors[name].ndim == 0
+        made = TENSORS[what](tensors[name][None] if scalar else tensors[name], random)
+        tensors[name] = made[0] if scalar and made.shape == (1,) else made
     path.unlink()
     save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, path, metadata)
     return Change(what, path.name, "" if what == "metadata" else name)

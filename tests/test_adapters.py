@@ -15,10 +15,10 @@ from eora_lab.formats.adapter_check import check_adapter, fix_adapter
 from eora_lab.formats.peft import SERVED_RANKS, read_files, write_adapter
 from eora_lab.layer.linear import CompensatedLinear
 from eora_lab.run.adapters import Adapters
-from eora_lab.run.folder import load_original
+from eora_lab.run.folder import load_original, read_report
 from eora_lab.run.recipe import Recipe
 from eora_lab.run.task_adapter import solve_adapter
-from tests.tiny import CONFIGS, compress, tiny_model, tiny_tokenizer, tiny_tokens
+from tests.tiny import CONFIGS, calibrated, compress, tiny_model, tiny_tokenizer, tiny_tokens
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}assistant: "
 SMALL = {"bits": 2, "group_size": 32, "progress": False}
@@ -463,14 +463,16 @@ def test_bad_requests_to_solve(place, tmp_path):
 @pytest.fixture(scope="module")
 def arc(place):
     """A task adapter from the command line."""
-    texts = ["--calibration.source", str(place / "text.txt"), "--calibration.nsamples", "4"]
-    texts += ["--calibration.seqlen", "32"]
-    assert main(["adapter", "solve", str(place / "run"), str(place / "arc"), "--rank", "8", *texts]) == 0
+    solve = ["adapter", "solve", str(place / "run"), str(place / "arc"), "--rank", "8"]
+    assert main([*solve, *calibrated(place / "text.txt")]) == 0
     return str(place / "arc")
 
 
 def test_solve_evaluate_and_generate(place, arc, capsys):
     run = str(place / "run")
+    card = (place / "arc" / "README.md").read_text()
+    assert f"{read_report(run).base}, SHA-256" in card and "eora, rank 8" in card and "4 sequences of 32 tokens" in card
+    assert "Perplexity was not measured." in card and "\nvLLM:\n" in card
     assert main(["adapter", "check", arc]) == 0
     capsys.readouterr()
     text = ["--perplexity", str(place / "text.txt"), "--windows", "2", "--window-length", "32"]

@@ -9,7 +9,7 @@ from eora_lab.cli import main
 from eora_lab.formats.made_for import read_made_for
 from eora_lab.model.digest import files_digest
 from eora_lab.run.card import card_text
-from tests.tiny import TEXT, compress, save_tiny, tiny_tokens
+from tests.tiny import TEXT, calibrated, compress, save_tiny, tiny_tokens
 
 SMALL = ["--compressor", "rtn", "--bits", "3", "--group-size", "32"]
 
@@ -20,8 +20,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cards")
     save_tiny(folder / "model")
     (folder / "text.txt").write_text(TEXT)
-    text = ["--calibration.source", str(folder / "text.txt"), "--calibration.nsamples", "4"]
-    text += ["--calibration.seqlen", "32", "--model", str(folder / "model")]
+    text = [*calibrated(folder / "text.txt"), "--model", str(folder / "model")]
     judged = ["--evaluation.perplexity", str(folder / "text.txt"), "--evaluation.windows", "2"]
     judged += ["--evaluation.window-length", "32"]
     grid = ["--zero-point", "integer", "--scale-dtype", "float16"]
@@ -42,8 +41,12 @@ def test_it_says_what_the_run_measured(place):
     card, report = (place / "run" / "adapter" / "README.md").read_text(), report_of(place / "run")
     made_for = read_made_for(place / "run" / "adapter")
     assert made_for.base == files_digest(place / "model") and made_for.base in card and made_for.weights in card
-    (values,) = report.perplexity.values()
-    assert f"original model {values['dense']:.2f}; compressed, with the adapter {values['compressed']:.2f}" in card
+    ((text, values),) = report.perplexity.items()
+    assert f"Perplexity on {text}, 2 windows, with paired 95 % intervals over them:" in card
+    assert f"- original model {values['dense']:.2f}\n" in card
+    bare, original = (report.ratio(text, "compressed", to) for to in ("bare", "dense"))
+    line = f"- compressed, with the adapter {values['compressed']:.2f}: {original} times the original's, {bare} times"
+    assert f"{line} that without it\n" in card and f"- compressed, without the adapter {values['bare']:.2f}: " in card
     before = sum(layer.error_before for layer in report.layers) / len(report.layers)
     after = sum(layer.error_after for layer in report.layers) / len(report.layers)
     assert f"{before:.5f} without the adapter, {after:.5f} with it" in card
@@ -52,7 +55,7 @@ def test_it_says_what_the_run_measured(place):
 
 def test_it_tells_no_number_that_was_not_measured(place):
     card = (place / "ragged" / "adapter" / "README.md").read_text()
-    assert "Perplexity was not measured." in card and "erplexity on" not in card
+    assert "Perplexity was not measured." in card and "erplexity on" not in card and "interval" not in card
     assert "rank 0 to 4" in card and "statistics" not in card.split("## What was measured")[0]
 
 

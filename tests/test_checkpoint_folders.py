@@ -1,76 +1,41 @@
 """Folders of FP8 in blocks, AWQ and gpt-oss, and of mixtures with experts one by one, against others' dequantisers.
 
-Their quantisers need a GPU or a large package, so that tensors are laid down here as those lay them down; the truth is
-what transformers (FP8, MXFP4) and compressed-tensors (AWQ) make of the same tensors.
+The truth is what transformers (FP8, MXFP4) and compressed-tensors (AWQ) make of the same tensors.
 """
 
 import json
-from collections.abc import Callable
 
 import pytest
 import torch
-import transformers
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from eora_lab import EoraLabError, load_model, load_run
-from eora_lab.compress.packing import pack
 from eora_lab.formats import FORMATS, AwqCheckpoint, Fp8Checkpoint, Mxfp4Checkpoint, read_checkpoint
 from eora_lab.model.unfold import unfold
+from tests.folders import (
+    AWQ,
+    FOLDERS,
+    FP8,
+    Q_PROJ,
+    TORCHAO,
+    awq,
+    fp8,
+    gpt_oss,
+    matrices,
+    mixtral,
+    nvfp4,
+    quantise,
+    rewrite,
+    save_gpt_oss,
+    torchao,
+)
 from tests.tiny import compress, edit_json, logits, save_tiny, tiny_model, tiny_tokens
 
-Linear = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 PASS = {"rank": 8, "inputs": "original", "progress": False}
-Q_PROJ = "model.layers.0.self_attn.q_proj"
-FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [24, 40], "fmt": "e4m3"}
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
-
-
-def quantise(folder, linear: Linear, about: dict, model=None, at: str = "_proj.weight") -> dict:
-    """Save a model with other tensors in place of some weights; the tensors of the file."""
-    model = model or tiny_model("llama")
-    model.save_pretrained(folder)
-    tensors = {}
-    for key, tensor in load_file(folder / "model.safetensors").items():
-        name = key.removesuffix(".weight")
-        own = linear(tensor) if key.endswith(at) else None
-        tensors |= {key: tensor} if own is None else {f"{name}.{kind}": one for kind, one in own.items()}
-    return rewrite(folder, tensors, about)
-
-
-def rewrite(folder, tensors: dict, about: dict) -> dict:
-    """Other tensors and another quantization_config."""
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": about}))
-    return tensors
-
-
-def fp8(weight: torch.Tensor, rows: int = 24, columns: int = 40) -> dict[str, torch.Tensor]:
-    """E4M3 in blocks, the last of which are smaller."""
-    scales = torch.empty(-(-weight.shape[0] // rows), -(-weight.shape[1] // columns))
-    for i, j in torch.cartesian_prod(*map(torch.arange, scales.shape)).tolist():
-        scales[i, j] = weight[i * rows : (i + 1) * rows, j * columns : (j + 1) * columns].abs().amax() / 448
-    whole = scales.repeat_interleave(rows, 0).repeat_interleave(columns, 1)[: weight.shape[0], : weight.shape[1]]
-    return {"weight": (weight / whole).to(torch.float8_e4m3fn), "weight_scale_inv": scales}
-
-
-def awq(weight: torch.Tensor, group_size: int = 32) -> dict[str, torch.Tensor]:
-    """As AutoAWQ's WQLinear_GEMM packs: column 8 w + ORDER[i] of a row of codes at bit 4 i of word w."""
-    groups = weight.unflatten(1, (-1, group_size))
-    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
-    scales = ((high - low) / 15).half()
-    zeros = (-low / scales.float()).round().clamp(0, 15)
-    codes = ((groups / scales.float()[..., None]).round() + zeros[..., None]).clamp(0, 15).flatten(1)
-
-    def words(matrix: torch.Tensor) -> torch.Tensor:
-        columns = matrix.T.to(torch.int64).unflatten(1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]]
-        return (columns << torch.arange(0, 32, 4)).sum(-1).to(torch.int32)
-
-    return {"qweight": words(codes), "qzeros": words(zeros), "scales": scales.T.contiguous()}
 
 
 def test_fp8_in_blocks_is_what_the_values_and_their_scales_say(tmp_path):
@@ -132,18 +97,6 @@ def test_awq_is_what_compressed_tensors_makes_of_it(group_size, tmp_path):
         assert torch.equal(weight.dense(torch.float16), truth.flatten(1))
 
 
-def nvfp4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """As ModelOpt's NVFP4QTensor: whole = max|w| / (6 * 448), scales in E4M3, the first code in the lower half."""
-    whole = weight.abs().amax() / (6 * 448)
-    groups = weight.unflatten(1, (-1, 16))
-    scales = (groups.abs().amax(-1) / (6 * whole)).to(torch.float8_e4m3fn)
-    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    scaled = groups / (scales.float() * whole)[..., None]
-    codes = ((scaled.abs()[..., None] - levels).abs().argmin(-1) + 8 * (scaled < 0)).to(torch.uint8).flatten(1)
-    own = {"weight": codes[:, ::2] | codes[:, 1::2] << 4, "weight_scale": scales, "weight_scale_2": whole}
-    return own | {"input_scale": torch.tensor(0.1)}
-
-
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("kind", ["NVFP4", "FP8"])
 def test_modelopt_is_what_its_dequantiser_says(kind, beside, tmp_path):
@@ -180,39 +133,6 @@ def test_modelopt_is_what_its_dequantiser_says(kind, beside, tmp_path):
         read_checkpoint(tmp_path)
 
 
-def gpt_oss() -> torch.nn.Module:
-    """Two blocks with three experts each."""
-    config = transformers.GptOssConfig(
-        vocab_size=97, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, head_dim=16
-    )
-    config.num_key_value_heads, config.num_local_experts, config.num_experts_per_tok = 2, 3, 2
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(0, 0.1)
-    return model
-
-
-def mxfp4(weight: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Experts (E, in, out) as gpt-oss has them."""
-    groups = weight.transpose(1, 2).contiguous().unflatten(2, (-1, 32))
-    exponents = groups.abs().amax(-1).log2().floor() - 2
-    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-    scaled = groups / exponents.exp2()[..., None]
-    codes = ((scaled.abs()[..., None] - levels).abs().argmin(-1) + 8 * (scaled < 0)).to(torch.uint8)
-    return {"_blocks": pack(codes.flatten(0, 2), 4).view(*codes.shape[:3], 16), "_scales": (exponents + 127).byte()}
-
-
-def save_gpt_oss(folder) -> dict:
-    gpt_oss().save_pretrained(folder)
-    tensors = {}
-    for key, tensor in load_file(folder / "model.safetensors").items():
-        experts = key.endswith(("experts.gate_up_proj", "experts.down_proj"))
-        tensors |= {f"{key}{kind}": one for kind, one in mxfp4(tensor).items()} if experts else {key: tensor}
-    return rewrite(folder, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]})
-
-
 def test_experts_of_gpt_oss_are_what_transformers_makes_of_them(tmp_path):
     tensors = save_gpt_oss(tmp_path)
     model = gpt_oss()
@@ -231,15 +151,8 @@ def test_experts_of_gpt_oss_are_what_transformers_makes_of_them(tmp_path):
 
 def test_experts_one_by_one_come_together_as_the_model_has_them(tmp_path):
     """Mixtral: the file has w1, w2 and w3 of every expert, and another name for the router; the model gate_up_proj."""
-    sizes = {"vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2}
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(transformers.MixtralConfig(**sizes)).eval()
-
-    def linear(weight: torch.Tensor) -> dict[str, torch.Tensor] | None:
-        return fp8(weight) if len(weight) not in (97, 3) and weight.ndim == 2 else None
-
-    tensors = quantise(tmp_path, linear, FP8, model, at=".weight")
+    model = mixtral()
+    tensors = quantise(tmp_path, matrices(fp8), FP8, model, at=".weight")
     assert "model.layers.0.block_sparse_moe.experts.2.w3.weight_scale_inv" in tensors
     unfold(model)
     found = read_checkpoint(tmp_path).of(model)
@@ -256,6 +169,20 @@ def test_experts_one_by_one_come_together_as_the_model_has_them(tmp_path):
     rewrite(tmp_path, tensors, FP8)
     with pytest.raises(EoraLabError, match=r"lacks the tensor .*\.0\.block_sparse_moe\.gate\.weight"):
         read_checkpoint(tmp_path).of(model)
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_a_mixture_is_mended_as_its_model_has_it(kind, tmp_path):
+    linear, about = FOLDERS[kind]
+    model = mixtral()
+    quantise(tmp_path, matrices(linear), about, model, at=".weight")
+    unfold(model)
+    checkpoint = read_checkpoint(tmp_path)
+    weight = checkpoint.of(model)["model.layers.1.mlp.experts.2.gate_up_proj"]
+    name = "model.layers.1.block_sparse_moe.experts.2"
+    assert torch.equal(weight.dense(), torch.cat([checkpoint[f"{name}.{leaf}"].dense() for leaf in ("w1", "w3")]))
+    report = compress(model, tiny_tokens(), weights=checkpoint, **PASS, folder=tmp_path / "run")
+    assert len(report.layers) == 2 * (4 + 3 * 2) and all(one.error_after < one.error_before for one in report.layers)
 
 
 def test_names_of_a_wrapper_and_layers_that_no_model_loads(tmp_path):
@@ -317,9 +244,18 @@ AWQ_DAMAGED = [
 ]
 
 
+TORCHAO_DAMAGED = [
+    ({"tensors": {f"{Q_PROJ}._weight_zero_point": torch.zeros(65, 2).char()}}, "zero_point has 130 numbers, not 128"),
+    ({"tensors": {f"{Q_PROJ}._weight_scale": torch.ones(64, 1)}}, "_weight_scale has 64 numbers, not 128"),
+    ({"tensors": {f"{Q_PROJ}._weight_qdata": torch.full((64, 64), 8).char()}}, "are beyond 4 bits"),
+]
+
+
 @pytest.mark.parametrize(
     ("linear", "about", "damage", "message"),
-    [(fp8, FP8, *one) for one in FP8_DAMAGED] + [(awq, AWQ, *one) for one in AWQ_DAMAGED],
+    [(fp8, FP8, *one) for one in FP8_DAMAGED]
+    + [(awq, AWQ, *one) for one in AWQ_DAMAGED]
+    + [(torchao, TORCHAO, *one) for one in TORCHAO_DAMAGED],
 )
 def test_what_is_damaged_or_contradicts_itself_is_one_line(linear, about, damage, message, tmp_path):
     tensors = quantise(tmp_path, linear, about)

@@ -6,10 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from eora_lab import EoraLabError, InputStatistics, LowRank, solve
+from eora_lab import EoraLabError, InputStatistics, LowRank, OutputStatistics, solve
+from eora_lab.calibrate.output_statistics import DAMPING
 from eora_lab.compensate import SOLVERS, krylov
 from eora_lab.compensate.eora_paper import eora_paper
 from eora_lab.compensate.factors import StoredFactors, store_factors
+from eora_lab.compensate.projection import in_double
 from eora_lab.compensate.shrinkage import solve_shrunk
 
 KINDS = ("random", "rank-deficient", "condition 1e12", "outlier channels")
@@ -99,23 +101,24 @@ def test_no_rival_is_below_the_optimum(out_features, in_features, kind, share, s
     rank = round(share * min(out_features, in_features))
     scale = total(R, S)
     best = loss(R, S, solve("eora", R, S, rank))
-    assert loss(R, S, solve(method, R, S, rank)) >= best - 1e-9 * scale
+    F = second_moment(kind, out_features, seed + 1)
+    assert loss(R, S, solve(method, R, S, rank, F)) >= best - 1e-9 * scale
     assert best <= scale * (1 + 1e-9)
 
 
 @pytest.mark.parametrize("method", sorted(set(SOLVERS) - {"none"}))
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
 def test_full_rank_leaves_nothing_and_rank_zero_everything(method, shape):
-    R, S = normal(*shape), second_moment("outlier channels", shape[1])
-    assert loss(R, S, solve(method, R, S, min(shape))) <= 1e-9 * total(R, S)
-    assert loss(R, S, solve(method, R, S, 0)) == pytest.approx(total(R, S))
+    R, S, F = normal(*shape), second_moment("outlier channels", shape[1]), second_moment("outlier channels", shape[0])
+    assert loss(R, S, solve(method, R, S, min(shape), F)) <= 1e-9 * total(R, S)
+    assert loss(R, S, solve(method, R, S, 0, F)) == pytest.approx(total(R, S))
 
 
 @pytest.mark.parametrize("method", sorted(SOLVERS))
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
 def test_answers_are_nested_in_rank(method, shape):
-    R, S = normal(*shape), second_moment("random", shape[1])
-    high, low = solve(method, R, S, 12), solve(method, R, S, 5)
+    R, S, F = normal(*shape), second_moment("random", shape[1]), second_moment("random", shape[0])
+    high, low = solve(method, R, S, 12, F), solve(method, R, S, 5, F)
     torch.testing.assert_close(high.truncate(5).dense(), low.dense(), rtol=0, atol=1e-9)
 
 
@@ -154,14 +157,14 @@ def test_a_dead_channel_does_not_divide_by_zero():
     statistics = InputStatistics(16)
     statistics.update(x)
     for method in SOLVERS:
-        answer = solve(method, R, statistics, 4)
+        answer = solve(method, R, statistics, 4, second_moment("rank-deficient", 12))
         assert torch.isfinite(answer.A).all() and torch.isfinite(answer.B).all()
 
 
 def test_zero_residual_and_zero_input():
     for R, S in ((torch.zeros(8, 12), torch.eye(12)), (torch.ones(8, 12), torch.zeros(12, 12))):
         for method in SOLVERS:
-            answer = solve(method, R, S, 3)
+            answer = solve(method, R, S, 3, torch.eye(8))
             assert torch.isfinite(answer.dense()).all() and loss(R, S, answer) <= 1e-12
 
 
@@ -171,6 +174,80 @@ def test_null_space_policies_of_the_paper_form():
     statistics = InputStatistics.from_second_moment(S)
     assert loss(R, S, eora_paper(R, statistics, 5, "drop")) == pytest.approx(best, rel=1e-8)
     assert loss(R, S, eora_paper(R, statistics, 5, "clamp")) == pytest.approx(best, rel=1e-6)
+
+
+def weighted_loss(R: Tensor, S: Tensor, F: Tensor, answer: LowRank) -> float:
+    """tr(F (R - B A) S (R - B A)ᵀ), measured in float64."""
+    left = R.double() - answer.B.double() @ answer.A.double()
+    return (F.double() @ left @ S.double() * left).sum().item()
+
+
+def damped(F: Tensor, damping: float = DAMPING) -> Tensor:
+    return F.double() + damping * F.double().diagonal().mean() * torch.eye(len(F), dtype=torch.float64)
+
+
+def by_symmetric_roots(R: Tensor, S: Tensor, F: Tensor, rank: int) -> LowRank:
+    """F^-½ [F^½ R S^½]_r S^-½, by two symmetric roots and one SVD."""
+    values, Q = torch.linalg.eigh(F)
+    answer = by_symmetric_root(Q * values.sqrt() @ Q.T @ R, S, rank)
+    return LowRank(answer.A, Q / values.sqrt() @ Q.T @ answer.B, answer.spectrum)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("other", KINDS)
+def test_the_two_sided_answer_is_the_optimum_of_its_metric(kind, other, shape):
+    R, S, F = normal(*shape, seed=1), second_moment(kind, shape[1]), second_moment(other, shape[0], seed=2)
+    metric = damped(F)
+    scale = weighted_loss(R, S, metric, solve("none", R, S, 0))
+    for rank in {0, 1, min(shape) // 2, min(shape)}:
+        answer = solve("eora_fisher", R, S, rank, F)
+        best = weighted_loss(R, S, metric, answer)
+        assert answer.A.shape == (rank, shape[1]) and answer.B.shape == (shape[0], rank)
+        assert abs(best - answer.spectrum[rank:].sum().item()) <= 1e-8 * scale  # predicted = measured
+        exact = by_symmetric_roots(R, S, metric, rank)
+        assert abs(weighted_loss(R, S, metric, exact) - best) <= 1e-8 * scale
+        torch.testing.assert_close(answer.spectrum, exact.spectrum, rtol=0, atol=1e-8 * scale)
+        for rival in ("eora", "svd", "qera_approx"):
+            assert weighted_loss(R, S, metric, solve(rival, R, S, rank)) >= best - 1e-9 * scale
+
+
+@given(st.integers(1, 24), st.integers(1, 24), st.sampled_from(KINDS), st.floats(0.01, 100), st.integers(0, 2**16))
+def test_where_all_outputs_matter_alike_it_is_eora(out_features, in_features, kind, size, seed):
+    R, S = normal(out_features, in_features, seed=seed), second_moment(kind, in_features, seed)
+    rank = min(R.shape) // 2
+    outputs = OutputStatistics.from_second_moment(size * torch.eye(out_features, dtype=torch.float64))
+    answer, plain = solve("eora_fisher", R, S, rank, outputs), solve("eora", R, S, rank)
+    assert abs(loss(R, S, answer) - loss(R, S, plain)) <= 1e-9 * total(R, S)
+    torch.testing.assert_close(answer.spectrum, size * (1 + DAMPING) * plain.spectrum, rtol=1e-8, atol=1e-8 * size)
+
+
+@pytest.mark.parametrize("shape", [(48, 96), (96, 48)])
+def test_two_sided_in_float32_reaches_the_float64_optimum(shape):
+    R, S, F = normal(*shape), second_moment("outlier channels", shape[1]), second_moment("condition 1e12", shape[0])
+    best = weighted_loss(R, S, damped(F), solve("eora_fisher", R, S, 16, F))
+    answer = solve("eora_fisher", R.float(), S.float(), 16, F.float())
+    assert answer.A.dtype == answer.B.dtype == torch.float32
+    whole = weighted_loss(R, S, damped(F), solve("none", R, S, 0))
+    assert weighted_loss(R, S, damped(F), answer) - best <= 1e-4 * best + 1e-7 * whole
+
+
+def test_a_large_layer_goes_through_the_krylov_space_in_the_two_sided_metric():
+    R, S = power_law(1100, 1200)
+    F = second_moment("random", 1100).float()
+    answer = solve("eora_fisher", R, S, 24, F)
+    LR = torch.linalg.cholesky(damped(F)).T @ R.double()
+    exact = torch.linalg.eigvalsh(LR @ S.double() @ LR.T).flip(0)
+    assert len(answer.spectrum) == 24  # it ends at the rank there
+    left = weighted_loss(R, S, damped(F), answer)
+    assert left == pytest.approx(exact[24:].sum().item(), rel=1e-4)
+
+
+def test_outputs_that_no_gradient_reaches_are_compensated_as_by_eora_and_are_worth_nothing():
+    R, S = normal(20, 30), second_moment("random", 30)
+    answer = solve("eora_fisher", R, S, 6, torch.zeros(20, 20))
+    torch.testing.assert_close(answer.dense(), solve("eora", R, S, 6).dense())
+    assert not answer.spectrum.any()
 
 
 def test_balanced_factors_have_equal_norms_and_the_same_product():
@@ -186,6 +263,8 @@ def test_balanced_factors_have_equal_norms_and_the_same_product():
         (lambda R, S: solve("eroa", R, S, 2), "unknown method 'eroa'; known: none, svd"),
         (lambda R, S: solve("eora", R, S, 9), r"rank 9 does not fit a layer of \(8, 12\): at most 8"),
         (lambda R, S: solve("eora", R, S, -1), "rank -1 does not fit"),
+        (lambda R, S: solve("eora_fisher", R, S, 2), "eora_fisher needs the gradients at the layer's output: measure"),
+        (lambda R, S: solve("eora_fisher", R, S, 2, S), "a layer of 8 outputs cannot use statistics of 12"),
         (lambda R, S: solve("eora", R, S[:-1, :-1], 2), "12 inputs cannot use statistics of 11"),
         (lambda R, S: solve("eora", R, S[:-1], 2), r"square matrix, not \(11, 12\)"),
         (lambda R, S: solve("eora", R, S + torch.eye(12) * float("nan"), 2), "second moment has NaN or Inf"),
@@ -226,6 +305,13 @@ def test_ranks_near_the_limit_of_the_krylov_path(rank):
     R, S = power_law(1024, 1024)
     values = torch.linalg.eigvalsh(R.double() @ S.double() @ R.double().T).flip(0)
     assert loss(R, S, solve("eora", R, S, rank)) == pytest.approx(values[rank:].sum().item(), rel=1e-4)
+
+
+def test_a_product_with_s_some_columns_at_a_time_is_the_product():
+    random = torch.Generator().manual_seed(0)
+    R = torch.randn(5, 2500, generator=random, dtype=torch.float64)
+    S = torch.randn(2500, 2500, generator=random)
+    torch.testing.assert_close(in_double(R, S), R @ S.double(), rtol=1e-12, atol=1e-11)
 
 
 def test_krylov_gives_up_where_its_bound_is_not_met():

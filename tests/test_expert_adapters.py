@@ -11,6 +11,7 @@ from eora_lab import EoraLabError, load_model, load_run
 from eora_lab.cli import main
 from eora_lab.formats.adapter_check import check_adapter, fix_adapter
 from eora_lab.formats.fused import fused_linears, one_by_one, whole
+from eora_lab.formats.gguf_idle import idle_modules
 from eora_lab.formats.names import Factors
 from eora_lab.formats.peft import adapter_factors, read_adapter, read_files, write_adapter
 from eora_lab.layer.linear import compensated
@@ -150,6 +151,42 @@ def test_check_says_which_loader_takes_which_form(tmp_path):
     write_adapter(tmp_path / "lacking", lacking, "model", universal=True, model=model)
     found = findings(tmp_path / "lacking", model)
     assert "layers.0.block_sparse_moe.experts.2.w2 has no factors" in found["llama.cpp"][0]
+    gates = {name: pair for name, pair in factors.items() if not name.endswith("down_proj")}
+    write_adapter(tmp_path / "gates", gates, "model", universal=True, model=model)
+    problems = findings(tmp_path / "gates", model)["llama.cpp"]
+    assert all("needs all linears of all experts of a layer" in one for one in problems) and len(problems) == 2
+    assert "layers.0.block_sparse_moe.experts.0.w2 (and 3 more) has no factors" in problems[0]
+
+
+def test_check_names_what_is_loaded_and_applied_nowhere(tmp_path):
+    model = mixture("deepseek_v3")
+    unfold_experts(model)
+    write_adapter(tmp_path / "all", everywhere(model), "model", universal=True, model=model)
+    found = findings(tmp_path / "all", model)
+    assert any("(and 7 more) and does not apply it" in problem for problem in found["llama.cpp"])
+    absorbed = "loads model.layers.0.self_attn.kv_b_proj (and 1 more) and does not apply it"
+    assert any(absorbed in problem for problem in found["vllm"])
+    rest = {name: pair for name, pair in everywhere(model).items() if "_a_proj" not in name and "_b_proj" not in name}
+    write_adapter(tmp_path / "rest", rest, "model", universal=True, model=model)
+    assert not [one for problems in findings(tmp_path / "rest", model).values() for one in problems if "apply" in one]
+
+
+@pytest.mark.parametrize(
+    ("model_type", "module", "idle"),
+    [
+        ("deepseek_v32", "self_attn.indexer.wq_b", True),
+        ("deepseek_v32", "self_attn.o_proj", False),
+        ("glm_moe_dsa", "self_attn.kv_a_proj_with_mqa", True),
+        ("minicpm3", "self_attn.q_b_proj", True),
+        ("kimi_linear", "self_attn.o_proj", True),
+        ("kimi_linear", "mlp.down_proj", False),
+        ("kimi_k25", "self_attn.kv_b_proj", True),
+        ("llama", "self_attn.q_proj", False),
+    ],
+)
+def test_modules_without_adapters_in_llamacpp(model_type, module, idle):
+    name = f"model.layers.0.{module}"
+    assert idle_modules(model_type, 2, [name]) == ([name] if idle else [])
 
 
 @pytest.mark.parametrize("universal", [False, True])

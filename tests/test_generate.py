@@ -10,7 +10,8 @@ import transformers
 from eora_lab import EoraLabError
 from eora_lab.cli import main
 from eora_lab.cli.chat import read_line
-from eora_lab.model.generate import Chat, generate
+from eora_lab.model.generate import Chat, generate, generate_each
+from eora_lab.model.steps import Steps, can_capture, write
 from tests.tiny import tiny_model, tiny_tokenizer
 
 
@@ -37,6 +38,45 @@ def test_the_settings_in_the_models_folder_bend_nothing(own):
     sampled = [generate(model, tokenizer, "The fox", 12, 2.0, seed) for seed in (1, 1, 2)]
     assert sampled[0] == sampled[1] != sampled[2]
     assert model.generation_config.to_dict() == before
+
+
+PROMPTS = ["The fox", "The quick brown fox jumps over", "A"]
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_prompts_of_a_batch_are_continued_as_each_alone(kind):
+    model, tokenizer = tiny_model(kind), tiny_tokenizer()
+    alone = [generate(model, tokenizer, prompt, 9) for prompt in PROMPTS]
+    assert generate_each(model, tokenizer, PROMPTS, 9) == alone
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_steps_write_what_the_whole_model_writes(kind):
+    """The steps that a GPU captures, called one by one: prompts of unequal length, and texts that end early."""
+    model, tokenizer = tiny_model(kind), tiny_tokenizer()
+    ids = [tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in PROMPTS]
+    longest = max(map(len, ids))
+    padded = torch.tensor([[0] * (longest - len(one)) + one for one in ids])
+    mask = torch.arange(longest) >= torch.tensor([[longest - len(one)] for one in ids])
+    rows = write(Steps(model, padded, mask, 9), [], 9).tolist()
+    assert [tokenizer.decode(row, skip_special_tokens=True) for row in rows] == [
+        likeliest(model, tokenizer, prompt, 9) for prompt in PROMPTS
+    ]
+    for prompt in PROMPTS:  # alone, without anything to hide
+        one = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]])
+        (row,) = write(Steps(model, one, torch.ones_like(one).bool(), 9), [], 9).tolist()
+        assert tokenizer.decode(row, skip_special_tokens=True) == likeliest(model, tokenizer, prompt, 9)
+    end = rows[0][2]
+    first = rows[0].index(end) + 1
+    stopped = write(Steps(model, padded, mask, 9), [end], 9).tolist()
+    assert stopped[0] == rows[0][:first] + [end] * (len(stopped[0]) - first)
+    sampled = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        sampled.append(write(Steps(model, padded, mask, 9), [], 9, temperature=2.0))
+    assert torch.equal(*sampled) and sampled[0].tolist() != rows
+    assert not can_capture(model)  # on a CPU
 
 
 @pytest.mark.parametrize(

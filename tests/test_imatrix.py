@@ -12,9 +12,7 @@ from eora_lab.cli import main
 from eora_lab.formats.imatrix import read_imatrix, write_imatrix
 from eora_lab.model.load import load_skeleton
 from tests.test_expert_adapters import mixture
-from tests.tiny import save_tiny, tiny_model, tiny_tokens
-
-TEXT = "The quick brown fox jumps over the lazy dog, and 12 more. " * 60
+from tests.tiny import TEXT, calibrated, save_tiny, tiny_model, tiny_tokens
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +21,8 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("imatrix")
     save_tiny(folder / "model")
     (folder / "text.txt").write_text(TEXT)
-    calibration = ["--calibration.source", str(folder / "text.txt"), "--calibration.nsamples", "6"]
-    command = ["imatrix", str(folder / "model"), str(folder / "imatrix.gguf"), *calibration]
-    assert main([*command, "--calibration.seqlen", "32"]) == 0
+    files = [str(folder / "model"), str(folder / "imatrix.gguf")]
+    assert main(["imatrix", *files, *calibrated(folder / "text.txt", 6)]) == 0
     return folder
 
 

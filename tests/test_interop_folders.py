@@ -1,4 +1,4 @@
-"""Folders that bitsandbytes and torchao make themselves through transformers, against their own dequantisers.
+"""Folders that bitsandbytes, torchao and hqq make themselves, against their own dequantisers.
 
 They need an environment of their own: `make interop`.
 """
@@ -11,7 +11,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from eora_lab import EoraLabError, load_model, load_run
-from eora_lab.compress import CodebookWeight, DenseWeight, GridWeight
+from eora_lab.compress import CodebookWeight, DenseWeight, GridWeight, HqqWeight
 from eora_lab.formats import read_checkpoint
 from tests.tiny import compress, edit_json, logits, save_tiny, tiny_model, tiny_tokenizer, tiny_tokens
 
@@ -189,3 +189,41 @@ def test_a_damaged_torchao_folder_is_one_line(tmp_path):
     save_file(load_file(file), file)  # without its metadata
     with pytest.raises(EoraLabError, match="the metadata of its file do not say what"):
         dict(read_checkpoint(tmp_path / "base"))
+
+
+def hqq(folder, **how) -> dict[str, torch.Tensor]:
+    """Save a model as hqq does, whose layers encode what they are as tensors; what it makes of them itself."""
+    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+    save_tiny(folder / "model")
+    model = tiny_model("llama")
+    dtype, truth = how.pop("dtype"), {}
+    said = BaseQuantizeConfig(**how)
+    for name, module in list(model.model.named_modules(prefix="model")):
+        if isinstance(module, torch.nn.Linear):
+            made = HQQLinear(module, said, compute_dtype=dtype, device="cpu")
+            model.set_submodule(name, made)
+            truth[name] = made.dequantize()
+    model.config.save_pretrained(folder / "base")
+    save_file({key: one.contiguous() for key, one in model.state_dict().items()}, folder / "base" / "model.safetensors")
+    edit_json(folder / "base" / "config.json", quantization_config={"quant_method": "hqq", "quant_config": said})
+    return truth
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("bits", [8, 6, 4, 3, 2, 1.58, 1])
+def test_hqq_is_what_the_library_makes_of_it(bits, axis, dtype, tmp_path):
+    truth = hqq(tmp_path, nbits=bits, group_size=32, axis=axis, dtype=dtype)
+    checkpoint = read_checkpoint(tmp_path / "base")
+    assert checkpoint.base.startswith("HQQ ") and set(checkpoint) == set(truth) and len(truth) == 14
+    for name, weight in checkpoint.of(load_model(str(tmp_path / "model"))[0]).items():
+        assert torch.equal(weight.dense(dtype), truth[name])
+        assert isinstance(weight, HqqWeight if axis == 1 else DenseWeight)
+
+
+@pytest.mark.parametrize("how", [{"view_as_float": True}, {"group_size": None}, {"group_size": 128}])
+def test_other_ways_of_hqq(how, tmp_path):
+    truth = hqq(tmp_path, **{"nbits": 3, "group_size": 64, "axis": 1, "dtype": torch.float16} | how)
+    for name, weight in read_checkpoint(tmp_path / "base").items():
+        assert torch.equal(weight.dense(torch.float16), truth[name])

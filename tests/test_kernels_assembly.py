@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from eora_lab.layer.triton_kernels.packing import pack_planes, unpack_planes
 from eora_lab.layer.triton_kernels.ptx import LANES, PLANES, constraints, unpack_text
-from eora_lab.layer.triton_kernels.repack import pack_planes, unpack_planes
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -1,5 +1,6 @@
 """The bench where there is no GPU: its floors, its figure, the decoder's variants, and what it says."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -8,9 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from eora_lab.errors import EoraLabError
+from eora_lab.layer import backends
+from eora_lab.layer.linear import backends_in_use
+from eora_lab.layer.triton_kernels.configs import GPUS, rule
+from eora_lab.model.structure import block_linears
+from kernels.bench_cpu import layer_table, model_table, pack, random_layer, time_layer, turns, write
+from kernels.check import KINDS, ROWS, check
 from kernels.figure import draw
-from kernels.shapes import H200, MODELS, Dimensions, floor_us
+from kernels.shapes import H200, MODELS, Dimensions, Machine, floor_us
 from kernels.stack import VARIANTS, Decoder
+from tests.tiny import tiny_model
 
 ROOT = Path(__file__).parent.parent
 
@@ -60,6 +69,44 @@ def test_the_committed_floors_are_those_of_the_code(tmp_path):
     assert draw(None, tmp_path / "floors")[1].read_bytes() == (ROOT / "kernels/floors.svg").read_bytes()
 
 
+def test_the_check_names_who_computes_why_and_how_well(capsys):
+    machine = Machine("this machine", 1e10, 1e11)
+    assert check(torch.device("cpu"), torch.float32, machine, 128, 8, 0.0) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines if not line.startswith("  not by")] == ["right"] * len(KINDS) * len(ROWS)
+    assert any("triton (W4)" in line and "an NVIDIA GPU" in line for line in lines)
+
+
+def test_the_check_sees_a_wrong_product(capsys, monkeypatch):
+    class Wrong(backends.Backend):
+        name = "wrong"
+
+        def why_not(self, layer, x, gradients):
+            return None if layer.sample.bits == 8 else "8 bits only"
+
+        def prepare(self, layer):
+            return lambda layer, x: 1.001 * backends.with_path(backends.in_tiles)(layer, x)
+
+    monkeypatch.setattr(backends, "BACKENDS", {"wrong": Wrong()} | backends.BACKENDS)
+    machine = Machine("this machine", 1e10, 1e11)
+    assert check(torch.device("cpu"), torch.float32, machine, 128, 8, 0.0) == len(ROWS)
+    assert "WRONG" in capsys.readouterr().out
+
+
+@pytest.mark.kernels
+def test_the_tuner_tries_what_the_rule_ships():
+    pytest.importorskip("triton", reason="Triton is not installed")
+    from kernels.tune import candidates
+
+    for gpu in GPUS.values():
+        for rows, bits in itertools.product((1, 64, 256, 1024), (3, 4)):
+            found = candidates(rows, 14336, 4096, bits, 64, gpu)
+            assert found[0] == rule(rows, 14336, 4096, bits, 64, gpu) and len(set(found)) == len(found)
+            splits = {config.split_k for config in found if config.path == "decode"}
+            assert rows > 64 or splits >= {1, 2, 4, 8}
+            assert rows <= 64 or any(config.num_warps == 8 for config in found)
+
+
 @pytest.mark.kernels
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("command", ["bench", "tune"])
@@ -71,5 +118,32 @@ def test_says_in_one_line_that_it_needs_a_gpu(command):
 
 
 def test_recorded_results_say_where_they_are_from():
-    for path in (ROOT / "kernels/results").glob("*.json"):
-        assert {"gpu", "date", "command", "versions", "layers"} <= set(json.loads(path.read_text())), path
+    for path in (ROOT / "kernels/results").rglob("*.json"):
+        machine = "machine" if path.parent.name == "cpu" else "gpu"
+        assert {machine, "date", "command", "versions", "layers"} <= set(json.loads(path.read_text())), path
+
+
+def test_the_cpu_bench_times_every_road_of_a_layer():
+    rows = time_layer(64, 128, 4, 8, rounds=1)
+    table = layer_table({"layers": rows, "bandwidth": 1e9})
+    both = ("numba", "tiles", "dense")
+    assert set(table["road"]) == {f"{road}, float32" for road in both} | {
+        f"{road}, bfloat16" for road in (*both, "int4")
+    }
+    assert (table[["least", "median", "of bandwidth"]] > 0).all(axis=None)
+    assert table.set_index("road")["x dense, float32"]["dense, float32"] == 1
+
+
+def test_the_cpu_bench_times_nothing_wrong():
+    layer = random_layer(64, 128, 3, 8, torch.float32)
+    with pytest.raises(EoraLabError, match="is wrong: relative error 1"):
+        turns(layer, 1000, torch.ones(1, 128), 1e6 * torch.ones(1, 64))
+
+
+def test_the_cpu_bench_packs_and_writes_with_a_model():
+    model = tiny_model("llama").eval()
+    packed = pack(model, 4, bits=3, group_size=16)
+    assert backends_in_use(packed) == {"numba": len(block_linears(model))}
+    assert write(packed, torch.ones(1, 3, dtype=torch.long)) > 0
+    rows = [{"model": name, "least": 1, "median": 2} for name in ("dense, float32", "dense, bfloat16")]
+    assert list(model_table({"models": rows})["median"]) == [0.5, 0.5]

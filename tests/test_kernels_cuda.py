@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eora_lab.layer.triton_kernels import repack
+from eora_lab.compress import GridWeight
+from eora_lab.layer.triton_kernels import fused_weight
 from kernels.cuda.build import SOURCE, TYPES, build, find_nvcc
 
 NVCC = find_nvcc()
@@ -46,7 +47,8 @@ def test_agrees_with_float64_when_run_on_the_cpu(bits, group, dtype, rank, bias,
     scales, kind = torch.rand(N, 5) + 0.1, getattr(torch, dtype)
     x, A, B, b = (torch.randn(*shape).to(kind) for shape in ((M, K), (rank, K), (N, rank), (N,)))
     A = A / 16
-    weight = repack(codes.byte(), scales, -zeros * scales, bits, A, B, b if bias else None, dtype=kind)
+    grid = GridWeight(codes.byte(), scales, -zeros * scales, bits)
+    weight = fused_weight(grid, A, B, b if bias else None, dtype=kind)
     y, xa = torch.full((M, N), torch.nan, dtype=kind), torch.full((M, rank), torch.nan)
     tensors = x, A, xa, weight.planes, weight.scales, weight.offsets, weight.Bt, weight.bias, y
     pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]

@@ -100,7 +100,7 @@ def test_compiles_with_inductor():
     tensors = [getattr(module, name) for name in TENSORS]
 
     def call(x):  # the module's own method carries a shape check, which cannot be traced
-        return torch.ops.eora_lab.fused_linear(x, *tensors, **module.numbers)
+        return torch.ops.eora_lab.fused_linear(x, *tensors, None, **module.numbers)
 
     assert torch.equal(torch.compile(call, fullgraph=True)(x), module(x))
 
@@ -130,5 +130,61 @@ def test_a_compensated_layer_computes_the_same_either_way(bits: int):
     assert (fused.backend_for(3), plain.backend_for(3)) == ("tiles" if bits == 8 else "triton", "tiles")
     x = torch.randn(3, 512, device="cuda", dtype=torch.float16, requires_grad=True)
     torch.testing.assert_close(fused(x.detach()), plain(x.detach()), rtol=2e-3, atol=2e-3)
+    if bits < 8:
+        assert all(getattr(fused, name).is_cpu for name in fused._packed)  # W^ lies on the GPU once
     fused(x).sum().backward()  # through torch
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", [1, 7, 33, 70, 600])
+def test_every_row_takes_its_own_path(rows: int):
+    """On every road, as `choose` picks it."""
+    from eora_lab.layer.triton_kernels import FusedLinear
+
+    one = layer(N=1000, K=4096, rank=16)
+    module = FusedLinear(one.fused())
+    paths = [(torch.randn(r, 4096, device="cuda") / 64, torch.randn(1000, r, device="cuda")) for r in (3, 0, 40)]
+    module.set_paths(paths)
+    ids = torch.randint(-1, 3, (rows,), device="cuda", dtype=torch.int32)
+    x = torch.randn(rows, 4096, device="cuda").half()
+    expected = one.without_path().exact(x)
+    for path, (A, B) in enumerate(paths):
+        expected += (ids == path)[:, None] * (x.double() @ A.half().double().T @ B.half().double().T)
+    assert ((module(x, ids).double() - expected).norm() / expected.norm()) < 1e-3
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 40])
+def test_experts(tokens: int):
+    from eora_lab.layer.triton_kernels.experts import experts_linear, stack
+
+    layers = [layer(N=768, K=2048, rank=r) for r in (8, 0, 16, 24)]
+    x = torch.randn(tokens, 2048, device="cuda").half()
+    chosen = torch.stack([torch.randperm(4, device="cuda")[:2] for _ in range(tokens)])
+    y = experts_linear(x, stack([one.fused() for one in layers]), chosen).double()
+    expected = torch.stack([one.exact(x) for one in layers], 1)[torch.arange(tokens)[:, None], chosen]
+    assert ((y - expected).norm() / expected.norm()) < 1e-3
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_a_gpu_that_is_not_the_current_one():
+    from eora_lab.layer.triton_kernels import FusedLinear
+
+    one = layer()
+    x = torch.randn(3, 4096, device="cuda").half()
+    there = FusedLinear(one.fused()).to("cuda:1")(x.to("cuda:1"))
+    assert torch.equal(there.to("cuda:0"), FusedLinear(one.fused())(x))
+
+
+@torch.no_grad()
+def test_a_captured_step_writes_what_steps_one_by_one_write():
+    from eora_lab.model.steps import Steps, can_capture, write
+    from tests.tiny import compress, tiny_model, tiny_tokens
+
+    model = tiny_model("llama")
+    compress(model, tiny_tokens(), bits=4, rank=8, progress=False)
+    model = model.to("cuda", torch.bfloat16)
+    ids = tiny_tokens(3, seed=1)[:, :20].cuda()
+    assert can_capture(model)
+    plain, captured = (Steps(model, ids, torch.ones_like(ids).bool(), 12) for _ in range(2))
+    captured.capture()
+    assert torch.equal(write(plain, [], 12), write(captured, [], 12))

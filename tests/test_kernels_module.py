@@ -7,11 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eora_lab.compress import rtn
+from eora_lab.compensate.factors import StoredFactors
+from eora_lab.compress import GridWeight, rtn
 from eora_lab.errors import EoraLabError
-from eora_lab.layer.triton_kernels import FusedLinear, fused_weight, repack, why_not_triton
-from eora_lab.layer.triton_kernels.configs import bucket, rule
+from eora_lab.layer.backends import BACKENDS
+from eora_lab.layer.row_paths import RowPaths
+from eora_lab.layer.triton_kernels import FusedLinear, fused_rows, fused_weight, packing, why_not_triton
+from eora_lab.layer.triton_kernels.configs import GPUS, SERIAL, bucket, rule
 from kernels.merge import merge
+from tests.test_linear import layer as stored_layer
 
 
 def layer(out_features=36, in_features=96, rank=7, bits=4, group_size=32, dtype=torch.float16, bias=True, **grid):
@@ -84,10 +88,10 @@ def test_act_order_reads_channels_in_the_order_of_their_groups():
     A, B = torch.randn(4, 96).half() / 10, torch.randn(36, 4).half()
     x = torch.randn(5, 96).half()
     W = (codes.double() - zeros.double()[:, index]) * scales.double()[:, index]
-    y = FusedLinear(repack(codes, scales, zeros, 4, A, B, group_index=index))(x)
+    y = FusedLinear(fused_weight(GridWeight(codes, scales, zeros, 4, g_idx=index.int()), A, B))(x)
     assert error(y, x.double() @ W.T + x.double() @ A.double().T @ B.double().T) < 5e-4
-    in_order = repack(codes, scales, zeros, 4, A, B, group_index=torch.arange(96) // 32)
-    assert in_order.order is None
+    in_order = GridWeight(codes, scales, zeros, 4, g_idx=(torch.arange(96) // 32).int())
+    assert fused_weight(in_order, A, B).order is None
 
 
 @pytest.mark.parametrize(
@@ -115,16 +119,63 @@ def test_a_last_group_that_is_shorter(act_order):
     A, B = torch.randn(4, 100).half() / 10, torch.randn(36, 4).half()
     x = torch.randn(5, 100).half()
     W = codes.double() * scales.double()[:, index] + offsets.double()[:, index]
-    weight = repack(codes, scales, offsets, 3, A, B, group_index=index if act_order else None, group_size=48)
+    grid = GridWeight(codes, scales, offsets, 3, None, 48, index.int() if act_order else None)
+    weight = fused_weight(grid, A, B)
     expected = x.double() @ W.T + x.double() @ A.double().T @ B.double().T
     assert error(FusedLinear(weight)(x), expected) < 5e-4
 
 
 def test_groups_of_unequal_size_are_refused():
     compressed, A, B, b = layer()
-    index = torch.zeros(96, dtype=torch.int64)
     with pytest.raises(EoraLabError, match="equal size"):
-        repack(compressed.codes, compressed.scales, compressed.offsets, 4, A, B, b, group_index=index)
+        fused_weight(replace(compressed, g_idx=torch.zeros(96, dtype=torch.int32)), A, B, b)
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    compressed, A, B, b = layer()
+    with pytest.raises(EoraLabError, match="96 channels in groups of 48 are not 3 groups"):
+        fused_weight(replace(compressed, group_size=48), A, B, b)
+    with pytest.raises(ValueError, match="a code of 15 has more than 3 bits"):
+        fused_weight(replace(compressed, bits=3, codes=torch.full_like(compressed.codes, 15)), A, B, b)
+    with pytest.raises(EoraLabError, match="does not fit into float16"):
+        fused_weight(compressed, 1e6 * A.float(), B, b)
+    module = FusedLinear(fused_weight(compressed, A, B, b))
+    for width in (80, 112, 96 * 2):
+        with pytest.raises(EoraLabError, match=f"reads 96 channels, and x has {width}"):
+            module(torch.randn(1, width).half())
+    with pytest.raises(EoraLabError, match="3 rows need as many int32 ids"):
+        module(torch.randn(3, 96).half(), torch.zeros(2, dtype=torch.int32))
+
+
+def test_rows_that_are_packed_part_by_part_give_the_same_layer():
+    compressed, A, B, b = layer(out_features=300, zero_point="integer")
+
+    def cut(start, stop):
+        rows = {name: getattr(compressed, name)[start:stop] for name in ("codes", "scales", "offsets")}
+        return replace(compressed, **rows)
+
+    whole, parts = fused_weight(compressed, A, B, b), fused_rows([cut(0, 128), cut(128, 256), cut(256, 300)], A, B, b)
+    for name, tensor in whole.tensors().items():
+        assert torch.equal(tensor, getattr(parts, name)), name
+
+
+@pytest.mark.parametrize("group_index", [False, True])
+def test_every_row_takes_its_own_path(group_index):
+    torch.manual_seed(0)
+    compressed, A, B, b = layer()
+    if group_index:
+        compressed = replace(compressed, g_idx=(torch.arange(96) // 32)[torch.randperm(96)].int())
+    paths = [(torch.randn(rank, 96).half() / 10, torch.randn(36, rank).half()) for rank in (3, 0, 16)]
+    module = FusedLinear(fused_weight(compressed, A, B, b))
+    planes = module.planes
+    module.set_paths(paths)
+    assert module.planes is planes  # another path packs nothing
+    ids, x = torch.tensor([2, -1, 0, 1, 2, 0], dtype=torch.int32), torch.randn(2, 3, 96).half()
+    y = module(x, ids).view(6, 36)
+    none = (torch.zeros(0, 96), torch.zeros(36, 0))
+    for row, path in enumerate(ids.tolist()):
+        one = paths[path] if path >= 0 else none
+        assert error(y[row], exact(compressed, *one, b, x.view(6, 96)[row])) < 5e-4
 
 
 def test_x_of_another_dtype_is_refused():
@@ -137,7 +188,7 @@ def test_the_operator_passes_torchs_own_checks():
     weight = module.weight
     arguments = [getattr(weight, n) for n in ("planes", "scales", "offsets", "A", "Bt", "tiles", "bias", "order")]
     torch.library.opcheck(
-        torch.ops.eora_lab.fused_linear.default, (torch.randn(2, 3, 96).half(), *arguments, 4, 32, [36], [7])
+        torch.ops.eora_lab.fused_linear.default, (torch.randn(2, 3, 96).half(), *arguments, None, 4, 32, [36], [7])
     )
 
 
@@ -146,19 +197,40 @@ def test_compiles_as_one_node():
     """The module traces without a break into a single call; apart, as shape checks in annotations cannot be traced."""
     code = """
 import torch
-from eora_lab.layer.triton_kernels import FusedLinear, repack
+from eora_lab.compress import GridWeight
+from eora_lab.layer.triton_kernels import FusedLinear, fused_weight
 calls = []
 def backend(graph, _):
     calls.extend(n.target for n in graph.graph.nodes if n.op == "call_function")
     return graph.forward
 codes = torch.randint(0, 16, (40, 32), dtype=torch.uint8)
-weight = repack(codes, torch.ones(40, 1), torch.zeros(40, 1), 4, torch.randn(3, 32), torch.randn(40, 3))
+grid = GridWeight(codes, torch.ones(40, 1), torch.zeros(40, 1), 4)
+weight = fused_weight(grid, torch.randn(3, 32), torch.randn(40, 3))
 module, x = FusedLinear(weight), torch.randn(2, 32).half()
 assert torch.equal(torch.compile(module, backend=backend, fullgraph=True)(x), module(x))
 assert len(calls) == 1 and "fused_linear" in str(calls[0]), calls
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("kind", [{}, {"bits": 3, "sparse": True, "zero_point": "integer"}])
+def test_a_layer_holds_its_weight_once_and_packs_it_once(kind, monkeypatch):
+    """What the backend makes of a layer on a GPU, on the CPU."""
+    monkeypatch.setattr(packing, "AT_ONCE", 128 * 128)  # a tile of rows at a time
+    module, x = stored_layer(out=300, dtype=torch.bfloat16, **kind), torch.randn(2, 3, 128).bfloat16()
+    triton = BACKENDS["triton"]
+    expected = module(x).double()
+    assert error(triton.prepare(module)(module, x), expected) < 1e-2
+    planes = module.made["triton"].planes
+    module.set_factors(StoredFactors(torch.zeros(0, 128), torch.zeros(300, 0)))
+    paths = [(torch.randn(4, 128) / 16, torch.randn(300, 4)), (torch.randn(2, 128) / 16, torch.randn(300, 2))]
+    module.set_row_paths(RowPaths.of(paths, [1, -1], module.lora_A))
+    product = triton.prepare(module)
+    assert module.made["triton"].planes is planes
+    assert error(product(module, x), module(x).double()) < 1e-2
+    with pytest.raises(EoraLabError, match="one adapter at a time"):
+        product(module, x[0])
 
 
 def test_moving_a_module_keeps_its_dtypes():
@@ -178,9 +250,11 @@ def test_imports_no_triton_and_works_without():
 import sys
 sys.modules["triton"] = None
 import torch
-from eora_lab.layer.triton_kernels import FusedLinear, repack
+from eora_lab.compress import GridWeight
+from eora_lab.layer.triton_kernels import FusedLinear, fused_weight
 codes = torch.randint(0, 16, (8, 32), dtype=torch.uint8)
-weight = repack(codes, torch.ones(8, 1), torch.zeros(8, 1), 4, torch.zeros(0, 32), torch.zeros(8, 0))
+grid = GridWeight(codes, torch.ones(8, 1), torch.zeros(8, 1), 4)
+weight = fused_weight(grid, torch.zeros(0, 32), torch.zeros(8, 0))
 x = torch.ones(1, 32).half()
 assert torch.equal(FusedLinear(weight)(x)[0].double(), codes.double().sum(1))
 """
@@ -211,14 +285,19 @@ def test_a_checkpoints_group_index_is_followed():
     assert error(y, x.double() @ W.T + b.half().double()) < 1e-3
 
 
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=list(GPUS))
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 512, 513])
 @pytest.mark.parametrize("bits", [3, 4])
-def test_the_rule_gives_blocks_that_fit(rows, bits):
-    for columns, channels in ((128, 128), (1024, 4096), (14336, 4096), (4096, 14336)):
-        config = rule(rows, columns, channels, bits, processors=132, capability=9)
-        assert 128 % config.block_n == 0 and config.split_k >= 1
-        assert config.path == ("decode" if rows <= 64 else "prefill" if rows <= 512 else "cublas")
-        assert config.split_k <= -(-channels // (128 if bits == 4 else 256))
+def test_the_rule_gives_blocks_that_fit(rows, bits, gpu):
+    for columns, channels in ((128, 128), (1024, 4096), (14336, 4096), (4096, 14336), (28672, 8192)):
+        config, block = rule(rows, columns, channels, bits, 64, gpu), 128 if bits == 4 else 256
+        blocks = -(-channels // block)
+        assert 128 % config.block_n == 0 and 1 <= config.split_k <= blocks
+        many = "cublas" if gpu.capability == 100 or rows > 512 else "prefill"
+        assert config.path == ("decode" if rows <= 64 else many)
+        if config.path == "decode":
+            assert -(-blocks // config.split_k) * block <= SERIAL
+            assert config.shared(bits, 64) + 1024 <= gpu.shared
 
 
 def test_buckets():

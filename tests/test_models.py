@@ -327,7 +327,7 @@ def test_bad_config(tmp_path, content):
 def test_config_that_is_not_utf8(tmp_path, encoding):
     config = save(tmp_path) / "config.json"
     config.write_text(config.read_text()[:-2] + ', "note": "caf\u00e9"}', encoding=encoding)
-    fails(tmp_path, "no usable config.json: it is not UTF-8 text; save it again")
+    fails(tmp_path, r"config\.json is damaged \(it is not UTF-8 text; save it again")
     with pytest.raises(EoraLabError, match="it is not UTF-8 text"):
         load_model_or_run(str(tmp_path))
 
@@ -335,7 +335,7 @@ def test_config_that_is_not_utf8(tmp_path, encoding):
 @pytest.mark.parametrize("content", ["[]", "null", "3", '"llama"'])
 def test_config_that_is_no_object(tmp_path, content):
     (save(tmp_path) / "config.json").write_text(content)
-    with pytest.raises(EoraLabError, match=r"no usable config\.json: it is no JSON object"):
+    with pytest.raises(EoraLabError, match=r"no usable config\.json: .*its content must be names with values"):
         load_model_or_run(str(tmp_path))
 
 

@@ -10,7 +10,7 @@ from eora_lab.cli import main
 from eora_lab.errors import EoraLabError
 from eora_lab.experiment.paper_runs import rivalry, table_rows
 from eora_lab.experiment.store import ResultStore, scores
-from eora_lab.measure.intervals import Outcomes, paired
+from eora_lab.run.intervals import Outcomes, paired
 from tests.tiny import begins_texts, save_tiny, tiny_tokenizer
 
 REFUSED = "no paired interval: the windows or questions are not the same"

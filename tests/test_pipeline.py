@@ -16,12 +16,14 @@ from eora_lab import (
     Report,
     collect_statistics,
     perplexity,
+    window_losses,
 )
 from eora_lab.calibrate.statistics import output_energy
 from eora_lab.compress import COMPRESSORS, PRUNERS
 from eora_lab.finetune.settings import Training
 from eora_lab.layer.linear import CompensatedLinear
 from eora_lab.model.structure import decoder_blocks
+from eora_lab.run.adapters import use_only
 from eora_lab.run.budget import Budget
 from eora_lab.run.ranks import plan_ranks
 from eora_lab.run.recipe import Recipe
@@ -158,15 +160,40 @@ def test_a_budget_is_spent_by_the_pass_and_kept_for_a_resumed_one(tmp_path, monk
 
 
 def test_a_judge_measures_before_and_after(tmp_path):
-    windows = {"text": tiny_tokens(2, 20)}
+    windows = tiny_tokens(4, 20)
     model = tiny_model("llama")
-    dense = perplexity(model, windows["text"])
-    judge = lambda one: {text: perplexity(one, tokens) for text, tokens in windows.items()}  # noqa: E731
+    losses = {"dense": window_losses(model, windows)}
+    judge = lambda one: {"text": window_losses(one, windows).tolist()}  # noqa: E731
     report = compress(model, tiny_tokens(), **SMALL, judge=judge, folder=tmp_path / "run")
-    assert report.perplexity == {"text": {"dense": dense, "compressed": perplexity(model, windows["text"])}}
-    assert Report.from_json((tmp_path / "run" / "report.json").read_text()).perplexity == report.perplexity
-    assert "perplexity on text: dense" in report.summary()
+    losses["compressed"] = window_losses(model, windows)
+    use_only(model, "off")
+    losses["bare"] = window_losses(model, windows)
+    assert report.losses == {"text": {state: found.tolist() for state, found in losses.items()}}
+    found = {state: pytest.approx(found.mean().exp().item()) for state, found in losses.items()}
+    assert report.perplexity == {"text": found}
+    assert Report.from_json((tmp_path / "run" / "report.json").read_text()).losses == report.losses
+    ratio, gap = report.ratio("text", "compressed", "bare"), losses["compressed"] - losses["bare"]
+    assert ratio.value == pytest.approx(gap.mean().exp().item())
+    assert gap.min().exp() <= ratio.low <= ratio.value <= ratio.high <= gap.max().exp() and ratio.low < ratio.high
+    line = next(line for line in report.summary().splitlines() if line.startswith("perplexity on text: dense"))
+    assert f"; compressed / without the path {ratio}" in line and "; compressed / dense " in line
     assert re.search(r"computed by \w+ \(14 layers\)", report.summary())
+    plain = compress(tiny_model("llama"), tiny_tokens(), **SMALL | {"rank": 0}, judge=judge)
+    assert set(plain.losses["text"]) == {"dense", "compressed"}
+    with pytest.raises(EoraLabError, match=r"what the judge finds\.text must be a list, not 9\.0"):
+        compress(tiny_model("llama"), tiny_tokens(), **SMALL, judge=lambda _: {"text": 9.0})
+
+
+def test_a_report_of_former_days_has_perplexities_without_intervals(tmp_path):
+    compress(tiny_model("llama"), tiny_tokens(), **SMALL, folder=tmp_path)
+    data = json.loads((tmp_path / "report.json").read_text())
+    del data["losses"]
+    report = Report.from_data(data | {"perplexity": {"text": {"dense": 36.02, "compressed": 37.72}}})
+    assert report.perplexity == {"text": {"dense": pytest.approx(36.02), "compressed": pytest.approx(37.72)}}
+    assert "perplexity on text: dense 36.02, compressed 37.72" in report.summary().splitlines()
+    for wrong in ({"dense": 36.02}, {"dense": 36.02, "compressed": -1}, {"dense": 1, "compressed": 2, "other": 3}):
+        with pytest.raises(EoraLabError, match=r"losses\.text must be numbers for every window, of dense, bare"):
+            Report.from_data(data | {"perplexity": {"text": wrong}})
 
 
 @pytest.mark.parametrize(
@@ -252,7 +279,7 @@ def test_report_counts_what_is_stored_and_survives_json(tmp_path):
     report = compress(model, tiny_tokens(), **SMALL, folder=tmp_path / "run")
     on_disk = sum(f.stat().st_size for f in tmp_path.glob("run/**/*.safetensors"))
     adapter = (tmp_path / "run/adapter/adapter_model.safetensors").stat().st_size
-    assert report.nbytes < on_disk - adapter < report.nbytes + 20_000  # headers
+    assert report.nbytes < on_disk - adapter < report.nbytes + 24_000  # headers
     assert report.weights == sum(layer.in_features * layer.out_features for layer in report.layers)
     assert report.bits_per_weight == 8 * report.nbytes / report.weights
     assert report.peak_memory > 1e7 and report.seconds > 0

@@ -20,10 +20,10 @@ from eora_lab.experiment.compare import ComparisonRow, table
 from eora_lab.experiment.paper_runs import both_sides, rivalry, table_rows
 from eora_lab.experiment.store import ResultStore
 from eora_lab.experiment.sweep import expand, named_grids, read_grid, rows, sweep
-from eora_lab.measure.intervals import Interval
 from eora_lab.plots import plot_comparison, plot_front, plot_intervals, plot_setting, plot_sweep, plot_table, save
 from eora_lab.plots.front import pareto, spread
 from eora_lab.plots.style import LOOKS, looks
+from eora_lab.run.intervals import Interval
 from eora_lab.run.plugins import OWN
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -154,12 +154,16 @@ def test_a_damaged_run_is_one_clear_error(tmp_path):
     assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items()) and load_run(tmp_path / "run")
 
 
+def same_losses(_model) -> dict[str, list[float]]:
+    return {"text": [2.0, 3.0]}
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A folder with a model and a run of it."""
     place = tmp_path_factory.mktemp("finished")
     model, _ = load_model(save_tiny(place / "model"))
-    compress(model, tiny_tokens(), **run_settings(place / "run"), judge=lambda _: {"text": 9.0})
+    compress(model, tiny_tokens(), **run_settings(place / "run"), judge=same_losses)
     return place
 
 
@@ -183,7 +187,9 @@ LAYER = "layers", 0
         ("report.json", (*LAYER, "spectrum"), {"one": 0.5}, "spectrum must be a whole number, not 'one'"),
         ("report.json", (*LAYER, "name"), 4, "name must be text, not 4"),
         ("report.json", ("seconds",), True, "seconds must be a number, not True"),
-        ("report.json", ("perplexity",), {"text": 9.0}, "perplexity.text must be names with values, not 9.0"),
+        ("report.json", ("losses",), {"text": 9.0}, "losses.text must be names with values, not 9.0"),
+        ("report.json", ("losses", "text", "dense"), [2.0], "losses.text must be numbers for every window"),
+        ("report.json", ("losses", "text", "dense"), ["2", 3.0], "losses.text.dense must be a number, not '2'"),
         ("report.json", ("backends",), {"tiles": "all"}, "backends.tiles must be a whole number"),
         ("config.json", None, "", "not a run folder"),
         ("config.json", None, "null", "not a run folder"),
@@ -209,7 +215,7 @@ def test_a_damaged_file_of_a_run_is_one_line(finished, tmp_path, file, where, va
     assert message in str(caught.value) and file in str(caught.value) and "\n" not in str(caught.value)
     if file == "report.json":
         assert "start the run again" in str(caught.value)
-        compress(load_model(finished / "model")[0], tiny_tokens(), **run_settings(run), judge=lambda _: {"text": 9.0})
+        compress(load_model(finished / "model")[0], tiny_tokens(), **run_settings(run), judge=same_losses)
         assert load_run(run)[2].layers == load_run(finished / "run")[2].layers
 
 

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eora_lab import EoraLabError, InputStatistics
+from eora_lab import EoraLabError, InputStatistics, OutputStatistics
 
 
 def tokens(n: int, features: int, seed: int = 0) -> torch.Tensor:
@@ -91,3 +91,57 @@ def test_root_of_a_singular_second_moment():
     statistics.update(tokens(5, 16, seed=1))  # the kept root must not outlive its S
     S = statistics.second_moment.double()
     torch.testing.assert_close(statistics.root() @ statistics.root().T, S, rtol=0, atol=1e-6 * S.abs().max().item())
+
+
+def test_statistics_of_outputs_are_saved_merged_and_told_from_those_of_inputs(tmp_path):
+    g = tokens(300, 12)
+    whole, left, right = (OutputStatistics(12, name="a.b") for _ in range(3))
+    whole.update(g)
+    left.update(g[:70])
+    right.update(g[70:])
+    right.held_out = left
+    merged = left.merge(right)
+    assert merged.tokens == 300 and merged.held_out is left
+    torch.testing.assert_close(merged.second_moment, whole.second_moment, rtol=1e-5, atol=1e-3)
+    merged.save(tmp_path / "F.safetensors")
+    loaded = OutputStatistics.load(tmp_path / "F.safetensors")
+    assert (loaded.name, loaded.tokens, loaded.held_out.tokens) == ("a.b", 300, 70)
+    assert torch.equal(loaded.second_moment, merged.second_moment)
+    assert torch.equal(loaded.held_out.second_moment, left.second_moment)
+    with pytest.raises(EoraLabError, match="holds statistics of a layer's output gradient, not of its input"):
+        InputStatistics.load(tmp_path / "F.safetensors")
+    InputStatistics(12).save(tmp_path / "S.safetensors")
+    with pytest.raises(EoraLabError, match="holds statistics of a layer's input, not of its output gradient"):
+        OutputStatistics.load(tmp_path / "S.safetensors")
+    with pytest.raises(EoraLabError, match=r"a\.b: NaN or Inf in its output gradient after 300 tokens"):
+        loaded.update(torch.full((1, 12), torch.inf))
+
+
+def test_a_root_of_a_noisy_second_moment_needs_some_damping():
+    statistics = OutputStatistics(40)
+    statistics.update(tokens(3, 40))
+    L, F = statistics.root(), statistics.second_moment.double()
+    wanted = F + 0.1 * F.diagonal().mean() * torch.eye(40, dtype=torch.float64)
+    torch.testing.assert_close(L @ L.T, wanted, rtol=0, atol=1e-6 * F.abs().max().item())
+    with pytest.raises(EoraLabError, match=r"a damping of 0\.0 is too small for its F"):
+        OutputStatistics.from_second_moment(torch.ones(4, 4), damping=0.0).root()
+
+
+def test_the_cost_of_an_error_is_the_mean_of_its_squared_effect():
+    """x and g are drawn apart, so that tr(F D S Dᵀ) = E[(gᵀ D x)²]."""
+    x, g, D = tokens(50, 8), tokens(60, 5, seed=1), torch.randn(5, 8, generator=torch.Generator().manual_seed(2))
+    inputs, outputs = InputStatistics(8), OutputStatistics(5)
+    inputs.update(x)
+    outputs.update(g)
+    assert outputs.cost(D, inputs.metric) == pytest.approx((g @ D @ x.T).square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("features", [255, 256, 257, 600])
+def test_wide_second_moments_are_added_up_panel_by_panel(features):
+    x = tokens(70, features)
+    statistics = OutputStatistics(features)
+    for part in x.split(40):
+        statistics.update(part)
+    found, exact = statistics.second_moment, x.double().T @ x.double() / len(x)
+    assert torch.equal(found[:256, 256:], found[256:, :256].T)
+    torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-6 * exact.abs().max().item())

@@ -10,8 +10,8 @@ import torch
 from eora_lab import EoraLabError, perplexity
 from eora_lab.cli import main
 from eora_lab.measure.evaluate import window_losses
-from eora_lab.measure.intervals import paired_bootstrap
 from eora_lab.measure.own_tasks import exemplar_questions, rouge_lsum
+from eora_lab.run.intervals import paired_bootstrap
 from tests.tiny import tiny_model, tiny_tokenizer
 
 pytest.importorskip("lm_eval", reason="lm-eval is the extra `eval`")

@@ -80,6 +80,11 @@ def save_tiny(folder: Path | str, kind: str = "llama", seed: int = 0, **options)
     return str(folder)
 
 
+def calibrated(text: Path | str, nsamples: int = 4) -> list[str]:
+    """On the command line: statistics of a text, in sequences of 32 tokens."""
+    return f"--calibration.source {text} --calibration.nsamples {nsamples} --calibration.seqlen 32".split()
+
+
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
     """One token a character, 97 in all with the ids 0-2 as in `tiny_model`; a character not in the list is `<unk>`."""
     specials = ["<pad>", "<bos>", "<eos>", "<unk>"]

@@ -4,6 +4,7 @@ It is noted for every mini-batch, because it may depend on the tokens.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -72,24 +73,48 @@ class BlockCalls:
                 states.append(hidden)
                 if len(calls) == len(self.blocks):
                     raise _AllBlocksSeen
-                return type(self.rest[name])([hidden, *self.rest[name]]) if name in self.rest else hidden
+                return self._returned(name, hidden)
 
             return forward
 
-        for name, block in self.blocks.items():
-            block.forward = note(name)
-        try:
+        with self._instead(note), suppress(_AllBlocksSeen):
             self.model(tokens, use_cache=False)
-        except _AllBlocksSeen:
-            pass
-        finally:
-            for block in self.blocks.values():
-                del block.forward
         self._calls.append(self._kept(calls))
         self._handed.append({})
         return states[0]
 
-    @torch.no_grad()
+    def leave(
+        self, tokens: Int[Tensor, "batch seqlen"], hidden: Float[Tensor, "... hidden"]
+    ) -> Float[Tensor, "batch seqlen vocabulary"]:
+        """The logits that the model makes of what its last block returns. Blocks pass their input on meanwhile.
+
+        What follows the blocks looks at each token by itself in most models: then any part of a sequence will do.
+        """
+        last = list(self.blocks)[-1]
+
+        def step_over(name: str) -> Callable:
+            return lambda *args, **kwargs: self._returned(
+                name, hidden if name == last else split(name, args, kwargs)[0]
+            )
+
+        with self._instead(step_over):
+            return self.model(tokens, use_cache=False).logits
+
+    @contextmanager
+    def _instead(self, forward: Callable[[str], Callable]) -> Iterator[None]:
+        """Let the blocks do something else: name -> what."""
+        for name, block in self.blocks.items():
+            block.forward = forward(name)
+        try:
+            yield
+        finally:
+            for block in self.blocks.values():
+                del block.forward
+
+    def _returned(self, name: str, hidden: Float[Tensor, "... hidden"]) -> Any:
+        """Hidden states in the form in which a block returns them."""
+        return type(self.rest[name])([hidden, *self.rest[name]]) if name in self.rest else hidden
+
     def run(self, mini_batch: int, name: str, hidden: Float[Tensor, "... hidden"]) -> Float[Tensor, "... hidden"]:
         """Run a block as it is now on hidden states of that mini-batch."""
         handed = self._handed[mini_batch]

@@ -8,7 +8,7 @@ so next to no time.
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,6 +34,7 @@ class Contract:
     lent: linears that do not run, and share their weight with one that does, as in blocks that share a transformer.
     idle: modules outside the blocks of which nothing ran on text, such as a tower for pictures.
     apart: linears that share some of their inputs with another one, but not all: each is measured by itself.
+    shared: linear -> the first that is handed the same tensors, of those that run.
     """
 
     rest: dict[str, tuple | list]
@@ -41,6 +42,7 @@ class Contract:
     lent: frozenset[str]
     idle: frozenset[str]
     apart: frozenset[str]
+    shared: dict[str, str] = field(default_factory=dict)
 
 
 @torch.no_grad()
@@ -58,27 +60,43 @@ def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Co
     plain = [_plain_pass(model, blocks, probe, called) for probe in probes]
     if changed := [name for name, parameter in model.named_parameters() if parameter._version != versions[name]]:
         raise EoraLabError(f"{changed[0]} is changed by the model itself as it runs: what it was cannot be compressed")
-    rest = {name: output[1:] for name, output in plain[0].items() if isinstance(output, tuple | list)}
+    rest = _rest(plain[0])
     calls = BlockCalls(model, blocks, rest)
-    ran, apart = set[str](), set[str]()
+    ran, apart, shared = set[str](), set[str](), dict[str, str]()
     with _stand_ins(model) as (left, inputs):
-        with _one_line(f"{type(model).__name__} cannot be run block by block"):
+        with in_one_line(f"{type(model).__name__} cannot be run block by block"):
             hidden = [calls.enter(probe) for probe in probes]
         for name in blocks:
             within = [hidden_states(name, outputs[name]) for outputs in plain]
             for _ in range(RUNS):
                 for i, wanted in enumerate(within):
                     inputs.clear()
-                    with _one_line(f"{name} cannot be run by itself"):
+                    with in_one_line(f"{name} cannot be run by itself"):
                         found = calls.run(i, name, hidden[i])
                     _compare(name, found, wanted)
                     ran |= inputs.keys()
             apart |= share_some(inputs)
+            first: dict[int, str] = {}
+            shared |= {one: first.setdefault(id(own[0]), one) for one, own in inputs.items()}
             hidden = within
     every = block_linears(model)
     used = {id(linear.weight) for name, linear in every.items() if name in ran}
     lent = frozenset(name for name, linear in every.items() if name not in ran and id(linear.weight) in used)
-    return Contract(rest, lent | left, lent, frozenset(_idle(model, blocks, called)), frozenset(apart))
+    return Contract(rest, lent | left, lent, frozenset(_idle(model, blocks, called)), frozenset(apart), shared)
+
+
+@torch.no_grad()
+def returned(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> dict[str, tuple | list]:
+    """`Contract.rest` alone, for a model whose blocks were tried before it was compressed.
+
+    Raises EoraLabError when a block does not run once, in order.
+    """
+    probe = tokens[:1, :TOKENS].to(next(model.parameters()).device)
+    return _rest(_plain_pass(model, decoder_blocks(model), probe, set()))
+
+
+def _rest(outputs: dict[str, Any]) -> dict[str, tuple | list]:
+    return {name: output[1:] for name, output in outputs.items() if isinstance(output, tuple | list)}
 
 
 def _check_modules(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
@@ -119,7 +137,7 @@ def _plain_pass(
     handles = [block.register_forward_hook(after(name)) for name, block in blocks.items()]
     handles += [module.register_forward_pre_hook(lambda one, _args: called.add(one)) for module in model.modules()]
     try:
-        with _one_line(f"{type(model).__name__} does not run on these tokens alone"):
+        with in_one_line(f"{type(model).__name__} does not run on these tokens alone"):
             model(tokens, use_cache=False)
     finally:
         for handle in handles:
@@ -152,7 +170,7 @@ def _check_order(ran: list[str], blocks: dict[str, nn.Module]) -> None:
 
 
 @contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def in_one_line(what: str) -> Iterator[None]:
     """Say in one line what fails where the code of a model raises any error."""
     try:
         yield
@@ -164,8 +182,8 @@ def _one_line(what: str) -> Iterator[None]:
 
 def _compare(name: str, found: Tensor, wanted: Tensor) -> None:
     """Raise EoraLabError unless both are the same, up to the roundings of sums in another order."""
-    error = _relative_error(found, wanted)
-    if not error <= _tolerance(wanted.dtype):
+    error = relative_error(found, wanted)
+    if not error <= tolerance(wanted.dtype):
         raise EoraLabError(
             f"{name} gives other hidden states by itself than within the model (relative error {error:.1e}): "
             "it depends on more than it is handed, and cannot be compressed exactly"
@@ -184,12 +202,12 @@ def share_some(inputs: dict[str, list[Tensor]]) -> set[str]:
     return apart
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance(dtype: torch.dtype) -> float:
     """The relative error that is left to rounding. Kernels, shapes and values are the same, so it is mostly 0."""
     return max(1e-5, 2 * torch.finfo(dtype).eps)
 
 
-def _relative_error(found: Float[Tensor, "*shape"], wanted: Float[Tensor, "*other"]) -> float:
+def relative_error(found: Float[Tensor, "*shape"], wanted: Float[Tensor, "*other"]) -> float:
     """|found - wanted| / |wanted|; what is not finite in both alike does not count."""
     if found.shape != wanted.shape:
         return float("inf")
@@ -225,7 +243,7 @@ class _StandIn(nn.Module):
         if type(self.linear).forward is not nn.Linear.forward:
             plain = nn.functional.linear(args[0].to(self.linear.weight.dtype), self.linear.weight, self.linear.bias)
             alike = isinstance(output, Tensor) and output.dtype == args[0].dtype
-            if not alike or not _relative_error(output, plain) <= _tolerance(plain.dtype):
+            if not alike or not relative_error(output, plain) <= tolerance(plain.dtype):
                 self.left.add(self.name)
         return output
 

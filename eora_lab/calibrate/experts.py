@@ -6,12 +6,13 @@ where S_layer weighs every routed token alike, and k, in tokens, is the one whos
 the tokens that were left out: those of every second mini-batch, and then of the others. Such directions EoRA mends.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from eora_lab.calibrate.moments import M, Moments
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.model.experts import Experts
 
@@ -27,9 +28,9 @@ def experts_of(block: nn.Module) -> list[list[str]]:
     return [[f"{prefix}.{name}" for name in names] for prefix, module in found for names in module.names()]
 
 
-def too_large(names: list[str], linears: Mapping[str, nn.Linear]) -> bool:
-    """Whether an S for each expert would take more memory than there should be."""
-    return len(names) * 4 * linears[names[0]].in_features ** 2 > BOUND
+def too_large(experts: int, features: int) -> bool:
+    """Whether a second moment of so many channels for each expert would take more memory than there should be."""
+    return experts * 4 * features**2 > BOUND
 
 
 class Halves:
@@ -42,11 +43,8 @@ class Halves:
     def join(self) -> None:
         """Put both together."""
         both = self.parts[0].merge(self.parts[1])
-        self.whole.tokens, self.whole.second_moment, self.whole.mean_abs = (
-            both.tokens,
-            both.second_moment,
-            both.mean_abs,
-        )
+        self.whole.tokens, self.whole.second_moment = both.tokens, both.second_moment
+        self.whole.mean_abs = both.mean_abs
 
 
 def judged(names: list[str]) -> list[str]:
@@ -54,26 +52,27 @@ def judged(names: list[str]) -> list[str]:
     return names[:: max(len(names) // JUDGED, 1)][:JUDGED]
 
 
-def draw_together(experts: Iterable[InputStatistics], halves: Iterable[Halves]) -> None:
+def draw_together(experts: Iterable[Moments], halves: Iterable[Halves]) -> None:
     """Draw the statistics of experts of one mixture towards those of all of them, in place.
 
     halves: of the experts that k is chosen on.
     """
     members = list(experts)
-    layer, k = pooled(members), strength(list(halves), members[0].in_features)
+    layer, k = pooled(members), strength(list(halves), members[0].features)
     for member in members:
         mix(member, layer, k)
 
 
-def pooled(members: Iterable[InputStatistics]) -> InputStatistics:
+def pooled(members: Iterable[M]) -> M:
     """The statistics of all tokens that any of them saw, and of all that were held out."""
     members = list(members)
     total = sum(member.tokens for member in members)
-    layer = InputStatistics(members[0].in_features, members[0].second_moment.device, members[0].name)
+    layer = type(members[0])(members[0].features, members[0].second_moment.device, members[0].name)
     layer.tokens = total
     for member in members:
-        layer.second_moment.add_(member.second_moment, alpha=member.tokens / max(total, 1))
-        layer.mean_abs.add_(member.mean_abs, alpha=member.tokens / max(total, 1))
+        theirs = member.means()
+        for key, mean in layer.means().items():
+            mean.add_(theirs[key], alpha=member.tokens / max(total, 1))
     held_out = [member.held_out for member in members if member.held_out]
     layer.held_out = pooled(held_out) if held_out else None
     return layer
@@ -109,18 +108,19 @@ def leading(second_moment: Float[Tensor, "in in"]) -> Float[Tensor, "in leading"
     return basis
 
 
-def drawn_share(member: InputStatistics, layer: InputStatistics, k: float) -> float:
+def drawn_share(member: Moments, layer: Moments, k: float) -> float:
     """Share of S_layer: k / (n_e + k), of no more tokens than there are."""
     k = min(k, layer.tokens)
     return k / max(member.tokens + k, 1.0)
 
 
-def mix(member: InputStatistics, layer: InputStatistics, k: float) -> None:
+def mix(member: M, layer: M, k: float) -> None:
     """Draw the statistics of an expert towards those of its layer, as if k of their tokens were its own."""
     k = k if member.tokens else max(k, 1.0)
     share = drawn_share(member, layer, k)
     member.pooled_tokens = float(min(k, layer.tokens))
-    member.second_moment.lerp_(layer.second_moment, share)
-    member.mean_abs.lerp_(layer.mean_abs, share)
+    theirs = layer.means()
+    for key, mean in member.means().items():
+        mean.lerp_(theirs[key], share)
     if member.held_out is None:
         member.held_out = layer.held_out

@@ -22,17 +22,27 @@ class Inputs:
     def __init__(self, linears: Mapping[str, nn.Linear], mixtures: list[list[str]], apart: Container[str] = ()):
         self._linears, self._apart = linears, apart
         self._mixtures = [names for names in mixtures if all(name in linears for name in names)]
-        self._one_for_all = {n: names[0] for names in self._mixtures if too_large(names, linears) for n in names}
+        self._one_for_all = {
+            name: names[0]
+            for names in self._mixtures
+            if too_large(len(names), linears[names[0]].in_features)
+            for name in names
+        }
         self._in_halves = {name for names in self._mixtures for name in judged(names) if name not in self._one_for_all}
         self._found: dict[str, InputStatistics] = {}
         self._halves: dict[int, Halves] = {}
         self._seen: list[tuple[Tensor, InputStatistics]] = []  # of this mini-batch; held so that no id is reused
         self._mini_batch, self._held_out = 0, False
+        self._originals: Mapping[str, Tensor] = {}
 
-    def begin(self, mini_batch: int, held_out: bool) -> None:
-        """What comes now is of that mini-batch. held_out: it is measured apart."""
+    def begin(self, mini_batch: int, held_out: bool, originals: Mapping[str, Tensor]) -> None:
+        """What comes now is of that mini-batch.
+
+        held_out:  it is measured apart.
+        originals: full module name -> input of that linear in the original model, token by token the same.
+        """
         self._seen.clear()
-        self._mini_batch, self._held_out = mini_batch, held_out
+        self._mini_batch, self._held_out, self._originals = mini_batch, held_out, originals
 
     def hook(self, name: str) -> Callable:
         """A forward pre-hook for the linear of that name."""
@@ -45,7 +55,9 @@ class Inputs:
             if (one := self._found[name]) is not shared:
                 if not apart:
                     self._seen.append((x, one))
-                self._part(one).update(x)
+                part = self._part(one)
+                part.update(x)
+                part.update_drift(x, self._originals.get(name))
 
         return watch
 

@@ -4,20 +4,19 @@ S = E[x xᵀ] and m = E|x| serve the GPTQ Hessian (2S), the scales of the diagon
 error of any candidate. Linears that read the same input share one object.
 """
 
-from pathlib import Path
+from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Shaped
-from safetensors import SafetensorError, safe_open
+from jaxtyping import Float
 from torch import Tensor
 
+from eora_lab.calibrate.moments import Moments, check_second_moment
 from eora_lab.errors import EoraLabError
-from eora_lab.files import write_safetensors
 
 CHANNELS_A_TOKEN = 32  # below in_features / 32 tokens, GPTQ no longer beats round to nearest on other tokens
 
 
-class InputStatistics:
+class InputStatistics(Moments):
     """Running means over tokens of one input.
 
     second_moment: S = E[x xᵀ], (in_features, in_features) float32, not centred. Raises EoraLabError where only its
@@ -26,17 +25,20 @@ class InputStatistics:
     tokens:        how many tokens were seen; every token weighs the same, however they were batched.
     pooled_tokens: tokens of other experts that are mixed in, where this is one of a mixture.
     held_out:      the same of tokens that were kept apart to judge by, or None.
+    drift:         D = E[(x - x̂) x̂ᵀ], (in_features, in_features) float32, where x̂ is the input that was measured and x
+                   that of the original model at the same token; None where that is not known, and so of no drift.
     """
 
+    of: ClassVar = "input"
+    held_out: "InputStatistics | None"
+
     def __init__(self, in_features: int, device: torch.device | str = "cpu", name: str = "input"):
-        self.name = name
-        self.tokens = 0
-        self.pooled_tokens = 0.0
-        self._second_moment: Tensor | None = torch.zeros(in_features, in_features, device=device)
+        self._second_moment: Tensor | None = None
         self._power: Tensor | None = None
-        self.mean_abs = torch.zeros(in_features, device=device)
-        self.held_out: InputStatistics | None = None
+        self.drift: Tensor | None = None
         self._root: Tensor | None = None
+        super().__init__(in_features, device, name)
+        self.mean_abs = torch.zeros(in_features, device=device)
 
     @classmethod
     def from_second_moment(cls, second_moment: Float[Tensor, "rows columns"]) -> "InputStatistics":
@@ -69,7 +71,7 @@ class InputStatistics:
 
     @second_moment.setter
     def second_moment(self, second_moment: Float[Tensor, "in in"]) -> None:
-        self._second_moment, self._power = second_moment, None
+        self._second_moment, self._power, self._root = second_moment, None, None
 
     @property
     def diagonal(self) -> bool:
@@ -107,30 +109,29 @@ class InputStatistics:
         """Channels of the input."""
         return len(self.mean_abs)
 
-    @torch.no_grad()
-    def update(self, x: Float[Tensor, "... in"]) -> None:
-        """Add the tokens of one batch. Raises EoraLabError on NaN or Inf, naming the layer."""
-        x = x.reshape(-1, x.shape[-1]).float()  # (tokens, in)
-        if not all_finite(x):
-            raise EoraLabError(f"{self.name}: NaN or Inf in its input after {self.tokens} tokens")
-        new = self.tokens + len(x)
-        if new == 0:
-            return
-        kept, added = self.tokens / new, 1 / new
-        self.second_moment.addmm_(x.T, x, beta=kept, alpha=added)
-        self.mean_abs.mul_(kept).add_(x.abs().sum(0), alpha=added)
-        self.tokens, self._root = new, None
+    def means(self) -> dict[str, Float[Tensor, "..."]]:
+        """S (in, in) and E|x| (in,)."""
+        return super().means() | {"mean_abs": self.mean_abs}
 
-    def merge(self, other: "InputStatistics") -> "InputStatistics":
-        """Statistics of both token sets together, for passes split over processes."""
-        merged = InputStatistics(self.in_features, self.second_moment.device, self.name)
-        merged.tokens = self.tokens + other.tokens
-        share = other.tokens / max(merged.tokens, 1)
-        merged.second_moment = torch.lerp(self.second_moment, other.second_moment, share)
-        merged.mean_abs = torch.lerp(self.mean_abs, other.mean_abs, share)
-        kept_apart = [s.held_out for s in (self, other) if s.held_out]
-        merged.held_out = kept_apart[0].merge(kept_apart[1]) if len(kept_apart) == 2 else next(iter(kept_apart), None)
-        return merged
+    def _add(self, v: Float[Tensor, "tokens in"], kept: float, added: float) -> None:
+        super()._add(v, kept, added)
+        self.mean_abs.mul_(kept).add_(v.abs().sum(0), alpha=added)
+        self._root = None
+
+    @torch.no_grad()
+    def update_drift(self, x: Float[Tensor, "... in"], original: Float[Tensor, "... in"] | None) -> None:
+        """Add the drift of the batch that was added last; without `original` once, no drift is known.
+
+        original: the inputs of the original model at the same tokens.
+        """
+        x = x.reshape(-1, x.shape[-1]).float()
+        known = self.drift is not None or self.tokens == len(x)
+        if original is None or not known or not self.tokens:
+            self.drift = None
+            return
+        before = torch.zeros_like(self.second_moment) if self.drift is None else self.drift
+        off, added = original.reshape(x.shape).float() - x, 1 / self.tokens
+        self.drift = before.addmm_(off.T, x, beta=1 - len(x) * added, alpha=added)
 
     def root(self) -> Float[Tensor, "in in"]:
         """T with T Tᵀ = S, float64, from the eigendecomposition, so that a singular S is no special case. Kept."""
@@ -138,53 +139,6 @@ class InputStatistics:
             values, vectors = torch.linalg.eigh(self.second_moment.double())
             self._root = vectors * values.clamp_min(0).sqrt()
         return self._root
-
-    def save(self, path: Path | str) -> None:
-        """Write to a safetensors file."""
-        tensors = {"second_moment": self.second_moment, "mean_abs": self.mean_abs}
-        metadata = {"tokens": str(self.tokens), "pooled_tokens": str(self.pooled_tokens), "name": self.name}
-        if self.held_out:
-            tensors["held_out.second_moment"] = self.held_out.second_moment
-            tensors["held_out.mean_abs"] = self.held_out.mean_abs
-            metadata["held_out.tokens"] = str(self.held_out.tokens)
-        write_safetensors(Path(path), tensors, metadata)
-
-    @classmethod
-    def load(cls, path: Path | str) -> "InputStatistics":
-        """Read what `save` wrote. Raises EoraLabError when the file is missing or is something else."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-
-                def read(prefix: str) -> InputStatistics:
-                    statistics = cls(0, name=metadata["name"])
-                    statistics.tokens = int(metadata[f"{prefix}tokens"])
-                    statistics.second_moment = file.get_tensor(f"{prefix}second_moment")
-                    statistics.mean_abs = file.get_tensor(f"{prefix}mean_abs")
-                    return statistics
-
-                statistics = read("")
-                statistics.pooled_tokens = float(metadata.get("pooled_tokens", 0))
-                if "held_out.tokens" in metadata:
-                    statistics.held_out = read("held_out.")
-        except (OSError, KeyError, SafetensorError) as error:
-            raise EoraLabError(f"{path}: not a statistics file ({error})") from error
-        return statistics
-
-
-def check_second_moment(second_moment: Shaped[Tensor, "..."]) -> None:
-    """Raise EoraLabError unless S is a finite, symmetric square matrix."""
-    if second_moment.ndim != 2 or second_moment.shape[0] != second_moment.shape[1]:
-        raise EoraLabError(f"the second moment must be a square matrix, not {tuple(second_moment.shape)}")
-    if not all_finite(second_moment):
-        raise EoraLabError("the second moment has NaN or Inf entries")
-    if not torch.allclose(second_moment, second_moment.T, rtol=0, atol=1e-4 * float(second_moment.abs().max())):
-        raise EoraLabError("the second moment is not symmetric")
-
-
-def all_finite(matrix: Shaped[Tensor, "..."]) -> bool:
-    """Whether there is no NaN and no Inf. A finite sum, which takes one pass and no memory, settles it."""
-    return bool(torch.isfinite(matrix.sum()) or torch.isfinite(matrix).all())
 
 
 def output_energy(

@@ -6,9 +6,11 @@ exactly are refused (`eora_lab.calibrate.contract`).
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from eora_lab.calibrate.calls import BlockCalls
@@ -24,6 +26,20 @@ from eora_lab.text.batches import Batches, as_tokens
 BATCH = 4  # sequences that run through a block at once
 
 
+def in_mini_batches(
+    tokens: Shaped[Tensor, "nsamples seqlen"], held_out: float
+) -> list[tuple[Shaped[Tensor, "batch seqlen"], bool]]:
+    """Parts of BATCH samples, each with whether it is held out, as the last ones are.
+
+    Raises EoraLabError when the held-out share leaves no sample on one of its sides.
+    """
+    kept = len(tokens) - round(held_out * len(tokens))
+    if held_out and not 0 < kept < len(tokens):
+        raise EoraLabError(f"holding out {held_out} of {len(tokens)} samples leaves none on one side")
+    sides = tokens.split([kept, len(tokens) - kept])
+    return [(part, i == 1) for i in (0, 1) for part in sides[i].split(BATCH) if len(part)]
+
+
 class BlockStream:
     """Hidden states of a token set on their way through the decoder.
 
@@ -31,6 +47,8 @@ class BlockStream:
     held_out:   share of the samples, the last ones, that is measured apart.
     contract:   from `check_blocks`, where the blocks were tried before; else they are now.
     hidden:     the input of the next block, (..., batch, seqlen, hidden_size), one a mini-batch.
+    sizes:      how many tokens each has.
+    apart:      whether it is of the held-out ones.
     Raises EoraLabError when the held-out share leaves no sample on one of its sides, and with the name of a block that
     cannot be run by itself.
     """
@@ -43,21 +61,34 @@ class BlockStream:
         contract: Contract | None = None,
     ):
         self.blocks = decoder_blocks(model)
-        kept = len(tokens) - round(held_out * len(tokens))
-        if held_out and not 0 < kept < len(tokens):
-            raise EoraLabError(f"holding out {held_out} of {len(tokens)} samples leaves none on one side")
+        mini_batches = in_mini_batches(tokens.to(next(model.parameters()).device), held_out)
         self.contract = contract = contract or check_blocks(model, tokens)
-        parts = tokens.to(next(model.parameters()).device).split([kept, len(tokens) - kept])
-        mini_batches = [(part, i == 1) for i in (0, 1) for part in parts[i].split(BATCH) if len(part)]
-        self._held_out = [held for _, held in mini_batches]
+        self.sizes = [part.numel() for part, _ in mini_batches]
+        self.apart = [held for _, held in mini_batches]
         self._calls = BlockCalls(model, self.blocks, contract.rest)
         self.hidden: list[Tensor] = [self._calls.enter(part) for part, _ in mini_batches]
 
+    def begin(self, index: int) -> None:
+        """Block `index` is next; none of its linears is replaced yet."""
+
+    @torch.no_grad()
+    def run(self, index: int, mini_batch: int) -> Float[Tensor, "... hidden"]:
+        """Block `index`, as it is now, on the current hidden states of that mini-batch."""
+        return self._calls.run(mini_batch, list(self.blocks)[index], self.hidden[mini_batch])
+
     def outputs(self, index: int) -> Iterator[Float[Tensor, "... hidden"]]:
         """Run block `index` on the current hidden states, a mini-batch at a time."""
-        name = list(self.blocks)[index]
-        for mini_batch, hidden in enumerate(self.hidden):
-            yield self._calls.run(mini_batch, name, hidden)
+        for mini_batch in range(len(self.hidden)):
+            yield self.run(index, mini_batch)
+
+    def original_inputs(
+        self,
+        index: int,  # noqa: ARG002
+        mini_batch: int,  # noqa: ARG002
+        measured: Mapping[str, nn.Linear],  # noqa: ARG002
+    ) -> Mapping[str, Float[Tensor, "... in"]]:
+        """Full module name -> what the original model hands that linear, where this is known; see `DriftStream`."""
+        return {}
 
     def groups(self, index: int) -> list[list[str]]:
         """The linears of block `index` in the order they run, those that are handed the same tensor together.
@@ -81,12 +112,8 @@ class BlockStream:
 
             return hook
 
-        handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears(block).items()]
-        try:
+        with hooked(linears(block), watch):
             next(self.outputs(index))
-        finally:
-            for handle in handles:
-                handle.remove()
         groups = [names for _, names in seen]
         rest = [name for name in linears(block) if not any(name in group for group in groups)]
         return groups + [list(group) for group in dict.fromkeys(tuple(common.get(name, [name])) for name in rest)]
@@ -108,22 +135,29 @@ class BlockStream:
         needed = wanted.union(*(names for names in mixtures if wanted & set(names)))
         measured = {f"{prefix}.{name}": linear for name, linear in linears(block).items() if name in needed}
         inputs = Inputs(measured, [[f"{prefix}.{name}" for name in names] for names in mixtures], self.contract.apart)
-        handles = [linear.register_forward_pre_hook(inputs.hook(name)) for name, linear in measured.items()]
-        inputs.begin(0, self._held_out[0])
-        try:
-            for i, output in enumerate(self.outputs(index)):
-                inputs.begin(i + 1, self._held_out[min(i + 1, len(self._held_out) - 1)])
-                if keep_outputs:
-                    self.hidden[i] = output
-        finally:
-            for handle in handles:
-                handle.remove()
+        for i, held_out in enumerate(self.apart):
+            inputs.begin(i, held_out, self.original_inputs(index, i, measured))
+            with hooked(measured, inputs.hook):
+                output = self.run(index, i)
+            if keep_outputs:
+                self.hidden[i] = output
         return {name: found for name, found in inputs.found().items() if name.removeprefix(f"{prefix}.") in wanted}
 
     def advance(self, index: int) -> None:
         """Let the outputs of block `index`, as it is now, be the next block's input."""
         for i, output in enumerate(self.outputs(index)):
             self.hidden[i] = output
+
+
+@contextmanager
+def hooked(modules: Mapping[str, nn.Module], hook: Callable[[str], Callable]) -> Iterator[None]:
+    """Forward pre-hooks of modules by their names, within this context."""
+    handles = [module.register_forward_pre_hook(hook(name)) for name, module in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def collect_statistics(

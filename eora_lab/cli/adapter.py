@@ -182,7 +182,9 @@ class Check:
             write_adapter(self.fix, mended, model, True, fixed, modules)
             print(f"wrote {self.fix}, at rank {read_files(self.fix)[1]['r']} in every layer")
         elif findings:
-            but = ", but for those of experts" if modules is not None and fused_linears(modules) else ""
+            kept = ["those of experts"] if modules is not None and fused_linears(modules) else []
+            kept += ["what is not applied"] if any("does not apply" in one.problem for one in findings) else []
+            but = f", but for {' and '.join(kept)}" if kept else ""
             raise EoraLabError(
                 f"{len(findings)} problems in {self.path}: --fix FOLDER writes an adapter without them{but}"
             )
@@ -214,19 +216,25 @@ class Solve:
         from eora_lab.formats.peft import write_adapter
         from eora_lab.model.start import start_text
         from eora_lab.model.structure import model_name
-        from eora_lab.run.folder import load_original, load_run
+        from eora_lab.run.card import write_peft_card
+        from eora_lab.run.folder import load_original, load_run, read_config
         from eora_lab.run.stored import check_output, run_made_for
-        from eora_lab.run.task_adapter import solve_adapter
+        from eora_lab.run.task_adapter import solve_and_report
 
         recipe = Recipe(**asdict(self.path), **asdict(self.measured))
         made_for = run_made_for(self.run_folder, {"solve": asdict(recipe), "calibration": asdict(self.calibration)})
         check_output(self.output, made_for)
         original = load_original(self.run_folder, self.device, self.base)
-        model, tokenizer, _ = load_run(self.run_folder, next(original.parameters()).dtype, self.device, model=self.base)
+        dtype = next(original.parameters()).dtype
+        model, tokenizer, run = load_run(self.run_folder, dtype, self.device, model=self.base)
         say_start(start_text(tokenizer))
         batches = self.calibration.batches(original, tokenizer)
-        factors = solve_adapter(model, original, batches, recipe)
+        factors, report = solve_and_report(model, original, batches, recipe)
         write_adapter(self.output, factors, model_name(model), made_for=made_for, model=model)
+        report.base = run.base
+        settings = read_config(self.run_folder)["settings"] | {"imatrix": None}  # it was of the run's own path
+        settings |= asdict(self.path) | asdict(self.calibration)
+        write_peft_card(self.output, settings, report, made_for, model)
         chat = ["eora-lab", "chat", str(self.run_folder), "--adapter", f"{self.output.name}={self.output}"]
         print(f"wrote {self.output}: try  {shlex.join(chat)}")
 

@@ -11,6 +11,7 @@ from eora_lab.cli.options import Loading
 HELP = """\
 /adapter          the adapters, and which one is in use
 /adapter NAME     switch to one; own: that of the run folder, off: none
+/each MESSAGE     the answer with every adapter and with none, in one batch; no part of the conversation
 /reset            start a new conversation
 /help             this text
 /quit             leave (as does the end of the input; Ctrl-C stops an answer)"""
@@ -63,6 +64,8 @@ class Chat:
                     print("a new conversation")
                 elif command == "/adapter":
                     print(switch(adapters, argument.strip()))
+                elif command == "/each":
+                    each(adapters, chat, argument.strip())
                 elif command.startswith("/"):
                     print(f"no command {command}; /help lists them")
                 elif line:
@@ -92,6 +95,22 @@ def switch(adapters, name: str) -> str:
     if name:
         adapters.use(None if name == OFF else name)
     return f"in use: {adapters.active or OFF}; there are {', '.join((*adapters.names, OFF))}"
+
+
+def each(adapters, chat, message: str) -> None:
+    """Print the answer with every adapter, and with none. Raises EoraLabError as `Chat.reply`."""
+    from eora_lab.run.adapters import OFF
+
+    if adapters is None:
+        print("this model is not compressed: it has no adapters")
+    elif not message:
+        print("/each wants a message after it")
+    else:
+        names = [*adapters.names, None]
+        with adapters.batch(names):
+            answers = chat.ask(message, len(names))
+        for name, answer in zip(names, answers, strict=True):
+            print(f"{name or OFF}> {answer}")
 
 
 def read_line(prompt: str) -> str | None:

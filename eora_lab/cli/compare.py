@@ -25,9 +25,9 @@ class Compare:
     model: str = "smollm2-135m"
     """embedded model, hub id, or folder"""
     recipe: Annotated[RecipeAxes, tyro.conf.arg(name="")] = field(default_factory=RecipeAxes)  # type: ignore[valid-type]
-    budget: tuple[Literal["uniform", "relative", "absolute"], ...] = ("uniform",)
+    budget: tuple[Literal["uniform", "relative", "absolute", "nats"], ...] = ("uniform",)
     """how the parameters of that rank are spread over layers: the same rank in each, or where they remove most output
-    error (relative to each layer's output, or absolute)"""
+    error (relative to each layer's output, or absolute, or in nats of the model's loss with eora_fisher)"""
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: Evaluation = field(default_factory=Evaluation)
     store: Path | None = None

@@ -26,6 +26,10 @@ class Compress:
     The folder holds the packed weights, the low-rank path as a PEFT adapter, the configuration and the report. An
     interrupted run resumes when it is started again with the same settings.
 
+    `eora-lab compress runs/drift --inputs drift --held-out 0.125 --rounds 3` loses less in the same bytes: every layer
+    aims at the outputs of the original model, as far as that helps on the eighth of the samples that is held out, and
+    weights and path are made for each other in turn. `--true-sequential` measures within blocks too, and takes longer.
+
     Not all linears need to be compressed: `eora-lab compress runs/part --skip "o_proj|down_proj" --keep-first 1` leaves
     two linears of every block and the whole first block as they are, `--only mlp` all outside the MLPs. The report says
     what was left, and why.
@@ -45,28 +49,21 @@ class Compress:
     """importance matrix of the original model, of llama-imatrix or `eora-lab imatrix`: nothing is measured, and
     compressor and method have to be such that look at channels alone, such as rtn and qera_approx"""
     dtype: Dtype = "float32"
-    """type that the model is held in"""
+    """type that the model is held in; in that of its files, mostly bfloat16, the model may be larger than memory"""
     device: str = "cpu"
     """cpu or cuda"""
 
     def run(self) -> None:
-        from eora_lab.model.load import load_model
-
-        check_run_folder(self.output)
-        recipe = with_imatrix(self.recipe, self.imatrix, given=False)
-        judged = self.evaluation.perplexity if self.evaluate else ()
-        check_inputs(self.model, (*(() if self.imatrix else (self.calibration.text,)), *judged))
-        check_selection(self.model, recipe)
-        model, tokenizer = load_model(self.model, dtype=self.dtype, device=self.device)
         run_pass(
-            model,
-            tokenizer,
-            recipe,
+            self.model,
+            self.recipe,
             self.output,
             budget=self.budget,
             calibration=self.calibration,
             evaluation=self.evaluation if self.evaluate else None,
             imatrix=self.imatrix,
+            dtype=self.dtype,
+            device=self.device,
         )
 
 
@@ -84,29 +81,44 @@ def with_imatrix(recipe: Recipe, imatrix: Path | None, given: bool) -> Recipe:
 
 
 def run_pass(
-    model,
-    tokenizer,
+    name: str,
     recipe: Recipe,
     output: Path,
     *,
     budget: Budget,
     calibration: Calibration,
     evaluation: Evaluation | None,
+    imatrix: Path | None,
+    dtype: Dtype,
+    device: str,
     weights: Mapping | None = None,
-    imatrix: Path | None = None,
     reround: bool = False,
 ) -> None:
-    """Compress into the folder `output`, and print the report. imatrix: in place of texts to calibrate on."""
+    """Compress the model `name` into the folder `output`, and print the report. What cannot be used is refused early.
+
+    imatrix: in place of texts to calibrate on. weights, reround: as of `compress_model`.
+    """
     from eora_lab.files import file_digest
     from eora_lab.formats.imatrix import read_imatrix
-    from eora_lab.measure.evaluate import perplexities
+    from eora_lab.measure.evaluate import window_losses
+    from eora_lab.model.load import load_model
     from eora_lab.model.start import start_text
     from eora_lab.run.pipeline import compress_model
 
+    check_run_folder(output)
+    recipe = with_imatrix(recipe, imatrix, given=weights is not None)
+    check_inputs(name, (*(() if imatrix else (calibration.text,)), *(evaluation.perplexity if evaluation else ())))
+    if weights is None:
+        check_selection(name, recipe)
+    model, tokenizer = load_model(name, dtype=dtype, device=device)
     statistics = read_imatrix(imatrix, model) if imatrix else None
     begun = start_text(tokenizer)
     say_start(begun)
     windows = evaluation.tokens(tokenizer) if evaluation else {}
+
+    def judge(one) -> dict[str, list[float]]:
+        return {text: window_losses(one, tokens, progress=True).tolist() for text, tokens in windows.items()}
+
     measured = {"imatrix": imatrix.name, "imatrix_sha256": file_digest(imatrix)} if imatrix else asdict(calibration)
     report = compress_model(
         model,
@@ -118,7 +130,7 @@ def run_pass(
         statistics=statistics,
         weights=weights,
         reround=reround,
-        judge=(lambda one: perplexities(one, windows, progress=True)) if evaluation else None,
+        judge=judge if evaluation else None,
     )
     print(report)
     if report.overlooked_share > OVERLOOKED:

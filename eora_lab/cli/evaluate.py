@@ -48,8 +48,8 @@ class Evaluate:
         first = self.measure(self.model, self.loading, self.adapter)
         if self.against is None:
             return
-        from eora_lab.measure.intervals import paired
         from eora_lab.measure.tasks import compare_results
+        from eora_lab.run.intervals import paired
 
         alike = replace(self.loading, backend="auto", base=None)
         second = self.measure(self.against, alike)
@@ -65,9 +65,9 @@ class Evaluate:
     def measure(self, name: str, loading: Loading, adapter: str | None = None) -> tuple:
         """(text -> losses of its windows, results of the tasks) of one model, printed as they come."""
         from eora_lab.measure.evaluate import window_losses
-        from eora_lab.measure.intervals import Outcomes
         from eora_lab.model.start import start_text
         from eora_lab.run.adapters import use_only
+        from eora_lab.run.intervals import Outcomes
         from eora_lab.run.pipeline import tokens_digest
 
         model, tokenizer = loading.load(name)

@@ -6,8 +6,7 @@ from typing import Annotated
 
 import tyro
 
-from eora_lab.cli.compress import run_pass, with_imatrix
-from eora_lab.cli.early import check_inputs, check_run_folder
+from eora_lab.cli.compress import run_pass
 from eora_lab.model import Dtype
 from eora_lab.run.budget import Budget
 from eora_lab.run.recipe import PassSettings, PathSettings, Recipe
@@ -47,33 +46,28 @@ class Mend:
     """importance matrix of the original model, of llama-imatrix or `eora-lab imatrix`: nothing is measured, and the
     method has to be one that looks at channels alone, such as qera_approx"""
     dtype: Dtype = "float32"
-    """type that the model is held in"""
+    """type that the model is held in; in that of its files, mostly bfloat16, the model may be larger than memory"""
     device: str = "cpu"
     """cpu or cuda"""
 
     def run(self) -> None:
         from eora_lab.errors import EoraLabError
         from eora_lab.formats import read_checkpoint
-        from eora_lab.model.load import load_model
 
         checkpoint = read_checkpoint(self.checkpoint, self.format)
-        check_run_folder(self.output)
-        judged = self.evaluation.perplexity if self.evaluate else ()
         if self.rounds > 1 and not self.reround:
             raise EoraLabError("--rounds is of --reround: without it the weights stay as they are")
         recipe = Recipe(**asdict(self.path), **asdict(self.measured), rounds=self.rounds)
-        recipe = with_imatrix(recipe, self.imatrix, given=True)
-        check_inputs(self.model, (*(() if self.imatrix else (self.calibration.text,)), *judged))
-        model, tokenizer = load_model(self.model, dtype=self.dtype, device=self.device)
         run_pass(
-            model,
-            tokenizer,
+            self.model,
             recipe,
             self.output,
             budget=self.budget,
             calibration=self.calibration,
             evaluation=self.evaluation if self.evaluate else None,
-            weights=checkpoint,
             imatrix=self.imatrix,
+            dtype=self.dtype,
+            device=self.device,
+            weights=checkpoint,
             reround=self.reround,
         )

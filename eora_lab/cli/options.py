@@ -3,10 +3,11 @@
 import ast
 import inspect
 import itertools
+import sys
 import textwrap
 import types
 from dataclasses import dataclass, field, fields, make_dataclass
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
@@ -17,22 +18,34 @@ from eora_lab.model import Dtype
 class Loading:
     """How a model or a run folder is loaded."""
 
-    dtype: Dtype = "float32"
-    """type that the model is held in"""
-    device: str = "cpu"
-    """cpu or cuda"""
+    dtype: Dtype | Literal["auto"] = "auto"
+    """type that the model is held in; auto: bfloat16 on a GPU, float32 elsewhere"""
+    device: str = "auto"
+    """cpu, cuda or cuda:1; auto: an NVIDIA GPU where there is one"""
     backend: str = "auto"
-    """who multiplies a run folder's compressed layers: auto (the first that can), triton, int4 or tiles"""
+    """who multiplies a run folder's compressed layers: auto (the first that can), triton, numba, int4 or tiles"""
     base: str | None = None
     """the base model of a run folder, where it is no longer in its place"""
 
     def load(self, name: str) -> tuple:
-        """(model, tokenizer) of a model or a run folder."""
+        """(model, tokenizer) of a model or a run folder. Where it is held, and who multiplies, is said on stderr."""
+        import torch
+
         from eora_lab.layer.backends import check_backend
+        from eora_lab.layer.linear import backends_in_use
         from eora_lab.run.folder import load_model_or_run
 
         check_backend(self.backend)
-        return load_model_or_run(name, self.dtype, self.device, self.backend, self.base)
+        device = self.device
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        dtype = self.dtype
+        if dtype == "auto":
+            dtype = "float32" if device == "cpu" else "bfloat16"
+        model, tokenizer = load_model_or_run(name, dtype, device, self.backend, self.base)
+        layers = [f"{count} layers by {one}" for one, count in backends_in_use(model).items()]
+        print(f"computing in {dtype} on {device}: {', '.join(layers) or 'by torch'}", file=sys.stderr)
+        return model, tokenizer
 
 
 def say_start(bos: str) -> None:

@@ -56,7 +56,7 @@ class Sweep:
         from eora_lab.errors import EoraLabError
         from eora_lab.experiment.store import ResultStore, check_export, scores
         from eora_lab.experiment.sweep import expand, on_model, plan, read_grid, sweep, tell_failures
-        from eora_lab.measure.intervals import paired
+        from eora_lab.run.intervals import paired
 
         check_figure(self.figure)
         for path in self.export:

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eora_lab.calibrate.output_statistics import OutputStatistics
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.compensate.lowrank import LowRank
 from eora_lab.compress import Compressed, gptq, rtn, tagged_state_dict, weight_from_state_dict
@@ -23,6 +24,11 @@ class StoredFactors:
     def dense(self) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
         """(A, B) float32, as a matrix product sees them."""
         A, B = (f.float() if isinstance(f, Tensor) else f.dense() for f in (self.A, self.B))
+        return A, B
+
+    def matrices(self) -> tuple[Float[Tensor, "rank in"], Float[Tensor, "out rank"]]:
+        """The same without a copy of what is stored as matrices: those are float16."""
+        A, B = (f if isinstance(f, Tensor) else f.dense() for f in (self.A, self.B))
         return A, B
 
     @property
@@ -59,7 +65,10 @@ def check_factor_bits(bits: int) -> None:
 
 
 def store_factors(
-    answer: LowRank, bits: int = 16, fit: tuple[Float[Tensor, "out in"], InputStatistics] | None = None
+    answer: LowRank,
+    bits: int = 16,
+    fit: tuple[Float[Tensor, "out in"], InputStatistics] | None = None,
+    outputs: OutputStatistics | None = None,
 ) -> StoredFactors:
     """Balanced factors in float16, or factors on `bits`-bit grids, one grid a row; B's columns are then unit vectors.
 
@@ -68,6 +77,7 @@ def store_factors(
         their second moment Qᵀ A S Aᵀ Q, A fitted again to that B^ as (B^ᵀ B^)^-1 B^ᵀ R, and rounded with S. Rounding
         errors of one component are thus made good by the others: what they cost falls from the arithmetic mean of the
         spectrum towards its geometric mean.
+    outputs: of the layer's gradients, where the answer is the optimum in their metric too: A is then fitted in it.
     Raises EoraLabError on bits out of range.
     """
     check_factor_bits(bits)
@@ -85,7 +95,10 @@ def store_factors(
     A, B = Q.T @ A, B @ Q
     moment = A @ statistics.second_moment.double() @ A.T  # where A avoids loud directions, large terms cancel
     left = gptq(B.float(), InputStatistics.from_second_moment((moment + moment.T).float() / 2), **grid)
-    A = torch.linalg.pinv(left.dense().double()) @ residual.double()
+    B, R = left.dense().double(), residual.double()
+    if outputs:
+        B, R = outputs.whitened(B), outputs.whitened(R)
+    A = torch.linalg.pinv(B) @ R
     return StoredFactors(gptq(A.float(), statistics, **grid), left)
 
 

@@ -6,12 +6,14 @@ With M = S this is EoRA; with a diagonal M it is one of its rivals.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.compensate import krylov
 from eora_lab.compensate.lowrank import LowRank
+
+COLUMNS = 1024  # of S that are float64 at once
 
 
 def principal_errors(
@@ -32,7 +34,7 @@ def principal_errors(
     R = residual.double()
     out_features, in_features = R.shape
     if out_features <= in_features:
-        RM = R * metric.double() if isinstance(metric, Tensor) else R @ metric.second_moment.double()
+        RM = R * metric.double() if isinstance(metric, Tensor) else in_double(R, metric.second_moment)
         values, vectors = torch.linalg.eigh(RM @ R.T)
         U = vectors.flip(1)[:, :rank]  # (out, rank)
     else:
@@ -41,3 +43,11 @@ def principal_errors(
         # orthonormal even where an eigenvalue is zero, and nested: column k depends on columns up to k only
         U = torch.linalg.qr(RT @ vectors.flip(1)[:, :rank]).Q
     return LowRank(A=(U.T @ R).to(dtype), B=U.to(dtype).contiguous(), spectrum=values.flip(0).clamp_min(0))
+
+
+def in_double(R: Float64[Tensor, "out in"], S: Float[Tensor, "in in"]) -> Float64[Tensor, "out in"]:
+    """R S in float64, without a copy of all of S, which is the largest matrix of a layer."""
+    found = torch.empty_like(R)
+    for start in range(0, len(S), COLUMNS):
+        found[:, start : start + COLUMNS] = R @ S[:, start : start + COLUMNS].double()
+    return found

@@ -10,6 +10,7 @@ from eora_lab.compress.gguf_weight import GgufWeight
 from eora_lab.compress.gptq import gptq
 from eora_lab.compress.grid import Grid
 from eora_lab.compress.grid_weight import GridWeight, zero_points
+from eora_lab.compress.hqq_weight import HqqWeight
 from eora_lab.compress.magnitude import magnitude
 from eora_lab.compress.reround import reround
 from eora_lab.compress.residual import residual
@@ -20,7 +21,7 @@ from eora_lab.compress.sparsity import Sparsity
 from eora_lab.compress.storage import KINDS, Compressed, tagged_state_dict, weight_from_state_dict
 from eora_lab.compress.wanda import wanda
 
-KINDS |= {one.kind: one for one in (GridWeight, SparseWeight, CodebookWeight, DenseWeight, GgufWeight)}
+KINDS |= {one.kind: one for one in (GridWeight, SparseWeight, CodebookWeight, DenseWeight, GgufWeight, HqqWeight)}
 QUANTISERS = {"rtn": rtn, "gptq": gptq}
 PRUNERS = {"magnitude": magnitude, "wanda": wanda, "sparsegpt": sparsegpt}  # these take a sparsity, and 16 bits
 COMPRESSORS = MappingProxyType(ChainMap(PRUNERS, QUANTISERS))  # both; what a plugin adds to one of them is in here
@@ -37,6 +38,7 @@ __all__ = [
     "GgufWeight",
     "Grid",
     "GridWeight",
+    "HqqWeight",
     "SparseWeight",
     "Sparsity",
     "gptq",

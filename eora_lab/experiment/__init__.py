@@ -8,7 +8,7 @@ from eora_lab.experiment.paper import MEASURED, published
 from eora_lab.experiment.paper_runs import both_sides, measured, rivalry, table_rows
 from eora_lab.experiment.store import ResultStore, row, scores
 from eora_lab.experiment.sweep import expand, named_grids, plan, read_grid, rows, run_plan, sweep
-from eora_lab.measure.intervals import Interval, Outcomes, paired, paired_bootstrap
+from eora_lab.run.intervals import Interval, Outcomes, paired, paired_bootstrap
 
 __all__ = [
     "MEASURED",

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TypeVar
 
 import filelock
-import torch
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from eora_lab.calibrate.moments import Moments
+from eora_lab.calibrate.output_statistics import OutputStatistics
+from eora_lab.calibrate.outputs import collect_output_statistics
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.calibrate.stream import collect_statistics
 from eora_lab.compensate import LowRank
@@ -36,6 +38,8 @@ from eora_lab.run.recipe import Recipe
 
 T = TypeVar("T")
 
+M = TypeVar("M", bound=Moments)
+
 KEPT = 2  # statistics in memory: of the compressor's text and of the solver's
 
 
@@ -44,7 +48,9 @@ class ContentCache:
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
-        self._statistics: dict[str, dict[str, InputStatistics]] = {}  # those of the last cell stay in memory
+        # those of the last cell stay in memory
+        self._statistics: dict[str, dict[str, InputStatistics]] = {}
+        self._outputs: dict[str, dict[str, OutputStatistics]] = {}
 
     def entry(self, name: str, make: Callable[[], T], save: Callable[[T, Path], None], load: Callable[[Path], T]) -> T:
         """The entry of that name: read if it is there and whole, else made and written. One process makes it."""
@@ -79,35 +85,57 @@ class ContentCache:
         progress: bool = False,
     ) -> dict[str, InputStatistics]:
         """`collect_statistics`, measured once for all cells with the same key. Shared inputs share one object."""
-        if key in self._statistics:
-            return self._statistics[key]
-        folder = f"statistics/{key}"
-        found: dict[str, InputStatistics] = {}
+        if key not in self._statistics:
+            while len(self._statistics) >= KEPT:
+                self._statistics.pop(next(iter(self._statistics)))
+            measure = partial(collect_statistics, model, batches, held_out, progress)
+            self._statistics[key] = self._measured(f"statistics/{key}", measure, InputStatistics, model)
+        return self._statistics[key]
 
-        def measured() -> dict[str, InputStatistics]:
+    def outputs(
+        self,
+        model: nn.Module,
+        batches: Int[Tensor, "nsamples seqlen"],
+        held_out: float,
+        labels: str,
+        key: str,
+        progress: bool = False,
+    ) -> dict[str, OutputStatistics]:
+        """`collect_output_statistics`, measured once for all cells with the same key."""
+        if key not in self._outputs:
+            self._outputs.clear()
+            measure = partial(collect_output_statistics, model, batches, held_out, labels, progress=progress)
+            self._outputs[key] = self._measured(f"outputs/{key}", measure, OutputStatistics, model)
+        return self._outputs[key]
+
+    def _measured(
+        self, folder: str, measure: Callable[[], dict[str, M]], kind: type[M], model: nn.Module
+    ) -> dict[str, M]:
+        """Statistics of the layers of a model from a folder of the cache, where what is missing is measured."""
+        found: dict[str, M] = {}
+
+        def measured() -> dict[str, M]:
             if not found:
-                found.update(collect_statistics(model, batches, held_out, progress))
+                found.update(measure())
             return found
 
         with self.lock(folder):
-            names = read_index(self.folder / folder / "index.json")  # module name -> the first that shares its input
+            names = read_index(self.folder / folder / "index.json")  # module name -> the first that shares its object
             if not names:
                 first: dict[int, str] = {}
                 names = {name: first.setdefault(id(statistics), name) for name, statistics in measured().items()}
                 write_json(self.folder / folder / "index.json", {"names": names, "sha256": digest(names)})
+            device = next(model.parameters()).device
             entries = {
                 name: self.entry(
                     f"{folder}/{name}",
                     partial(lambda one: measured()[one], name),
                     lambda statistics, path: statistics.save(path),
-                    lambda path: load_statistics(path, next(model.parameters()).device),
+                    lambda path: kind.load(path).to(device),
                 )
                 for name in dict.fromkeys(names.values())
             }
-        while len(self._statistics) >= KEPT:
-            self._statistics.pop(next(iter(self._statistics)))
-        self._statistics[key] = {name: entries[shared] for name, shared in names.items()}
-        return self._statistics[key]
+        return {name: entries[shared] for name, shared in names.items()}
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -119,18 +147,10 @@ def read_index(path: Path) -> dict[str, str]:
         return {}
 
 
-def load_statistics(path: Path, device: torch.device) -> InputStatistics:
-    """Statistics from a file, on the device of the model."""
-    statistics = InputStatistics.load(path)
-    for part in filter(None, (statistics, statistics.held_out)):
-        part.second_moment, part.mean_abs = part.second_moment.to(device), part.mean_abs.to(device)
-    return statistics
-
-
 class SharedSteps(Steps):
     """Steps whose compressed weights and low-rank answers come from the cache, where other cells may have left them.
 
-    key:     of the statistics that answers rest on.
+    key:     of the statistics that answers rest on, with gradients where there are any.
     base:    statistics that weights are compressed with, and base_key: their key. They may be of another text.
     highest: answers are solved at this rank and cut to the rank asked for: a rank sweep is one solve.
     data_free: after a pass, the layers that were compressed without data.
@@ -144,8 +164,9 @@ class SharedSteps(Steps):
         base: Mapping[str, InputStatistics],
         base_key: str,
         highest: int,
+        outputs: Mapping[str, OutputStatistics] | None = None,
     ):
-        super().__init__(recipe)
+        super().__init__(recipe, outputs=outputs)
         self._cache, self._base, self._highest = cache, base, highest
         compressor = [plugin_digest(registry, recipe.compressor) for registry in ("QUANTISERS", "PRUNERS")]
         self._base_key = digest([base_key, recipe.base_settings(), compressor])[:24]

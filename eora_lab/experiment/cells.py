@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from eora_lab.calibrate.statistics import InputStatistics
+from eora_lab.compensate import needs_outputs
 from eora_lab.environment import peak_memory
 from eora_lab.errors import EoraLabError, at_least, check_pattern, settings, unknown
 from eora_lab.experiment.cache import ContentCache, SharedSteps
@@ -25,6 +26,7 @@ from eora_lab.model.start import start_text
 from eora_lab.model.structure import block_linears
 from eora_lab.run.budget import Budget
 from eora_lab.run.pipeline import compress_model, tokens_digest
+from eora_lab.run.ranks import check_budget
 from eora_lab.run.recipe import PathSettings, Recipe
 from eora_lab.run.report import Report
 from eora_lab.text.settings import Calibration, Evaluation
@@ -32,7 +34,7 @@ from eora_lab.text.settings import Calibration, Evaluation
 DENSE = "dense"  # in place of a compressor: the model as it is
 LATER = {"skip": "", "keep_first": 0, "keep_last": 0, "rank_only": ""}  # named in a configuration where they differ
 GRID = {"grid": "integer"}
-LATER |= GRID
+LATER |= GRID | {"labels": "model"}
 MEASURED = ("perplexity", "tasks")  # fields whose lists are measured together, and are no axis of a grid
 
 
@@ -48,7 +50,7 @@ class Cell:
     dtype: Dtype = "float32"
     recipe: Recipe | None = field(default_factory=Recipe)  # None: the dense model
     rank_only: str = ""  # regular expression; compressed layers whose name it does not match get rank 0
-    budget: Literal["uniform", "relative", "absolute"] = "uniform"  # how ranks are spread, see `Budget`
+    budget: Literal["uniform", "relative", "absolute", "nats"] = "uniform"  # how ranks are spread, see `Budget`
     calibration: Calibration = field(default_factory=Calibration)
     base_source: str = ""  # what the compressor is calibrated on, where that differs
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -67,6 +69,8 @@ class Cell:
         check_pattern(self.rank_only)
         if self.rank_only and self.budget != "uniform":
             raise EoraLabError("rank_only chooses layers for one rank; a budget spreads ranks over all of them")
+        if self.recipe is not None:
+            check_budget(Budget(self.budget), self.recipe)
 
     def config(self) -> dict:
         """A flat dict of JSON values. What a cell does not use is left out, so that equal cells are equal."""
@@ -198,7 +202,12 @@ def _compress(
             other = replace(cell.calibration, source=cell.base_source, column=None)
             base_key, base = measure(other.batches(candidate, tokenizer))
         clock.lap("statistics")
-        steps = SharedSteps(recipe, cache, key, base, base_key, highest)
+        outputs, labels = None, recipe.labels
+        if needs_outputs(recipe.method):
+            key = digest([key, labels])[:24]  # with the same key, the gradients of one text
+            outputs = cache.outputs(candidate, batches, recipe.held_out, labels, key, progress)
+            clock.lap("gradients")
+        steps = SharedSteps(recipe, cache, key, base, base_key, highest, outputs)
     linears = block_linears(candidate)
     report = compress_model(
         candidate, batches, recipe, ranks=ranks, statistics=statistics, steps=steps, progress=progress

@@ -3,15 +3,17 @@
 import time
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 import torch
 from torch import nn
 
+from eora_lab.compensate import needs_outputs
+from eora_lab.environment import free_memory
 from eora_lab.errors import EoraLabError
 from eora_lab.experiment.cells import Cell
 from eora_lab.model.load import load_skeleton
 from eora_lab.model.structure import block_linears, decoder_blocks
+from eora_lab.run.walk import SHARES
 from eora_lab.text.settings import Evaluation
 
 SHARED_INPUTS = 4 / 7  # q, k and v read one input, gate and up another
@@ -62,6 +64,10 @@ def memory(cell: Cell) -> int | None:
     if cell.recipe is None:
         return int(WORKSPACE * weights)
     moments = int(SHARED_INPUTS * sum(4 * inputs**2 for _, inputs in shape.layers.values()))  # S is float32
+    if needs_outputs(cell.recipe.method):
+        moments += sum(4 * outputs**2 for outputs, _ in shape.layers.values())  # F of all layers, whatever the inputs
+    if drifts(cell):
+        moments *= 4  # S and D, of held-out tokens too
     largest = max(max(pair) for pair in shape.compressed(cell))
     return int(WORKSPACE * (2 * weights + (moments if cell.shared else moments / shape.blocks) + 6 * 8 * largest**2))
 
@@ -81,12 +87,31 @@ def calibrating(cell: Cell, shape: Shape) -> float:
     chosen = shape.compressed(cell)
     for _, in_features in shape.layers.values() if cell.shared else chosen:
         total += 2.0 * SHARED_INPUTS * tokens * in_features**2  # S
-    return total + sum(2.0 * out_features * in_features**2 for out_features, in_features in chosen)  # GPTQ
+    if drifts(cell):
+        total *= 2  # two streams, S and D
+    gptq = sum(2.0 * out_features * in_features**2 for out_features, in_features in chosen)
+    return total + tries(cell) * gptq
 
 
 def solving(cell: Cell, shape: Shape) -> float:
-    """Floating-point operations of the compensation of all layers, roughly."""
-    return sum(2.0 * n * k**2 + 25.0 * min(n, k) ** 3 for n, k in shape.compressed(cell))  # R S, eigenvectors
+    """Floating-point operations of the compensation of all layers, roughly, with the backward pass that it may need."""
+    once = sum(2.0 * n * k**2 + 25.0 * min(n, k) ** 3 for n, k in shape.compressed(cell))  # R S, eigenvectors
+    total = tries(cell) * once
+    if cell.recipe and needs_outputs(cell.recipe.method):
+        tokens = cell.calibration.nsamples * cell.calibration.seqlen
+        total += 6.0 * shape.parameters * tokens  # forward twice, backward
+        total += sum(2.0 * tokens * out_features**2 for out_features, _ in shape.layers.values())  # F
+    return total
+
+
+def tries(cell: Cell) -> int:
+    """How often a block is compressed and compensated, rounds apart."""
+    return len(SHARES) if drifts(cell) else 1
+
+
+def drifts(cell: Cell) -> bool:
+    """Whether layers aim at the outputs of the original model."""
+    return cell.recipe is not None and cell.recipe.inputs == "drift"
 
 
 def work(cells: list[Cell]) -> float | None:
@@ -103,7 +128,7 @@ def work(cells: list[Cell]) -> float | None:
         if cell.recipe is None:
             continue
         solve = replace(cell, evaluation=Evaluation(()), tasks=(), recipe=replace(cell.recipe, rank=0))
-        base = replace(solve, recipe=replace(cell.recipe, rank=0, method="none"))
+        base = replace(solve, recipe=replace(cell.recipe, rank=0, method="none"), budget="uniform")
         for key, part in ((base, calibrating), (solve, solving)):
             if key not in seen or not cell.shared:
                 total += part(cell, shape)
@@ -146,23 +171,12 @@ def _kind(config: dict) -> tuple:
     return tuple(str(config.get(name)) for name in names)
 
 
-def available(device: str = "cpu") -> int | None:
-    """Bytes that a process can still get on a device, or None when the system does not say."""
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-
-
 def check_memory(cells: list[Cell], device: str = "cpu", processes: int = 1) -> int | None:
     """The largest memory of all cells, times the processes. Raises EoraLabError when it is more than there is."""
     needs = [need for cell in cells if (need := memory(cell)) is not None]
     if not needs:
         return None
-    largest, there = processes * max(needs), available(device)
+    largest, there = processes * max(needs), free_memory(device)
     if there is not None and largest > there:
         raise EoraLabError(
             f"this sweep needs about {largest / 1e9:.1f} GB on {device} and {there / 1e9:.1f} GB are free: use a "

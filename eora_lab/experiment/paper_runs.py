@@ -18,7 +18,7 @@ from eora_lab.errors import EoraLabError
 from eora_lab.experiment.cells import Cell
 from eora_lab.experiment.paper import METHODS, published
 from eora_lab.experiment.store import ResultStore, row, scores
-from eora_lab.measure.intervals import Interval, Outcomes, paired
+from eora_lab.run.intervals import Interval, Outcomes, paired
 
 if TYPE_CHECKING:
     import pandas

@@ -18,7 +18,7 @@ from eora_lab.environment import environment
 from eora_lab.errors import EoraLabError
 from eora_lab.experiment.cells import DENSE, LATER
 from eora_lab.files import check_place, check_table, digest, set_aside, write_atomically, write_json
-from eora_lab.measure.intervals import Outcomes
+from eora_lab.run.intervals import Outcomes
 
 if TYPE_CHECKING:
     import pandas

@@ -18,6 +18,7 @@ from eora_lab.formats.gguf_adapter import write_gguf_adapter
 from eora_lab.formats.gguf_checkpoint import GgufCheckpoint, is_gguf
 from eora_lab.formats.gguf_file import write_gguf
 from eora_lab.formats.gptq_checkpoint import GptqCheckpoint, is_gptq, write_checkpoint
+from eora_lab.formats.hqq_checkpoint import HqqCheckpoint, is_hqq
 from eora_lab.formats.imatrix import read_imatrix, write_imatrix
 from eora_lab.formats.modelopt_checkpoint import ModelOptCheckpoint, is_modelopt
 from eora_lab.formats.mxfp4_checkpoint import Mxfp4Checkpoint
@@ -35,6 +36,7 @@ __all__ = [
     "Fp8Checkpoint",
     "GgufCheckpoint",
     "GptqCheckpoint",
+    "HqqCheckpoint",
     "ModelOptCheckpoint",
     "Mxfp4Checkpoint",
     "TorchaoCheckpoint",
@@ -94,6 +96,7 @@ FORMATS = {
         "bitsandbytes checkpoint, of 4 or 8 bits", read=BitsAndBytesCheckpoint, detects=quantised_as("bitsandbytes")
     ),
     "torchao": Format("torchao checkpoint", read=TorchaoCheckpoint, detects=quantised_as("torchao")),
+    "hqq": Format("HQQ checkpoint", read=HqqCheckpoint, detects=is_hqq),
     "mxfp4": Format("MXFP4 experts of gpt-oss", read=Mxfp4Checkpoint, detects=quantised_as("mxfp4")),
     "gguf": Format("GGUF file of llama.cpp, without the low-rank path", write_gguf, GgufCheckpoint, is_gguf),
     "dense": Format("W^ in full, pruned weights as zeros", write_dense),

@@ -3,7 +3,6 @@
 And by what a reader knows its own: what a folder says of its weights in config.json.
 """
 
-import json
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ from torch import nn
 
 from eora_lab.compress import Compressed
 from eora_lab.errors import EoraLabError
-from eora_lab.files import digest, file_digest
+from eora_lab.files import digest, file_digest, read_json
 
 
 class Checkpoint(Mapping):
@@ -67,13 +66,7 @@ class Lazy(Mapping):
 
 def json_object(path: Path) -> dict:
     """The object in a JSON file; empty if there is no file. Raises EoraLabError when it is damaged."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as error:
-        raise EoraLabError(f"cannot read {path}: {error}") from error
-    if not isinstance(data, dict):
-        raise EoraLabError(f"cannot read {path}: it is no JSON object")
-    return data
+    return read_json(path) if path.exists() else {}
 
 
 def quantization(folder: Path) -> dict:

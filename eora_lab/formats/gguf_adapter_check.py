@@ -11,22 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from eora_lab.errors import EoraLabError, one_line
+from eora_lab.formats.gguf_idle import is_idle
 from eora_lab.formats.loaders.given import some
 
-LATENT = r"attn_(q|q_a|q_b|kv_a_mqa|kv_b|k_b|v_b)|indexer\.\w+"  # of multi-head latent attention
-DELTA = r"ssm_(beta|f_a|f_b|g|g_a|g_b)"  # of linear attention
-PLAIN = {  # general.architecture -> tensors that its graph multiplies without asking for adapters
-    **dict.fromkeys(("deepseek2", "deepseek32", "dots3note", "glm-dsa", "minicpm3", "mistral4", "plm"), LATENT),
-    "deepseek4": r"attn_output_a",
-    "hy_v4": rf"{LATENT}|attn_gate",
-    "glm5-next": rf"{LATENT}|{DELTA}|attn_output",
-    "bailingmoe3": rf"{DELTA}|attn_\w+",
-    "kimi-linear": rf"{DELTA}|attn_\w+",
-    "kimi-k3": rf"{DELTA}|attn_\w+|ffn_(up|gate|down)(_shexp)?|ffn_routed_(up|down)",
-    **dict.fromkeys(("nemotron_h", "nemotron_h_moe"), r"ffn_latent_(up|down)"),
-    **dict.fromkeys(("rwkv6", "rwkv6qwen2", "rwkv7", "arwkv7"), r"time_mix_(decay_)?[agvw][12]"),
-    "granite-switch": r"attn_qkv",
-}
 HALF = re.compile(r"(.+)\.lora_([ab])")
 
 
@@ -107,8 +94,7 @@ def _on_base(adapter: GgufFile, pairs: dict, base: GgufFile) -> Iterator[str]:
         a, b = known[other[0]]["a"], known[other[0]]["b"]
         size = _size(base.tensors[other[0]][1])
         yield f"refuses {some(other)}: lora_a is {_size(a)} and lora_b {_size(b)}, the tensor {size}"
-    pattern = PLAIN.get(theirs)
-    if pattern and (idle := [name for name in known if re.fullmatch(rf"blk\.\d+\.({pattern})\.weight", name)]):
+    if idle := [name for name in known if is_idle(theirs, name)]:
         yield f"loads {some(idle)} and does not apply it: the graph of {theirs} multiplies that tensor without adapters"
     abort = [
         name

@@ -8,13 +8,16 @@ W^ = (qdata - zero_point) * scale. Layouts that are packed for a kernel are not 
 """
 
 import json
+from collections.abc import Sequence
 
 import torch
+from jaxtyping import Shaped
+from torch import Tensor
 
 from eora_lab.compress import CodebookWeight, GridWeight
 from eora_lab.errors import EoraLabError
 from eora_lab.formats.floats import fp8_weight
-from eora_lab.formats.quantised_folder import FLOATS, QuantisedFolder
+from eora_lab.formats.quantised_folder import DAMAGED, FLOATS, QuantisedFolder
 from eora_lab.formats.said import Said
 
 BITS = {f"int{bits}": bits for bits in range(1, 9)}
@@ -53,15 +56,12 @@ class TorchaoCheckpoint(QuantisedFolder):
         if block is None or len(block) != 2 or any(type(size) is not int or size < 1 for size in block):
             raise EoraLabError(f"{self.path}: block_size of {name} must be two positive numbers, not {block}")
         shape = tuple(-(-size // step) for size, step in zip(values.shape, block, strict=True))
-        scales = self.take(f"{name}._weight_scale", *FLOATS)
-        if scales.numel() != shape[0] * shape[1]:
-            raise EoraLabError(f"{self.path}: {name}._weight_scale has {scales.numel()} numbers, not one for {block}")
-        scales = scales.reshape(shape)
+        scales = self._of_blocks(f"{name}._weight_scale", shape, *FLOATS)
         if floating:
             return fp8_weight(values, scales, (block[0], block[1]))
         zeros = torch.zeros(shape, dtype=torch.int8)
         if self.has(key := f"{name}._weight_zero_point"):
-            zeros = self.take(key, torch.int8).reshape(shape)
+            zeros = self._of_blocks(key, shape, torch.int8)
         half = 2 ** (bits - 1)
         if not -half <= min(int(values.min()), int(zeros.min())) <= max(int(values.max()), int(zeros.max())) < half:
             raise EoraLabError(f"{self.path}: {name}._weight_qdata or its zero points are beyond {bits} bits")
@@ -69,6 +69,13 @@ class TorchaoCheckpoint(QuantisedFolder):
         codes, zeros = ((one.int() + half).to(torch.uint8) for one in (values, zeros))
         scales, zeros = (one.repeat_interleave(block[0], 0)[: len(codes)].contiguous() for one in (scales, zeros))
         return GridWeight(codes, scales, zeros, bits, group_size=min(block[1], codes.shape[1]))
+
+    def _of_blocks(self, key: str, shape: Sequence[int], *dtypes: torch.dtype) -> Shaped[Tensor, "out groups"]:
+        """A tensor with one number for every block, in whatever shape it is stored."""
+        found = self.take(key, *dtypes)
+        if found.numel() != shape[0] * shape[1]:
+            raise EoraLabError(f"{self.path}: {key} has {found.numel()} numbers, not {shape[0] * shape[1]}: {DAMAGED}")
+        return found.reshape(*shape)
 
     def _said_of(self, name: str) -> tuple[str, Said]:
         """The kind of a weight, and its attributes."""

@@ -5,6 +5,8 @@ A backend makes the product of a whole layer, y = W^ x + B (A x) + bias, from wh
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,12 +15,15 @@ from torch import Tensor, nn
 
 from eora_lab.compress import Compressed, GridWeight, zero_points
 from eora_lab.errors import EoraLabError, unknown
-from eora_lab.layer.triton_kernels import FusedLinear, fused_weight, why_not_fused, why_not_triton
+from eora_lab.layer.cpu_kernels import few_rows, many_rows, pack_grid, why_not_packed
+from eora_lab.layer.row_paths import RowPaths
+from eora_lab.layer.triton_kernels import FusedLinear, fused_rows, rows_at_once, why_not_fused, why_not_triton
 
 AUTO = "auto"
 TILE = 2**18  # weights that are dense at once, on the CPU; they stay in its cache
+CPU_ROWS = 16  # tokens up to which the fused CPU kernel beats its own tiles
 INT4_GROUPS = (32, 64, 128, 256)
-INT4_ROWS = 64  # tokens up to which torch's int4 product beats dense tiles
+INT4_ROWS = range(5, 33)  # tokens for which torch's int4 product beats the CPU kernel
 
 Product = Callable[["PackedLayer", Tensor], Tensor]  # the layer, x (..., in) -> y (..., out)
 
@@ -33,6 +38,8 @@ class PackedLayer(nn.Module, ABC):
     lora_B: Tensor  # (out, rank)
     bias: Tensor | None
     keep_dense: bool  # W^ may stay dense for a while
+    row_paths: RowPaths | None  # of a batch whose texts have a path each; the layer's own is then of rank 0
+    made: dict[str, Any]  # what backends made of W^ alone, by their names: it stays when the path changes
 
     @property
     @abstractmethod
@@ -48,11 +55,20 @@ class PackedLayer(nn.Module, ABC):
     def rows(self, start: int, stop: int) -> Compressed:
         """Some rows of W^, unpacked."""
 
+    @abstractmethod
+    def rest(self) -> None:
+        """Let W^ as it is stored wait in the memory of the host: a backend holds it in its own order."""
+
+    @abstractmethod
+    def stored_weight(self) -> dict[str, Tensor]:
+        """W^ as a file holds it."""
+
 
 class Backend(ABC):
     """One way to multiply."""
 
     name: str
+    by_row = False  # whether its product adds the paths of `row_paths`; else the layer does
 
     @abstractmethod
     def why_not(self, layer: PackedLayer, x: Shaped[Tensor, "... in"], gradients: bool) -> str | None:
@@ -69,9 +85,10 @@ class Backend(ABC):
 
 
 class Triton(Backend):
-    """The fused kernel for NVIDIA GPUs. It holds W^ once more, in its own order."""
+    """The fused kernels for NVIDIA GPUs, for any number of rows. W^ lies on the GPU in their order alone."""
 
     name = "triton"
+    by_row = True
 
     def why_not(self, layer: PackedLayer, x: Shaped[Tensor, "... in"], gradients: bool) -> str | None:
         if missing := why_not_triton(layer.lora_A.device, layer.lora_A.dtype):
@@ -79,13 +96,20 @@ class Triton(Backend):
         return "it has no backward pass" if gradients else why_not_fused(layer.sample, layer.lora_A.dtype)
 
     def prepare(self, layer: PackedLayer) -> Product:
-        weight = fused_weight(layer.compressed, layer.lora_A, layer.lora_B, layer.bias, layer.lora_A.dtype)
-        fused = FusedLinear(weight.to(layer.lora_A.device))
-        return lambda _, x: fused(x)
+        if self.name not in layer.made:
+            step, stop = rows_at_once(layer.in_features), layer.out_features
+            parts = (layer.rows(start, min(start + step, stop)) for start in range(0, stop, step))
+            nothing = layer.lora_A[:0], layer.lora_B[:, :0]
+            layer.made[self.name] = fused_rows(parts, *nothing, layer.bias, layer.lora_A.dtype)
+            layer.rest()
+        rows = layer.row_paths
+        paths = rows.paths if rows and rows.paths else ((layer.lora_A, layer.lora_B),)
+        fused = FusedLinear(layer.made[self.name].with_paths(paths))
+        return lambda layer, x: fused(x, layer.row_paths.of_rows(x) if layer.row_paths else None)
 
 
 class Int4(Backend):
-    """torch's int4 product on the CPU, which is fast in bfloat16 only."""
+    """torch's int4 product on the CPU, which is fast in bfloat16 only. It holds W^ once more, its grids in bfloat16."""
 
     name = "int4"
 
@@ -101,18 +125,49 @@ class Int4(Backend):
         return None if hasattr(torch, "_weight_int4pack_mm_for_cpu") else "this torch does not have it"
 
     def slower(self, layer: PackedLayer, rows: int) -> bool:
-        return rows > INT4_ROWS
+        return rows not in INT4_ROWS
 
     def prepare(self, layer: PackedLayer) -> Product:
-        weight = layer.compressed
-        assert isinstance(weight, GridWeight)
-        scales = weight.scales.float()
-        middle = (8 - zero_points(weight.scales, weight.offsets)) * scales  # the weight of code 8
-        grids = torch.stack([scales, middle], dim=-1).transpose(0, 1).contiguous().bfloat16()  # (groups, out, 2)
-        packed = torch._convert_weight_to_int4pack_for_cpu(weight.codes.int(), 1)
+        if self.name not in layer.made:
+            weight = layer.compressed
+            assert isinstance(weight, GridWeight)
+            scales = weight.scales.float()
+            middle = (8 - zero_points(weight.scales, weight.offsets)) * scales  # the weight of code 8
+            grids = torch.stack([scales, middle], dim=-1).transpose(0, 1).contiguous().bfloat16()  # (groups, out, 2)
+            packed = torch._convert_weight_to_int4pack_for_cpu(weight.codes.int(), 1)
+            layer.made[self.name] = packed, weight.group_size, grids
+        made = layer.made[self.name]
+        return with_path(lambda _, x: torch._weight_int4pack_mm_for_cpu(x.contiguous(), *made))
 
-        group_size = weight.group_size
-        return with_path(lambda _, x: torch._weight_int4pack_mm_for_cpu(x.contiguous(), packed, group_size, grids))
+
+class Numba(Backend):
+    """The fused kernel for CPUs, which reads W^ as it is stored and computes a few rows in float32; and for more rows,
+    tiles of W^ that it unpacks."""
+
+    name = "numba"
+
+    def why_not(self, layer: PackedLayer, x: Shaped[Tensor, "... in"], gradients: bool) -> str | None:
+        if not layer.lora_A.is_cpu:
+            return f"it needs a CPU, and the layer is on {layer.lora_A.device}"
+        if x.dtype == torch.float64:
+            return "it computes in float32"
+        if not find_spec("numba"):
+            return "numba is not installed"
+        return "it has no backward pass" if gradients else why_not_packed(layer.sample)
+
+    def slower(self, layer: PackedLayer, rows: int) -> bool:
+        return layer.keep_dense and rows > CPU_ROWS
+
+    def prepare(self, layer: PackedLayer) -> Product:
+        if self.name not in layer.made:
+            weight = layer.compressed
+            assert isinstance(weight, GridWeight)
+            layer.made[self.name] = pack_grid(weight, layer.stored_weight()["codes"])
+        packed = layer.made[self.name]
+        few = few_rows(packed, layer.lora_A, layer.lora_B, layer.bias)
+        tiled = many_rows(packed)
+        many = with_path(lambda _, x: tiled(x))
+        return lambda layer, x: few(x) if x.numel() <= CPU_ROWS * layer.in_features else many(layer, x)
 
 
 class Dense(Backend):
@@ -140,7 +195,7 @@ class Tiles(Backend):
         return with_path(in_tiles)
 
 
-BACKENDS: dict[str, Backend] = {one.name: one for one in (Triton(), Int4(), Dense(), Tiles())}
+BACKENDS: dict[str, Backend] = {one.name: one for one in (Triton(), Int4(), Numba(), Dense(), Tiles())}
 
 
 def check_backend(name: str) -> None:

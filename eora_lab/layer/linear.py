@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -12,7 +13,8 @@ from eora_lab.compensate.factors import StoredFactors
 from eora_lab.compress import Compressed
 from eora_lab.compress.storage import UNCOUNTED, tagged_state_dict, weight_from_state_dict
 from eora_lab.errors import EoraLabError
-from eora_lab.layer.backends import AUTO, PackedLayer, Product, check_backend, choose
+from eora_lab.layer.backends import AUTO, BACKENDS, PackedLayer, Product, check_backend, choose
+from eora_lab.layer.row_paths import RowPaths
 
 
 class CompensatedLinear(PackedLayer):
@@ -29,6 +31,7 @@ class CompensatedLinear(PackedLayer):
         super().__init__()
         check_backend(backend)
         self.backend, self.keep_dense = backend, False
+        self.row_paths: RowPaths | None = None
         self.transposed = getattr(old, "transposed", False)  # as files hold the original (`Conv1DLinear`)
         self.out_features, self.in_features = compressed.shape
         self.bits, self.factors = compressed.bits, factors
@@ -43,17 +46,38 @@ class CompensatedLinear(PackedLayer):
         self.register_buffer("bias", old.bias)
         self._forget()
 
-    def _forget(self) -> None:
-        """What was made from the buffers for products is out of date."""
+    def _forget(self, weight: bool = True) -> None:
+        """What was made for products is out of date: of all buffers, or of the path alone."""
         self._products: dict[str, Product] = {}
         self._chosen: dict[tuple, str] = {}
-        self._sample: Compressed | None = None
+        if weight:
+            self.made: dict[str, Any] = {}
+            self._sample: Compressed | None = None
+        self._made_of = self._stamp(), list(self._buffers.values())  # held, so that no other buffer gets their ids
+
+    def _stamp(self) -> list[tuple[int, int]]:
+        """It changes when a buffer is written to, or another put in its place."""
+        buffers = [tensor for tensor in self._buffers.values() if tensor is not None]
+        try:
+            return [(id(tensor), tensor._version) for tensor in buffers]
+        except RuntimeError:  # what is made in inference mode does not count how often it is written to
+            return [(id(tensor), 0) for tensor in buffers]
 
     def set_factors(self, factors: StoredFactors) -> None:
         """Put another low-rank path beside the same compressed weight. Of rank 0: none."""
         A, B = factors.dense()
         self.factors, self.lora_A, self.lora_B = factors, A.to(self.lora_A), B.to(self.lora_B)
-        self._forget()
+        self._forget(weight=False)
+
+    def set_row_paths(self, paths: RowPaths | None) -> None:
+        """Give the texts of the next batches a low-rank path each, while the layer has none (rank 0); None: no more."""
+        self.row_paths = paths
+        self._forget(weight=False)
+
+    def rest(self) -> None:
+        """Let the packed tensors wait in the memory of the host; `rows` still gives them on the layer's device."""
+        for name in self._packed:
+            setattr(self, name, getattr(self, name).cpu())
 
     @property
     def rank(self) -> int:  # type: ignore[override]
@@ -80,7 +104,7 @@ class CompensatedLinear(PackedLayer):
 
     def rows(self, start: int, stop: int) -> Compressed:
         """Some rows of W^, unpacked."""
-        packed = {name: getattr(self, name)[start:stop] for name in self._packed}
+        packed = {name: getattr(self, name)[start:stop].to(self.lora_A.device) for name in self._packed}
         return self._kind.from_state_dict(packed | self.whole)
 
     def dense(self, dtype: torch.dtype | None = None) -> Float[Tensor, "out in"]:
@@ -101,7 +125,10 @@ class CompensatedLinear(PackedLayer):
         compressed = weight_from_state_dict(tensors)
         if compressed.shape != old.weight.shape:
             raise KeyError(f"a weight of {tuple(compressed.shape)} for a layer of {tuple(old.weight.shape)}")
-        return cls(old, compressed, StoredFactors.from_state_dict(tensors), backend)
+        layer = cls(old, compressed, StoredFactors.from_state_dict(tensors), backend)
+        for name in layer._packed:  # the same numbers, where they are: such as in a mapped file
+            setattr(layer, name, tensors[name].to(old.weight.device))
+        return layer
 
     def _apply(self, fn, recurse=True):
         """Move or cast the layer: the packed tensors follow to another device, and keep their dtypes."""
@@ -114,14 +141,16 @@ class CompensatedLinear(PackedLayer):
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Raises EoraLabError when a backend is asked for that does not take this layer."""
-        trained = x.requires_grad or self.lora_A.requires_grad or self.lora_B.requires_grad
-        gradients = trained and torch.is_grad_enabled()
+        if self._stamp() != self._made_of[0]:
+            self._forget()
+        gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, self.lora_A, self.lora_B))
         rows = max(x.numel() // self.in_features, 1)
         key = (x.dtype, gradients, (rows - 1).bit_length(), self.backend, self.keep_dense)
         name = self._chosen.get(key)
         if name is None:
             name = self._chosen[key] = self._choose(x, gradients)
-        return self._products[name](self, x)
+        y = self._products[name](self, x)
+        return y if self.row_paths is None or BACKENDS[name].by_row else self.row_paths.add(y, x)
 
     def _choose(self, x: Tensor, gradients: bool) -> str:
         one = choose(self, x, gradients, self.backend)
@@ -135,7 +164,7 @@ class CompensatedLinear(PackedLayer):
 
     def __getstate__(self) -> dict:
         """A copy makes its own products."""
-        return self.__dict__ | {"_products": {}, "_chosen": {}, "_sample": None}
+        return self.__dict__ | {"_products": {}, "_chosen": {}, "made": {}, "_sample": None, "_made_of": ([], [])}
 
     def extra_repr(self) -> str:
         """What torch prints of the layer."""

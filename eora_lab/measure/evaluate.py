@@ -1,15 +1,26 @@
-"""Measure a model on token windows: the loss of each, and the perplexity of all."""
+"""Measure a model on token windows: the loss of each, and the perplexity of all.
 
-from collections.abc import Mapping
+A compressed model is walked block by block, all windows through the first and so on: every W^ is unpacked once, and
+dense for one block at a time. So is an original that is larger than the memory that is left, which would be read from
+its files anew for every window. The numbers are the same.
+"""
+
+from collections.abc import Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from eora_lab.calibrate.calls import BlockCalls
+from eora_lab.calibrate.contract import check_blocks, returned
+from eora_lab.environment import free_memory
 from eora_lab.errors import EoraLabError
-from eora_lab.layer.linear import unpacked
+from eora_lab.layer.linear import compensated, unpacked
+from eora_lab.model.structure import decoder_blocks
 from eora_lab.text.batches import Batches, as_tokens
+
+TOGETHER = 2**15  # tokens that are walked through the blocks at once
 
 
 def perplexity(model: nn.Module, token_windows: Batches, progress: bool = False) -> float:
@@ -22,30 +33,65 @@ def perplexity(model: nn.Module, token_windows: Batches, progress: bool = False)
     return window_losses(model, token_windows, progress).mean().exp().item()
 
 
-def perplexities(model: nn.Module, windows: Mapping[str, Batches], progress: bool = False) -> dict[str, float]:
-    """`perplexity` on the windows of every text."""
-    return {text: perplexity(model, tokens, progress) for text, tokens in windows.items()}
-
-
 @torch.no_grad()
 def window_losses(model: nn.Module, token_windows: Batches, progress: bool = False) -> Float[Tensor, " n"]:
     """Mean negative log-likelihood a token (nats) of every window, float64. Perplexity is the exp of their mean.
 
     Raises EoraLabError as `perplexity` does.
     """
-    from tqdm.auto import tqdm
-
     tokens = as_tokens(model, token_windows, "windows")
     if tokens.shape[1] < 2:
         raise EoraLabError(f"perplexity needs (n, seqlen >= 2) tokens, not {tuple(tokens.shape)}")
-    device = next(model.parameters()).device
-    windows = tqdm(tokens.to(device), desc="perplexity", unit="window", disable=not progress, leave=False)
+    tokens = tokens.to(next(model.parameters()).device)
+    rest = _rest(model, tokens)
+    made = _whole(model, tokens, progress) if rest is None else by_block(model, tokens, rest, progress)
     losses = []
-    with unpacked(model):
-        for window in windows:
-            logits = model(window[None], use_cache=False).logits[0, :-1]  # (seqlen - 1, vocabulary)
-            losses.append(F.cross_entropy(logits.float(), window[1:], reduction="sum").item() / (len(window) - 1))
+    for window, logits in zip(tokens, made, strict=True):
+        every = F.cross_entropy(logits[:-1].float(), window[1:], reduction="sum")
+        losses.append(every.item() / (len(window) - 1))
     found = torch.tensor(losses, dtype=torch.float64)
     if not torch.isfinite(found).all():
         raise EoraLabError("the model's logits are not finite")
     return found
+
+
+def _rest(model: nn.Module, tokens: Int[Tensor, "n seqlen"]) -> dict[str, tuple | list] | None:
+    """What blocks return beside hidden states; None for a model that is to run as it is, or cannot be walked."""
+    free = free_memory(tokens.device)
+    try:
+        if compensated(model):
+            return returned(model, tokens)
+        if free is not None and sum(p.nbytes for p in model.parameters()) > free:
+            return check_blocks(model, tokens).rest
+    except EoraLabError:  # such as of a task head around the decoder
+        pass
+    return None
+
+
+def _whole(
+    model: nn.Module, tokens: Int[Tensor, "n seqlen"], progress: bool
+) -> Iterator[Float[Tensor, "seqlen vocabulary"]]:
+    """The logits of every window, the model run as it is."""
+    from tqdm.auto import tqdm
+
+    with unpacked(model):
+        for window in tqdm(tokens, desc="perplexity", unit="window", disable=not progress, leave=False):
+            yield model(window[None], use_cache=False).logits[0]
+
+
+@torch.no_grad()
+def by_block(
+    model: nn.Module, tokens: Int[Tensor, "n seqlen"], rest: Mapping[str, tuple | list], progress: bool = False
+) -> Iterator[Float[Tensor, "seqlen vocabulary"]]:
+    """The logits of every window, walked through the model block by block. rest: see `Contract`."""
+    from tqdm.auto import tqdm
+
+    blocks = decoder_blocks(model)
+    for part in tokens.split(max(TOGETHER // tokens.shape[1], 1)):
+        calls = BlockCalls(model, blocks, rest)
+        hidden = [calls.enter(window[None]) for window in part]
+        for name, block in tqdm(blocks.items(), desc="perplexity", unit="block", disable=not progress, leave=False):
+            with unpacked(block):
+                hidden = [calls.run(i, name, states) for i, states in enumerate(hidden)]
+        for window, states in zip(part, hidden, strict=True):
+            yield calls.leave(window[None], states)[0]

@@ -1,10 +1,13 @@
 """What every rank of every method buys in a layer: each is solved once, at the highest rank, and cut after that."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from eora_lab.calibrate.output_statistics import OutputStatistics
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.compensate import LowRank, solve
 from eora_lab.compress import residual
@@ -23,6 +26,7 @@ class Exploration:
     statistics: module name -> statistics, from `collect_statistics`.
     recipe:     how weights are compressed; its method and rank do not matter.
     highest:    the highest rank that is looked at; None: that of the layer. Small ones spare large models much time.
+    outputs:    module name -> statistics of the gradients at its output, for methods that need them.
     """
 
     def __init__(
@@ -31,10 +35,11 @@ class Exploration:
         statistics: dict[str, InputStatistics],
         recipe: Recipe | None = None,
         highest: int | None = None,
+        outputs: Mapping[str, OutputStatistics] | None = None,
     ):
         self._linears = block_linears(model)
         self.statistics = {name: found.or_identity(False) for name, found in statistics.items()}
-        self.recipe, self._highest = recipe or Recipe(), highest
+        self.recipe, self._highest, self._outputs = recipe or Recipe(), highest, outputs or {}
         self._residuals: dict[str, Tensor] = {}
         self._answers: dict[tuple[str, str], LowRank] = {}
         self._losses: dict[tuple[str, str], Tensor] = {}
@@ -67,7 +72,8 @@ class Exploration:
     def answer(self, layer: str, method: str) -> LowRank:
         """The compensation at the highest rank, to be cut by `truncate`. Raises EoraLabError for an unknown method."""
         if (layer, method) not in self._answers:
-            solved = solve(method, self.residual(layer), self.statistics[layer], self.highest(layer))
+            error, highest = self.residual(layer), self.highest(layer)
+            solved = solve(method, error, self.statistics[layer], highest, self._outputs.get(layer))
             self._answers[layer, method] = solved
         return self._answers[layer, method]
 

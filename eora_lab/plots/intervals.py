@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from matplotlib.figure import Figure
 
-from eora_lab.measure.intervals import Interval
 from eora_lab.plots.style import LOOKS, panels, styled
+from eora_lab.run.intervals import Interval
 
 DECIDED, OPEN = LOOKS["act_s_released"].colour, "#666666"
 

@@ -35,6 +35,7 @@ LOOKS = {
     "act_s_released": Look("#0072B2", "v", (0, (1, 2)), "Act-S (released)"),
     "none": Look("#999999", "o", ":", "no compensation"),
     "qera_exact": Look("#000000", "*", (0, (8, 2)), "QERA-exact"),
+    "eora_fisher": Look("#AA4499", "d", (0, (6, 2)), "EoRA, two-sided"),
     "eora_paper": Look("#7F5F00", "p", (0, (8, 2, 2, 2)), "EoRA (as printed)"),
 }
 # of methods that have none, such as those of plugins

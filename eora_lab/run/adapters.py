@@ -1,8 +1,9 @@
-"""Several low-rank adapters on one compressed model, switched in place: the packed weights are held once."""
+"""Several low-rank adapters on one compressed model, switched in place or by text: the packed weights are held once."""
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from eora_lab.formats.made_for import MadeFor, read_made_for
 from eora_lab.formats.names import Factors, match_names
 from eora_lab.formats.peft import in_half, read_adapter
 from eora_lab.layer.linear import CompensatedLinear, compensated
+from eora_lab.layer.row_paths import RowPaths
 from eora_lab.model.digest import origin
 from eora_lab.model.structure import model_name
 
@@ -101,6 +103,30 @@ class Adapters:
         for module, layer in self._layers.items():
             layer.set_factors(chosen[module])
         self.active = name
+
+    @contextmanager
+    def batch(self, names: Sequence[str | None]) -> Iterator[None]:
+        """Within this context, text i of a batch is computed with the adapter names[i], or with none (None).
+
+        W^ is multiplied once for all texts. Raises EoraLabError for an unknown name, and within the context when a
+        batch is of another size, or a layer is handed tokens of several texts in one row (experts).
+        """
+        for name in names:
+            if name is not None:
+                self._check(name)
+        chosen = [name for name in dict.fromkeys(names) if name is not None]
+        ids = [-1 if name is None else chosen.index(name) for name in names]
+        before = self.active
+        self.use(None)
+        try:
+            for module, layer in self._layers.items():
+                paths = [self._factors[name][module].dense() for name in chosen]
+                layer.set_row_paths(RowPaths.of(paths, ids, layer.lora_A))
+            yield
+        finally:
+            for layer in self._layers.values():
+                layer.set_row_paths(None)
+            self.use(before)
 
 
 def use_only(model: nn.Module, folder: Path | str) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class LayerSpectrum:
     """What the budget needs to know of a layer."""
 
-    spectrum: "torch.Tensor"  # (eigenvalues,), the loss that each rank removes, descending
+    spectrum: "torch.Tensor"  # (eigenvalues,), the loss that each rank removes, descending: E|D x|², or nats a token
     signal: float  # E|W x|², what relative errors are relative to
     out_features: int
     in_features: int
@@ -28,9 +28,9 @@ class LayerSpectrum:
 class Budget:
     """How a parameter budget is spread over layers."""
 
-    objective: Literal["uniform", "relative", "absolute"] = "uniform"
+    objective: Literal["uniform", "relative", "absolute", "nats"] = "uniform"
     """uniform: the same rank everywhere; else the ranks that minimise the summed output error: relative to each layer's
-    output, or absolute"""
+    output, or absolute, or in nats, as what it adds to the model's loss (needs method eora_fisher)"""
     minimum: int = 0
     """lowest rank of a layer"""
     maximum: int | None = None
@@ -53,7 +53,8 @@ def allocate_ranks(layers: dict[str, LayerSpectrum], average_rank: int | float, 
     """Rank of every layer that minimises the summed output error under a parameter budget.
 
     The budget is that of average_rank in every layer, average_rank (in + out) parameters each. Minimised is the sum of
-    E|(R - B A) x|² (absolute), or the same over E|W x|² of each layer (relative).
+    E|(R - B A) x|² (absolute), or the same over E|W x|² of each layer (relative), or of what the spectra are in (nats,
+    where they are the halved ones of `eora_fisher`).
 
     Greedy: take the step that gains most per parameter, again and again. A layer's gains fall with its rank, as
     eigenvalues do, so the steps that greedy takes are the best ones of all layers together, and no other choice of the

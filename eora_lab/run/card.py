@@ -14,9 +14,8 @@ from eora_lab.formats.fused import Shapes
 from eora_lab.formats.loaders import LOADERS
 from eora_lab.formats.made_for import CARD, MadeFor
 from eora_lab.formats.peft import read_files, served_rank
-from eora_lab.run.report import Report
+from eora_lab.run.report import STATES, Report
 
-STATES = {"dense": "original model", "compressed": "compressed, with the adapter"}  # of `Report.perplexity`
 GGUF = """llama-server -m BASE.gguf --lora ADAPTER
 curl localhost:8080/completion -d '{"prompt": "The capital of France is", "n_predict": 16}'"""
 MLX = """mlx_lm.generate --model BASE --adapter-path ADAPTER --prompt "The capital of France is"
@@ -63,10 +62,9 @@ def card_text(settings: Mapping, report: Report, made_for: MadeFor, serving: Map
         f"without the adapter, {after:.5f} with it.",
         "",
     ]
-    for text, values in report.perplexity.items():
-        states = "; ".join(f"{STATES.get(state, state)} {value:.2f}" for state, value in values.items())
-        lines.append(f"Perplexity on {text}: {states}. No intervals were measured.")
-    if not report.perplexity:
+    for text in report.losses:
+        lines += _perplexity(report, text)
+    if not report.losses:
         lines.append("Perplexity was not measured.")
     lines += ["", "## How to run it", "", f"ADAPTER is what this text lies beside; BASE is {_base(settings)}.", ""]
     for tool, commands in serving.items():
@@ -104,6 +102,20 @@ def _front_matter(model: str) -> list[str]:
     if model.count("/") != 1 or Path(model).expanduser().exists():
         return []
     return ["---", f"base_model: {model}", "tags:", "- lora", "- eora", "---", ""]
+
+
+def _perplexity(report: Report, text: str) -> list[str]:
+    """Of all states, beside the original and beside the compressed model alone."""
+    found, windows = report.perplexity[text], len(report.losses[text]["dense"])
+    how = f"{windows} windows, with paired 95 % intervals over them" if windows > 1 else "without intervals"
+    lines = [f"Perplexity on {text}, {how}:", ""]
+    for state in filter(found.__contains__, STATES):
+        beside = {"dense": "the original's"} if state != "dense" else {}
+        beside |= {"bare": "that without it"} if state == "compressed" and "bare" in found else {}
+        ratios = [(report.ratio(text, state, to), whose) for to, whose in beside.items()]
+        times = ", ".join(f"{ratio} times {whose}" for ratio, whose in ratios if ratio)
+        lines.append(f"- {STATES[state]} {found[state]:.2f}" + (f": {times}" if times else ""))
+    return [*lines, ""]
 
 
 def _statistics(settings: Mapping) -> str:

@@ -1,7 +1,6 @@
 """One layer: compress its weight, compensate the error. The pass, the rank plan and sweeps all go through here."""
 
 import inspect
-import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -10,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from eora_lab.calibrate.output_statistics import OutputStatistics
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
-from eora_lab.compensate import LowRank, solve, store_factors
+from eora_lab.compensate import LowRank, StoredFactors, needs_outputs, solve, store_factors
 from eora_lab.compensate.shrinkage import solve_shrunk
 from eora_lab.compress import COMPRESSORS, Compressed, Grid, reround, residual
 from eora_lab.errors import EoraLabError
@@ -28,12 +28,14 @@ def taken(compressor: Callable, given: dict) -> dict:
 
 
 def check_statistics(
-    statistics: Mapping[str, InputStatistics] | None, recipe: Recipe, given: bool, batches: bool
+    statistics: Mapping[str, InputStatistics] | None, recipe: Recipe, given: bool, batches: bool, outputs: bool = False
 ) -> None:
     """Raise EoraLabError where statistics that were measured before do not do for a recipe.
 
-    given: weights come compressed. batches: there are texts to measure on.
+    given: weights come compressed. batches: there are texts to measure on. outputs: gradients were measured before.
     """
+    if needs_outputs(recipe.method) and not outputs and not batches:
+        raise EoraLabError(f"{recipe.method} needs gradients: give token ids, or measure them before (outputs=)")
     if statistics is None:
         if not batches:
             raise EoraLabError(
@@ -70,15 +72,23 @@ class Steps:
 
     weights: module name -> W^, in place of the compressor.
     reround: give these other codes on their own grids, see `eora_lab.compress.reround`.
+    outputs: module name -> statistics of its output's gradients, for methods that need them.
     Raises EoraLabError where there are no weights to round again.
     """
 
-    def __init__(self, recipe: Recipe, weights: Mapping | None = None, reround: bool = False):
+    def __init__(
+        self,
+        recipe: Recipe,
+        weights: Mapping | None = None,
+        reround: bool = False,
+        outputs: Mapping[str, OutputStatistics] | None = None,
+    ):
         if reround and weights is None:
             raise EoraLabError(
                 "only weights that come compressed can be rounded again: give them, or leave reround out"
             )
         self.recipe, self.weights, self.reround = recipe, weights, reround
+        self.outputs = outputs or {}
 
     def about(self) -> dict[str, bool]:
         """What a run notes beside the recipe and where the weights come from."""
@@ -91,51 +101,90 @@ class Steps:
         compressor = COMPRESSORS[self.recipe.compressor]
         return compressor(weight, statistics, **taken(compressor, self.recipe.base_settings()))
 
+    def again(
+        self, name: str, weight: Float[Tensor, "out in"], statistics: InputStatistics, before: Compressed
+    ) -> Compressed:
+        """W^ for what a low-rank path leaves of the weight: on new grids and with a new mask.
+
+        Weights that came compressed keep their grids (`before`), and their codes too unless they are rounded again.
+        For others that would fit the calibration tokens better still, and other tokens worse.
+        """
+        if self.weights is None:
+            return self.compress(name, weight, statistics)
+        return reround(weight, statistics, before) if self.reround else before
+
+    def loss(self, name: str, error: Float[Tensor, "out in"], statistics: InputStatistics) -> float:
+        """What an error of the layer of that name costs, in the metric of a method that is an optimum; rounds too
+        are judged by it.
+
+        E|D x|², or tr(F D S Dᵀ) with F damped where the method needs gradients.
+        """
+        if needs_outputs(self.recipe.method) and name in self.outputs:
+            error = self.outputs[name].whitened(error).float()
+        return output_energy(error, statistics.metric)
+
     def compensate(
         self, name: str, error: Float[Tensor, "out in"], statistics: InputStatistics, rank: int
     ) -> tuple[LowRank, float]:
         """The answer to R = W - W^, and the shrinkage that was chosen."""
         if self.recipe.shrink:
-            return solve_shrunk(self.recipe.method, error, statistics, rank)
-        return solve(self.recipe.method, error, statistics, rank), 0.0
+            return solve_shrunk(self.recipe.method, error, statistics, rank, self.outputs.get(name))
+        return solve(self.recipe.method, error, statistics, rank, self.outputs.get(name)), 0.0
 
 
 @dataclass
 class Fit:
-    """A weight compressed and compensated: R = W - W^ and the answer to it."""
+    """A weight compressed and compensated: R = W - W^ (or what is aimed at, less W^), and the answer to it."""
 
     compressed: Compressed
     residual: Float[Tensor, "out in"]
     low_rank: LowRank
+    factors: StoredFactors
     shrinkage: float
+    loss: float = 0.0  # `Steps.loss` of what is left, with the factors as they are stored, where there are rounds
     seconds_compress: float = 0.0
     seconds_solve: float = 0.0
 
+    @property
+    def path(self) -> Float[Tensor, "out in"]:
+        """B A as it is stored."""
+        A, B = self.factors.dense()
+        return B @ A
 
-def fit_layer(name: str, weight: Float[Tensor, "out in"], statistics: InputStatistics, steps: Steps, rank: int) -> Fit:
+
+def fit_layer(
+    name: str,
+    weight: Float[Tensor, "out in"],
+    statistics: InputStatistics,
+    steps: Steps,
+    rank: int,
+    step: Float[Tensor, "out in"] | None = None,
+) -> Fit:
     """Compress W, compensate; then compress W - B A, compensate again, for as many rounds as the recipe says.
 
-    weight: in the dtype of the model.
-    A round that does not lower the loss, which greedy compressors can cause, ends it.
+    weight: in the dtype of the model. step: what is added to it, where the layer aims at more than W.
+    The best of all rounds is kept. One that does not lower the loss, which greedy compressors can cause, ends them.
     """
-    best: Fit | None = None
-    target, seconds, lowest = weight.float(), [0.0, 0.0], math.inf
-    rounds = steps.recipe.rounds if rank else 1
-    for _ in range(rounds):
+    aim = weight.float() if step is None else weight.float() + step
+    recipe, best, seconds = steps.recipe, None, [0.0, 0.0]
+    outputs = steps.outputs.get(name) if needs_outputs(recipe.method) else None
+    for _ in range(recipe.rounds if rank else 1):
         start = time.perf_counter()
-        compressed = steps.compress(name, target, statistics)
+        if best is None:
+            compressed = steps.compress(name, aim, statistics)
+        else:
+            compressed = steps.again(name, aim - best.path, statistics, best.compressed)
         compressed_at = time.perf_counter()
-        error = residual(weight, compressed)
+        error = residual(weight, compressed) if step is None else residual(weight, compressed) + step
         low_rank, shrinkage = steps.compensate(name, error, statistics, rank)
+        factors = store_factors(low_rank, recipe.factor_bits, (error, statistics) if recipe.refit else None, outputs)
         seconds[0] += compressed_at - start
         seconds[1] += time.perf_counter() - compressed_at
-        fit = Fit(compressed, error, low_rank, shrinkage)
-        if rounds > 1:
-            path = low_rank.dense()
-            loss = output_energy(error - path, statistics.metric)
-            if best and loss >= lowest:
-                break
-            target, lowest = weight.float() - path, loss
+        fit = Fit(compressed, error, low_rank, factors, shrinkage)
+        if recipe.rounds > 1:
+            fit.loss = steps.loss(name, error - fit.path, statistics)
+        if best and not fit.loss < best.loss:
+            break
         best = fit
     assert best is not None
     best.seconds_compress, best.seconds_solve = seconds

@@ -28,7 +28,7 @@ from eora_lab.layer.backends import AUTO
 from eora_lab.layer.linear import CompensatedLinear, compensated, use_backend
 from eora_lab.model.digest import TENSORS, files_digest, tensors_digest, tokenizer_digest
 from eora_lab.model.load import as_dtype, load_model, local_path
-from eora_lab.model.structure import linear_at
+from eora_lab.model.structure import decoder_blocks, linear_at
 from eora_lab.run.adapters import made_for
 from eora_lab.run.card import write_peft_card
 from eora_lab.run.recipe import Selection
@@ -36,7 +36,10 @@ from eora_lab.run.report import LayerReport, Report, layer_report
 
 CONFIG = "config.json"
 LATER = ("tokenizer",)  # settings that older runs do not have
-SINCE = {field.name: field.default for field in fields(Selection)} | {"grid": "integer"}  # nor these; they did the same
+SINCE = {field.name: field.default for field in fields(Selection)} | {
+    "grid": "integer",
+    "labels": "model",
+}  # nor these; they did the same
 DAMAGED = "incomplete, corrupt, or of another model; delete it, and start the run again to make it anew"
 
 
@@ -87,11 +90,16 @@ class RunFolder:
         """Put a finished block's modules into the model and return its part of the report."""
         return install_block(model, self._block(index))
 
+    def load_blocks(self, model: nn.Module) -> None:
+        """Put all blocks' modules into the model; all are finished."""
+        for index in range(len(decoder_blocks(model))):
+            self.load_block(index, model)
+
     def finish(self, report: Report, model: nn.Module) -> None:
         """Write the adapter, ragged where ranks differ, and the report. No adapter where every rank is 0."""
         layers = compensated(model)
         if any(module.rank for module in layers.values()):
-            factors = {name: module.factors.dense() for name, module in layers.items()}
+            factors = {name: module.factors.matrices() for name, module in layers.items()}
             belongs = made_for(model, "run", str(self.settings.get("weights", "")))
             name = str(self.settings["model"])
             peft.write_adapter(self.path / "adapter", factors, name, made_for=belongs, model=model)

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eora_lab.compress import CodebookWeight, Compressed, GgufWeight, GridWeight, residual, tagged_state_dict
+from eora_lab.compress import CodebookWeight, Compressed, GgufWeight, GridWeight, HqqWeight, residual, tagged_state_dict
 from eora_lab.errors import EoraLabError
 from eora_lab.formats.checkpoint import Checkpoint
 from eora_lab.model.structure import block_linears
@@ -94,10 +94,10 @@ def steps_away(error: Float[Tensor, "out in"], given: Compressed) -> tuple[float
     number and not to the second; a pruner moves them further, so that the first is 0 where half of W^ and more is zero.
     Both are 0 where there is no grid.
     """
-    if not isinstance(given, GridWeight):
+    lattice = given.lattice() if isinstance(given, GridWeight | HqqWeight) else None
+    if lattice is None:
         return 0.0, 0.0
-    group = torch.arange(given.shape[1]) // given.group_size if given.g_idx is None else given.g_idx.long()
-    error, steps, kept = error.cpu(), given.scales.cpu().float()[:, group], given.dense().cpu() != 0
+    error, steps, kept = error.cpu(), lattice.step.cpu()[:, lattice.group.cpu()], given.dense().cpu() != 0
     shift = (error * steps).sum() / steps.square().sum().clamp_min(1e-30)
-    pruned = given.mask is not None or 2 * kept.sum() <= kept.numel()
+    pruned = lattice.kept is not None or 2 * kept.sum() <= kept.numel()
     return 0.0 if pruned else (error[kept].norm() / steps[kept].norm()).item(), shift.item()

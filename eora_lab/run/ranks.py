@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from eora_lab.calibrate.contract import SEQUENCES, TOKENS, check_blocks
+from eora_lab.calibrate.output_statistics import OutputStatistics
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
-from eora_lab.compensate import solve
+from eora_lab.compensate import needs_outputs, solve
 from eora_lab.compress import residual
 from eora_lab.errors import EoraLabError, as_setting, naming
 from eora_lab.model.structure import block_linears, linear_at
@@ -26,6 +27,12 @@ def given_ranks(ranks: Mapping) -> dict[str, int]:
     return found
 
 
+def check_budget(budget: Budget | None, recipe: Recipe) -> None:
+    """Raise EoraLabError for a budget in nats where the method measures no gradients."""
+    if budget and budget.objective == "nats" and not needs_outputs(recipe.method):
+        raise EoraLabError("a budget in nats needs the gradients at every layer's output: use method eora_fisher")
+
+
 def plan_ranks(
     model: nn.Module,
     statistics: Mapping[str, InputStatistics],
@@ -33,19 +40,22 @@ def plan_ranks(
     budget: Budget,
     progress: bool = True,
     weights: Mapping | None = None,
+    outputs: Mapping[str, OutputStatistics] | None = None,
 ) -> dict[str, int]:
     """Module name -> rank, with recipe.rank as the average: what `compress_model(..., ranks=budget)` gives the layers.
 
     statistics: of the original model, from `collect_statistics`. The model is not changed.
     weights:    as for `compress_model`.
+    outputs:    of the original model, from `collect_output_statistics`, for a budget in nats.
     Raises EoraLabError when the recipe or the budget does not fit the model.
     """
     weights = named_for(model, weights)
     recipe.check_fit(model, given=weights)
+    check_budget(budget, recipe)
     left: Container[str] = ()
     if any(name not in statistics for name in block_linears(model)):  # a pass may leave some as they are
         left = check_blocks(model, torch.arange(SEQUENCES * TOKENS).view(SEQUENCES, TOKENS)).left
-    return spread(model, statistics, Steps(recipe, weights), budget, progress, left)
+    return spread(model, statistics, Steps(recipe, weights, outputs=outputs), budget, progress, left)
 
 
 def spread(
@@ -57,7 +67,8 @@ def spread(
     left: Container[str] = (),
 ) -> dict[str, int]:
     """`plan_ranks` of settings that were checked, with the steps of a pass. left: layers that stay as they are."""
-    layers = layer_spectra(model, statistics, steps.recipe, budget.maximum, progress, steps, left)
+    nats = budget.objective == "nats"
+    layers = layer_spectra(model, statistics, steps.recipe, budget.maximum, progress, steps, left, nats)
     return allocate_ranks(layers, steps.recipe.rank, budget)
 
 
@@ -70,12 +81,14 @@ def layer_spectra(
     progress: bool = True,
     steps: Steps | None = None,
     left: Container[str] = (),
+    nats: bool = False,
 ) -> dict[str, LayerSpectrum]:
     """Module name -> what `allocate_ranks` needs to know of the layer, for budgets of any size.
 
     maximum: the highest rank that a budget may give, which spares time in large layers; None: that of the layer.
     steps:   as for `compress_model`. The rank of the recipe does not matter.
     left:    names of layers that stay as they are beside those that the recipe leaves (`Contract.left`).
+    nats:    spectra of `eora_fisher` in nats a token, from the gradients that `steps` holds, and not of output errors.
     Raises EoraLabError when a layer has no statistics.
     """
     from tqdm.auto import tqdm
@@ -91,7 +104,11 @@ def layer_spectra(
         highest = min(weight.shape) if maximum is None else min(*weight.shape, maximum)
         with naming(name):
             error = residual(weight, steps.compress(name, weight.float(), usable))
-            spectrum = solve("qera_approx" if usable.diagonal else "eora", error, usable, highest).spectrum
+            if nats:  # as measured: few tokens are no reason to count an input as if it were of size one
+                found = solve("eora_fisher", error, statistics[name], highest, steps.outputs.get(name))
+                spectrum = found.spectrum / 2
+            else:
+                spectrum = solve("qera_approx" if usable.diagonal else "eora", error, usable, highest).spectrum
         signal = output_energy(weight.float(), usable.metric)
         layers[name] = LayerSpectrum(spectrum, signal, *weight.shape)
     return layers

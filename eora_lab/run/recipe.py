@@ -61,7 +61,8 @@ class PathSettings:
     """How the error is compensated: all that the low-rank path depends on beside the residual and its statistics."""
 
     method: str = "eora"
-    """how the error is compensated: none, svd, act_s, qera_approx or eora"""
+    """how the error is compensated: none, svd, act_s, qera_approx, eora, or eora_fisher, which weighs an
+    output error by what it costs the model (one backward pass over the calibration texts)"""
     rank: int = 64
     """rank of the compensation in every layer; a smaller layer gets the highest that it allows"""
     factor_bits: int = 16
@@ -69,16 +70,20 @@ class PathSettings:
     refit: bool = True
     """round A and B to few bits as GPTQ does, so that the output error grows least, and not to nearest"""
     shrink: bool = False
-    """mix S with the identity, as much as the held-out samples ask for"""
+    """mix S with the identity, as much as the held-out samples ask for; with eora_fisher also choose its damping"""
+    labels: Literal["model", "text"] = "model"
+    """eora_fisher: whose loss the backward pass takes: of tokens drawn from the model's own predictions, or of the next
+    tokens of the text"""
 
 
 @settings
 class PassSettings:
     """Where the statistics come from that a block is compressed and compensated with."""
 
-    inputs: Literal["compensated", "original"] = "compensated"
+    inputs: Literal["compensated", "original", "drift"] = "compensated"
     """where a block's calibration inputs come from: the blocks before it as compressed and compensated, or the
-    original model"""
+    original model; drift: as compensated, and every layer aims at the outputs of the original model, to make good what
+    was lost before it, as far as that helps on held-out samples (QEP, arXiv 2504.09629)"""
     true_sequential: bool = False
     """measure the inputs of o after q, k and v are compressed and compensated, and so on through each block"""
     held_out: float = 0.0
@@ -91,7 +96,8 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
 
     rounds: int = 1
     """how often at most: compress what the low-rank path leaves of the weight, compensate again (LoftQ's alternation,
-    arXiv 2310.08659, in the metric of the method); above 1, the compressed weight is of use with its path only"""
+    arXiv 2310.08659, judged by the output error), and keep the best; above 1, the compressed weight is of use with its
+    path only"""
 
     def check(self) -> None:
         """Raise EoraLabError when a value is unknown or does not go with the others."""
@@ -104,7 +110,9 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
             raise EoraLabError(f"rounds must be 1 or more, not {self.rounds}")
         if not 0 <= self.held_out < 1:
             raise EoraLabError(f"the held-out share must be at least 0 and below 1, not {self.held_out}")
-        if self.true_sequential and self.inputs != "compensated":
+        if self.inputs == "drift" and not self.held_out:
+            raise EoraLabError("what drift may ask for is chosen on held-out samples: hold out a share, such as 0.125")
+        if self.true_sequential and self.inputs == "original":
             raise EoraLabError(
                 'inputs measured within a block are those of the compressed one: use inputs="compensated"'
             )

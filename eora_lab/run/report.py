@@ -1,19 +1,32 @@
 """What a compression pass did: numbers a layer, numbers in all, as JSON and as a printed table."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
+from statistics import fmean
 from typing import Any, get_type_hints
 
 from eora_lab.errors import EoraLabError, as_setting, one_line
+from eora_lab.run.intervals import paired_bootstrap
 
+STATES = {  # of `Report.losses`
+    "dense": "original model",
+    "bare": "compressed, without the adapter",
+    "compressed": "compressed, with the adapter",
+}
+SHORT = {"bare": "without the path"}
+WHEN = ("before", "after")
 LISTED = 5  # kinds of matrices left that a line names
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One linear. Errors are relative output errors E|(W - W')x|² / E|Wx|² on the calibration tokens."""
+    """One linear. Errors are relative output errors E|(W - W')x|² / E|Wx|² on the calibration tokens.
+
+    With drift, W - W' is what is left of what the layer aims at.
+    """
 
     name: str
     out_features: int
@@ -32,7 +45,22 @@ class LayerReport:
     pooled_tokens: float = 0.0  # of other experts, that the statistics of an expert were drawn towards
     diagonal: bool = False  # of S only the diagonal was known: errors are as if input channels were not correlated
     error_given: float | None = None  # of W^ as it came, where it was rounded again
+    nats_before: float | None = None  # loss a token that the error of W^ adds, to second order, with gradients known
+    nats_after: float | None = None  # of W^ + B A
+    drift: float = 0.0  # share of the step towards the outputs of the original model that the layer took
     data_free: bool = False  # too few tokens reached it: compressed, compensated and judged as if S were the identity
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Of two perplexities, with its paired 95 % interval over windows."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 @dataclass
@@ -43,8 +71,10 @@ class Report:
     base: str = ""  # how the weights were compressed, in short
     seconds: float = 0.0
     peak_memory: int = 0  # bytes: of the process, or of the GPU when the model is there
+    own_memory: int = 0  # of it on the CPU, bytes that are no pages of files, which the system takes back as it likes
+    needed_memory: int = 0  # as predicted before: of `own_memory`, or of the GPU
     backends: dict[str, int] = field(default_factory=dict)  # who multiplies one row of input -> how many layers
-    perplexity: dict[str, dict[str, float]] = field(default_factory=dict)  # text -> state of the model -> value
+    losses: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # text -> one of `STATES` -> nats by window
     left: dict[str, int] | None = None  # matrices of the decoder that stayed as they are -> weights; None: not counted
     by_choice: dict[str, dict[str, int]] = field(default_factory=dict)  # why -> those of `left` that were to stay
 
@@ -52,6 +82,19 @@ class Report:
     def weights(self) -> int:
         """How many weights were compressed."""
         return sum(layer.out_features * layer.in_features for layer in self.layers)
+
+    @property
+    def perplexity(self) -> dict[str, dict[str, float]]:
+        """text -> state of the model -> exp of the mean of its losses."""
+        return {text: {one: math.exp(fmean(found[one])) for one in found} for text, found in self.losses.items()}
+
+    def ratio(self, text: str, state: str, to: str) -> Ratio | None:
+        """The perplexity in one state by that in another; None with fewer than two windows."""
+        a, b = self.losses[text][to], self.losses[text][state]
+        if len(a) < 2:
+            return None
+        found = paired_bootstrap(a, b)
+        return Ratio(*map(math.exp, (found.difference, found.low, found.high)))
 
     @property
     def coverage(self) -> float | None:
@@ -104,6 +147,7 @@ class Report:
             "nbytes": self.nbytes,
             "bits_per_weight": self.bits_per_weight,
             "coverage": self.coverage,
+            "perplexity": self.perplexity,
         }
         return json.dumps(totals | asdict(self), indent=1)
 
@@ -118,8 +162,18 @@ class Report:
     @classmethod
     def from_data(cls, data: object) -> "Report":
         """A report from its JSON value. Raises EoraLabError when something is missing, or is of another type."""
-        older = {"left": None}  # what reports of former versions do not have
+        older: dict = {"left": None}  # what reports of former versions do not have
+        if isinstance(data, dict) and "losses" not in data:  # they had a perplexity, as one window has it
+            found = as_setting(dict[str, dict[str, float]], data.get("perplexity", {}), "perplexity")
+            older["losses"] = {
+                text: {one: [math.log(value) if value > 0 else math.nan] for one, value in states.items()}
+                for text, states in found.items()
+            }
         values = checked(cls, older | data if isinstance(data, dict) else data)
+        for text, states in values.get("losses", {}).items():
+            windows = {len(losses) if all(map(math.isfinite, losses)) else 0 for losses in states.values()}
+            if not {"dense", "compressed"} <= states.keys() <= STATES.keys() or len(windows) > 1 or 0 in windows:
+                raise EoraLabError(f"losses.{text} must be numbers for every window, of {', '.join(STATES)}")
         return cls(**values | {"layers": [layer_report(layer) for layer in values["layers"]]})
 
     def __str__(self) -> str:
@@ -144,22 +198,35 @@ class Report:
 
         what = f"{self.base}: " if self.base else ""  # older reports do not say
         lines = [
-            f"{what}{self.weights / 1e6:.1f} M weights at {self.bits_per_weight:.2f} bits = {self.nbytes / 1e6:.1f} MB",
-            f"output error {mean('error_before'):.5f} -> {mean('error_after'):.5f}, mean of layers, calibration tokens",
-            f"{self.seconds:.1f} s, peak memory {self.peak_memory / 1e9:.2f} GB",
+            f"{what}{self.weights / 1e6:.1f} M weights at {self.bits_per_weight:.2f} bits = {self.nbytes / 1e6:.1f} MB"
         ]
-        if self.layers and self.layers[0].error_given is not None:
-            given = mean("error_given")
-            lines.insert(1, f"rounded again on its own grid: output error {given:.5f} -> {mean('error_before'):.5f}")
         if self.left is not None:
-            lines.insert(1, self.coverage_line())
+            lines.append(self.coverage_line())
+        before, after = mean("error_before"), mean("error_after")
+        if self.layers and self.layers[0].error_given is not None:
+            lines.append(f"rounded again on its own grid: output error {mean('error_given'):.5f} -> {before:.5f}")
+        lines.append(f"output error {before:.5f} -> {after:.5f}, mean of layers, calibration tokens")
         if self.layers and self.layers[0].held_out_after is not None:
             before, after = mean("held_out_before"), mean("held_out_after")
-            lines.insert(-1, f"output error {before:.5f} -> {after:.5f}, mean of layers, held-out tokens")
+            lines.append(f"output error {before:.5f} -> {after:.5f}, mean of layers, held-out tokens")
+        if self.layers and self.layers[0].nats_before is not None:
+            before, after = (sum(getattr(one, f"nats_{when}") or 0.0 for one in self.layers) for when in WHEN)
+            lines.append(f"predicted loss {before:.4f} -> {after:.4f} nats a token, to second order, all layers added")
+        lines.append(f"{self.seconds:.1f} s, peak memory {self.peak_memory / 1e9:.2f} GB")
+        if self.own_memory:
+            own, needed = self.own_memory / 1e9, self.needed_memory / 1e9
+            lines.append(f"{own:.2f} GB of it are no pages of files; {needed:.2f} GB were predicted")
+        if any(layer.drift for layer in self.layers):
+            lines.append(f"towards the outputs of the original model: {mean('drift'):.0%} of the step, mean of layers")
         if any(layer.diagonal for layer in self.layers):
             lines.append("only mean squares were known (imatrix): output errors are as if channels were not correlated")
         if self.backends:
             lines.append(f"computed by {', '.join(f'{name} ({n} layers)' for name, n in self.backends.items())}")
+        return "\n".join([*lines, *self._starved(), *self._perplexities()])
+
+    def _starved(self) -> list[str]:
+        """Of layers that few tokens came to."""
+        lines = []
         alone = [layer.name for layer in self.layers if not layer.tokens and not layer.data_free]
         if alone:
             lines.append(
@@ -169,10 +236,18 @@ class Report:
         few = [layer.name for layer in self.layers if layer.data_free]
         if few:
             lines.append(f"{len(few)} layers saw too few tokens and were compressed without data: {', '.join(few)}")
+        return lines
+
+    def _perplexities(self) -> list[str]:
+        """A line a text."""
+        lines = []
         for text, values in self.perplexity.items():
-            states = ", ".join(f"{state} {value:.2f}" for state, value in values.items())
-            lines.append(f"perplexity on {text}: {states}")
-        return "\n".join(lines)
+            states = ", ".join(f"{SHORT.get(state, state)} {value:.2f}" for state, value in values.items())
+            pairs = [("compressed", "dense"), *([("compressed", "bare")] if "bare" in values else [])]
+            found = [(state, to, self.ratio(text, state, to)) for state, to in pairs]
+            ratios = "".join(f"; {state} / {SHORT.get(to, to)} {ratio}" for state, to, ratio in found if ratio)
+            lines.append(f"perplexity on {text}: {states}{ratios}")
+        return lines
 
 
 def layer_report(data: object) -> LayerReport:

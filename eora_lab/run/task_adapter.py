@@ -14,10 +14,10 @@ from eora_lab.model.structure import block_linears
 from eora_lab.run.adapters import compensated_layers
 from eora_lab.run.pipeline import compress_model
 from eora_lab.run.recipe import Recipe
+from eora_lab.run.report import Report
 from eora_lab.text.batches import Batches
 
 
-@torch.no_grad()
 def solve_adapter(
     model: nn.Module,
     original: nn.Module,
@@ -33,20 +33,32 @@ def solve_adapter(
     recipe:   its settings of the low-rank path and of the pass; those of the compressor do not matter.
     Raises EoraLabError when the models do not match, or a rank does not fit a layer.
     """
+    return solve_and_report(model, original, batches, recipe, progress)[0]
+
+
+@torch.no_grad()
+def solve_and_report(
+    model: nn.Module,
+    original: nn.Module,
+    batches: Batches,
+    recipe: Recipe | None = None,
+    progress: bool = True,
+) -> tuple[Factors, Report]:
+    """The same, and the report of the pass."""
     recipe = replace(recipe or Recipe(), rounds=1)
     layers, dense = compensated_layers(model), block_linears(original)
     for name, layer in layers.items():
         if name not in dense or tuple(dense[name].weight.shape) != (layer.out_features, layer.in_features):
             raise EoraLabError(f"{name} of the compressed model is not in the original one, or of another size there")
     try:
-        compress_model(original, batches, recipe, weights=_Weights(layers), progress=progress)
+        report = compress_model(original, batches, recipe, weights=_Weights(layers), progress=progress)
         stored = {name: layer.factors for name, layer in compensated_layers(original).items()}
     finally:
         for name, linear in dense.items():
             original.set_submodule(name, linear)
     for name, layer in layers.items():
         layer.set_factors(stored[name])
-    return {name: factors.dense() for name, factors in stored.items()}
+    return {name: factors.dense() for name, factors in stored.items()}, report
 
 
 class _Weights(Mapping[str, Compressed]):

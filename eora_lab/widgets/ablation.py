@@ -19,7 +19,7 @@ from eora_lab.plots import method_name
 from eora_lab.run.plugins import plugin_of
 from eora_lab.widgets.table import html_table, interesting
 
-METHODS = ("none", "svd", "act_s", "qera_approx", "eora")  # and those of plugins
+METHODS = ("none", "svd", "act_s", "qera_approx", "eora", "eora_fisher")  # and those of plugins
 SEVERAL = ("compressor", "grid", "bits", "method", "rank")  # settings with several values, each an axis of the grid
 NUMBERS = {"group_size": 64, "nsamples": 16, "seqlen": 512, "windows": 10, "window_length": 512}
 TEXTS = {"model": "smollm2-135m", "source": "pydoc", "perplexity": "pydoc:heldout"}

@@ -44,8 +44,13 @@ def fused(x: Tensor, weight: FusedWeight) -> Tensor:
         raise EoraLabError("the CUDA kernel takes one layer with groups in order; merge and reorder outside of it")
     dtype = str(x.dtype).removeprefix("torch.")
     major, minor = torch.cuda.get_device_capability(x.device)
-    module = Module(build(weight.bits, weight.group, dtype, 10 * major + minor).cubin)
-    (M, K), R, (N,), NP = x.shape, len(weight.A), weight.out_features, weight.planes.shape[1]
+    with torch.cuda.device_of(x):
+        return _fused(x, weight, dtype, 10 * major + minor)
+
+
+def _fused(x: Tensor, weight: FusedWeight, dtype: str, capability: int) -> Tensor:
+    module = Module(build(weight.bits, weight.group, dtype, capability).cubin)
+    (M, K), R, (N,), NP = x.shape, weight.A.shape[1], weight.out_features, weight.planes.shape[1]
     scales, offsets = weight.scales.float(), weight.offsets.float()
     if weight.offsets.dtype == torch.uint8:
         offsets = -offsets * scales

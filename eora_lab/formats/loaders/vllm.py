@@ -1,7 +1,7 @@
 """What vLLM 0.33 makes of an adapter (vllm/lora/peft_helper.py, lora_model.py, config/lora.py).
 
 It reads rank_pattern, alpha_pattern and use_rslora as peft does. Modules that it does not know are left out with a
-warning.
+warning, kv_b_proj of multi-head latent attention without one (vllm-project/vllm#48974).
 """
 
 from collections.abc import Iterator
@@ -43,6 +43,14 @@ def problems(given: Given) -> Iterator[str]:
         yield f"refuses rank {max(reserved, *ranks.values(), 0)}: at most {SERVED_RANKS[-1]}"
     if max(ranks.values(), default=0) > reserved:
         yield f"reserves room for rank {reserved}, a layer has {max(ranks.values())}"
+    if absorbed := [module for module in ranks if module.endswith(".kv_b_proj")]:
+        yield f"loads {some(absorbed)} and does not apply it: latent attention reads the weight itself"
+    yield from _experts(given)
+
+
+def _experts(given: Given) -> Iterator[str]:
+    """What depends on the form of a mixture's experts."""
+    ranks = given.ranks
     if given.together:
         yield (
             f"knows {given.together} only where it keeps experts as one tensor (gpt-oss, Qwen3.5-MoE): else --universal"

@@ -5,7 +5,14 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
+from eora_lab.layer.triton_kernels.ptx import LANES, PLANES
+
 TUNED = Path(__file__).with_name("tuned")  # <gpu>-triton<version>.json, written by `python -m kernels.tune`
+SPLITS = (1, 2, 4, 8, 16)
+SERIAL = 1024  # channels that a program of decoding reads one after another, at the most
+ENDING = 4  # what the beginning and the end of a program cost, in blocks of K
 
 
 @dataclass(frozen=True)
@@ -25,6 +32,36 @@ class Config:
         """Ranks a step: few where splits of K share them, and so that registers do not spill."""
         return 16 if self.block_m == 16 else 32
 
+    def shared(self, bits: int, group: int) -> int:
+        """Bytes of shared memory of a decoding program: codes, x and scales of the blocks that are on their way."""
+        block = 16 * PLANES[bits]
+        codes, x = LANES[bits] * 16 * self.block_n * 2, block * self.block_m * 2
+        scales = block // group * self.block_n * 4 if group else 0
+        return (self.num_stages - 1) * (codes + x + scales)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """capability: 10 major + minor. shared: bytes of shared memory of a processor, all its programs together."""
+
+    processors: int
+    capability: int
+    shared: int
+
+    def resident(self, config: Config, bits: int, group: int) -> int:
+        """Programs of decoding that run at the same time; each takes 1 KB of shared memory for itself."""
+        return self.processors * max(min(self.shared // (config.shared(bits, group) + 1024), 8), 1)
+
+
+GPUS = {  # some that there are, for what is worked out without one
+    "A100": Gpu(108, 80, 167936),
+    "RTX 3090": Gpu(82, 86, 102400),
+    "RTX 4090": Gpu(128, 89, 102400),
+    "H200": Gpu(132, 90, 233472),
+    "B200": Gpu(148, 100, 233472),
+    "RTX 5090": Gpu(170, 120, 102400),
+}
+
 
 def bucket(rows: int) -> int:
     """Rows rounded up to a power of two, 16 at least: shapes that share a choice."""
@@ -33,7 +70,8 @@ def bucket(rows: int) -> int:
 
 def key(rows: int, columns: int, channels: int, bits: int, group: int, rank: int, dtype: str) -> str:
     """The name of a shape's choice in the file of tuned ones."""
-    return f"m{bucket(rows)} n{columns} k{channels} w{bits} g{group} r{-(-rank // 64) * 64} {dtype}"
+    rank = -(-rank // 64) * 64
+    return f"m{bucket(rows)} n{columns} k{channels} w{bits} g{group} r{rank} {dtype}"
 
 
 def tuned_path(gpu: str, triton_version: str) -> Path:
@@ -50,33 +88,54 @@ def tuned(gpu: str, triton_version: str) -> dict[str, Config]:
     return {name: Config(**choice) for name, choice in json.loads(path.read_text())["choices"].items()}
 
 
-def rule(rows: int, columns: int, channels: int, bits: int, processors: int, capability: int) -> Config:
-    """A choice by arithmetic: decode with enough programs to fill the processors twice, prefill tiles, then cuBLAS.
+def rule(rows: int, columns: int, channels: int, bits: int, group: int, gpu: Gpu) -> Config:
+    """A choice by arithmetic: decoding for few rows, then prefill tiles, then cuBLAS.
 
-    Not measured; the thresholds follow from counts of bytes and operations.
+    Not measured; the thresholds follow from counts of bytes and operations. On Blackwell (10.x) the prefill kernel's
+    chain of small products costs more than making W^ dense.
     """
-    if rows > 512:
+    major = gpu.capability // 10
+    if rows > 512 or (rows > 64 and major == 10):
         return Config("cublas")
     if rows > 64:
         tiles = -(-rows // 64) * -(-columns // 128)
-        block_n = 128 if tiles >= processors and capability < 10 else 64
-        return Config("prefill", 64, block_n)
-    block_m = min(bucket(rows), 32)
-    blocks = -(-channels // (128 if bits == 4 else 256))
+        return Config("prefill", 64, 128 if tiles >= gpu.processors else 64)
+    return decoding(rows, columns, channels, bits, group, gpu)
+
+
+def decoding(rows: int, columns: int, channels: int, bits: int, group: int, gpu: Gpu) -> Config:
+    """Decoding with the split of K that ends soonest, none of whose programs reads more than SERIAL channels.
+
+    A program is a chain of waits, so what counts is how many blocks it reads and how many rounds of programs there are.
+    """
+    block_m, stages = min(bucket(rows), 32), 4 if gpu.shared > 2**17 else 3
+    blocks = -(-channels // (16 * PLANES[bits]))
     tiles = -(-columns // 64) * -(-rows // block_m)
-    split = 1
-    while tiles * split < 2 * processors and 2 * split <= min(8, blocks):
-        split *= 2
-    return Config("decode", block_m, 64, split, num_warps=2, num_stages=4, pdl=capability >= 9)
+    splits = [split for split in SPLITS if split <= blocks]
+
+    def config(split: int) -> Config:
+        return Config("decode", block_m, 64, split, num_warps=2, num_stages=stages, pdl=gpu.capability >= 90)
+
+    def cost(split: int) -> tuple[bool, float]:
+        serial = -(-blocks // split)
+        rounds = -(-tiles * split // gpu.resident(config(split), bits, group))
+        return serial * 16 * PLANES[bits] > SERIAL, rounds * (serial + ENDING) + split / 4
+
+    return config(min(splits, key=cost))
 
 
 @functools.cache
 def choose(rows: int, columns: int, channels: int, bits: int, group: int, rank: int, dtype: str, device: int) -> Config:
-    """The choice for CUDA device number `device`."""
-    import torch
+    """The choice for CUDA device number `device`; rows as `bucket` gives them, so that choices are few."""
     import triton
 
-    properties = torch.cuda.get_device_properties(device)
-    choices = tuned(properties.name, triton.__version__)
+    choices = tuned(torch.cuda.get_device_name(device), triton.__version__)
     found = choices.get(key(rows, columns, channels, bits, group, rank, dtype))
-    return found or rule(rows, columns, channels, bits, properties.multi_processor_count, properties.major)
+    return found or rule(rows, columns, channels, bits, group, gpu_of(device))
+
+
+def gpu_of(device: torch.device | int) -> Gpu:
+    """A CUDA device's sizes."""
+    properties = torch.cuda.get_device_properties(device)
+    capability = 10 * properties.major + properties.minor
+    return Gpu(properties.multi_processor_count, capability, properties.shared_memory_per_multiprocessor)

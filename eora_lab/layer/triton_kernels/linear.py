@@ -1,18 +1,23 @@
 """The fused product as a module."""
 
-from jaxtyping import Float
+from collections.abc import Sequence
+
+from jaxtyping import Float, Int32
 from torch import Tensor, nn
 
 from eora_lab.errors import EoraLabError
 from eora_lab.layer.triton_kernels.op import fused_linear
-from eora_lab.layer.triton_kernels.repack import TENSORS, FusedWeight
+from eora_lab.layer.triton_kernels.repack import TENSORS, FusedWeight, Path
 
 
 class FusedLinear(nn.Module):
-    """y = W^ x + B (A x) + bias from a `FusedWeight`, by Triton on a GPU and by torch elsewhere."""
+    """y = W^ x + B (A x) + bias from a `FusedWeight`, by Triton on a GPU and by torch elsewhere. No gradients."""
 
     def __init__(self, weight: FusedWeight):
         super().__init__()
+        self._set(weight)
+
+    def _set(self, weight: FusedWeight) -> None:
         self.numbers = weight.numbers()
         for name in TENSORS:
             self.register_buffer(name, getattr(weight, name), persistent=False)
@@ -22,6 +27,10 @@ class FusedLinear(nn.Module):
         """What it was made from, on the device where it is."""
         return FusedWeight(*(getattr(self, name) for name in TENSORS), **self.numbers)
 
+    def set_paths(self, paths: Sequence[Path]) -> None:
+        """Other low-rank paths (A, B) beside the same packed weight. Raises EoraLabError as `with_paths`."""
+        self._set(self.weight.with_paths(paths))
+
     def _apply(self, fn, recurse: bool = True) -> "FusedLinear":
         """Follow to another device, but keep every dtype: scales stay as they were stored."""
         for name in TENSORS:
@@ -29,11 +38,16 @@ class FusedLinear(nn.Module):
                 setattr(self, name, tensor.to(fn(tensor[:0]).device))
         return self
 
-    def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        """Raises EoraLabError when x is not of the dtype that the layer was packed for."""
+    def forward(
+        self, x: Float[Tensor, "... in"], ids: Int32[Tensor, " rows"] | None = None
+    ) -> Float[Tensor, "... out"]:
+        """ids: the path of each row of x, -1 for none; by default all have the first.
+
+        Raises EoraLabError when x is not of the dtype that the layer was packed for, or of another width.
+        """
         if x.dtype != self.A.dtype:
             raise EoraLabError(f"the layer is packed for {self.A.dtype}, and x is {x.dtype}; pack it for that dtype")
-        return fused_linear(x, *(getattr(self, name) for name in TENSORS), **self.numbers)
+        return fused_linear(x, *(getattr(self, name) for name in TENSORS), ids, **self.numbers)
 
     def split(self, y: Float[Tensor, "... out"]) -> tuple[Float[Tensor, "... _"], ...]:
         """The outputs of the layers that were merged."""

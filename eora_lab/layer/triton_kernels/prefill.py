@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from eora_lab.layer.triton_kernels.decode import shift
+from eora_lab.layer.triton_kernels.epilogue import add_path
 from eora_lab.layer.triton_kernels.planes import dot, load_planes
 
 
@@ -29,13 +30,13 @@ def dense_planes(
     for j in tl.static_range(8):
         g = (k0 + 16 * j) // GROUP if GROUP else 0
         if j == 0 or (GROUP and 16 * j % GROUP == 0):
-            scale = tl.load(scales_ptr + g * NP + n).to(tl.float32)
+            scale = tl.load(scales_ptr + g * NP + n)
             offset = shift(scale, offsets_ptr + g * NP + n, 2**BITS)
         dense += ((planes[FIRST + j].to(tl.float32) * scale[None, :] + offset[None, :]).to(DTYPE),)  # type: ignore[assignment]
     return dense
 
 
-@triton.jit(do_not_specialize=["M", "blocks"])
+@triton.jit(do_not_specialize=["M", "blocks", "paths", "tile_rank"])
 def prefill_kernel(
     x_ptr,  # (M, K), rows stride_xm apart
     q_ptr,  # packed codes, scales, offsets, tiles, B and bias: as in decode_kernel
@@ -45,6 +46,7 @@ def prefill_kernel(
     xa_ptr,  # (M, R)
     bt_ptr,
     bias_ptr,
+    ids_ptr,
     y_ptr,  # out: (M, N)
     M,
     N,
@@ -52,11 +54,14 @@ def prefill_kernel(
     NP,
     R,
     blocks,
+    paths,
+    tile_rank,
     stride_xm,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
+    PATHS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -85,14 +90,8 @@ def prefill_kernel(
                 x = tl.load(rows + k[None, :], mask=mask, other=0.0)
                 accumulator = dot(x, w[j], accumulator)
     tile = tiles_ptr + (tile_n * BLOCK_N // 128) * 4
-    first_rank = tl.load(tile)
-    ranks = tl.load(tile + 1)
-    for r0 in range(0, ranks, BLOCK_R):
-        r = r0 + tl.arange(0, BLOCK_R)
-        mask = (m < M)[:, None] & (r < ranks)[None, :]
-        xa = tl.load(xa_ptr + m.to(tl.int64)[:, None] * R + (first_rank + r)[None, :], mask=mask, other=0.0)
-        bt = tl.load(bt_ptr + r[:, None] * NP + n[None, :], mask=(r < ranks)[:, None], other=0.0)
-        accumulator = dot(xa, bt, accumulator)
+    accumulator = add_path(accumulator, tile, xa_ptr, bt_ptr, ids_ptr, m, n, M, NP, R, paths, tile_rank, 1,
+                           0, DTYPE, PATHS, 1, BLOCK_M, BLOCK_R)  # fmt: skip
     if HAS_BIAS:
         accumulator += tl.load(bias_ptr + n).to(tl.float32)[None, :]
     column = tl.load(tile + 2) + (tile_n * BLOCK_N) % 128 + tl.arange(0, BLOCK_N)

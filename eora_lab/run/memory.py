@@ -1,0 +1,116 @@
+"""What memory a pass takes, said before it begins: that of the largest block, the tokens, and what is there already.
+
+Weights that lie in mapped files do not count: the system reads and drops their pages as it likes. They do so where the
+dtype asked for is that of the files.
+"""
+
+from collections.abc import Container, Mapping
+
+import torch
+from torch import nn
+
+from eora_lab.calibrate.contract import Contract
+from eora_lab.calibrate.experts import JUDGED, experts_of, too_large
+from eora_lab.calibrate.stream import BATCH
+from eora_lab.compensate import needs_outputs
+from eora_lab.environment import free_memory, own_memory
+from eora_lab.errors import EoraLabError
+from eora_lab.model.structure import decoder_blocks, linears
+from eora_lab.run.recipe import Recipe
+
+FLOAT, DOUBLE = 4, 8
+MATRICES = 5  # of a layer's size, in float32: W, R, what is left of it, a product, a temporary one
+CHOLESKY = 6  # of S's size, in float64, that GPTQ's factor passes through
+ITERATIVE = ("gptq", "sparsegpt")  # compressors that need it
+EIGEN = 4  # of the smaller side's size squared, in float64: a matrix, its eigenvectors, LAPACK's workspace
+WIDTHS = 6  # activations of a mini-batch in a block, in its widest layer's outputs
+SLACK = 2**28  # bytes: what libraries and the allocator keep
+ADVICE = {
+    "statistics of all blocks": "leave the budget out, which is planned on all of them",
+    "statistics of a block": "measure one input at a time (--true-sequential), or hold out no samples",
+    "statistics of gradients": "take a method that needs none (--method eora)",
+    "hidden states": "take fewer calibration tokens (--calibration.nsamples, --calibration.seqlen)",
+    "activations": "take shorter sequences (--calibration.seqlen)",
+    "work on a layer": "compress with rtn, which needs no factor of S, or take a machine with more memory",
+}
+
+
+def needed(
+    model: nn.Module,
+    recipe: Recipe,
+    contract: Contract,
+    tokens: tuple[int, int] | None,
+    left: Container[str] = (),
+    given: bool = False,
+    spread: bool = False,
+) -> dict[str, int]:
+    """Bytes that a pass takes beside what the process holds, by what they are for; roughly, for the largest block.
+
+    tokens: (nsamples, seqlen), or None where statistics are given. left: linears that stay as they are. given: W^ is.
+    spread: a budget is spread over the layers first, for which the statistics of all blocks are held.
+    """
+    itemsize = next(model.parameters()).dtype.itemsize
+    held = FLOAT * (2 if recipe.held_out else 1)
+    each = held * (2 if recipe.inputs == "drift" else 1)  # S, and D
+    every, statistics, gradients, work, widest = 0, 0, 0, 0, 0
+    for prefix, block in decoder_blocks(model).items():
+        own = {f"{prefix}.{local}": linear for local, linear in linears(block).items()}
+        inputs = {contract.shared.get(name, name): linear.in_features for name, linear in own.items()}
+        drawn = 0
+        for names in ([f"{prefix}.{local}" for local in mixture] for mixture in experts_of(block)):
+            if too_large(len(names), own[names[0]].in_features):
+                inputs = {name: size for name, size in inputs.items() if name not in names[1:]}
+            else:
+                drawn += 2 * min(JUDGED, len(names)) * own[names[0]].in_features ** 2
+        sizes = [each * size**2 for size in inputs.values()]
+        every += sum(sizes)
+        block_needs = max(sizes, default=0) if recipe.true_sequential else sum(sizes) + FLOAT * drawn
+        statistics = max(statistics, block_needs)
+        chosen = [linear for name, linear in own.items() if name not in left]
+        gradients += held * sum(linear.out_features**2 for linear in chosen)
+        kept = sum(stored(linear, recipe, given) for linear in chosen)
+        work = max(work, kept + max((of_layer(linear, recipe, given) for linear in chosen), default=0))
+        widest = max([widest, *(linear.out_features for linear in own.values())])
+    parts = {"statistics of all blocks": every} if spread else {"statistics of a block": statistics}
+    if needs_outputs(recipe.method):
+        parts["statistics of gradients"] = gradients
+    if tokens is not None:
+        config = getattr(model, "config", None)
+        hidden = getattr(config.get_text_config(), "hidden_size", widest) if config is not None else widest
+        parts["hidden states"] = tokens[0] * tokens[1] * hidden * itemsize
+        parts["activations"] = WIDTHS * min(BATCH, tokens[0]) * tokens[1] * widest * itemsize
+    return parts | {"work on a layer": work + SLACK}
+
+
+def stored(linear: nn.Linear, recipe: Recipe, given: bool) -> int:
+    """Bytes of a compressed layer until its block is done: as packed, and its factors as stored and as multiplied."""
+    size, sides = linear.weight.numel(), linear.in_features + linear.out_features
+    bits = 8 if given else recipe.bits or 8  # given ones are rarely wider
+    return size * bits // 8 + (2 + linear.weight.dtype.itemsize) * recipe.rank * sides
+
+
+def of_layer(linear: nn.Linear, recipe: Recipe, given: bool) -> int:
+    """Bytes while a layer is compressed and compensated."""
+    (rows, columns), size = linear.weight.shape, linear.weight.numel()
+    judged = MATRICES * FLOAT * size
+    compressed = 0 if given or recipe.compressor not in ITERATIVE else CHOLESKY * DOUBLE * columns**2 + 3 * FLOAT * size
+    solved = 0
+    if recipe.method != "none":  # W, R, and in float64, as a Krylov space may not do: R, R S, eigenvectors
+        solved = 2 * (FLOAT + DOUBLE) * size + EIGEN * DOUBLE * min(rows, columns) ** 2
+    return max(judged, compressed, solved)
+
+
+def check_room(parts: Mapping[str, int], device: torch.device) -> int:
+    """The bytes that the process will hold at the most, as predicted: what it holds now, and `needed`.
+
+    Raises EoraLabError where that is more than there is, naming what would make it fit.
+    """
+    wanted, free = sum(parts.values()), free_memory(device)
+    if free is not None and wanted > free:
+        largest = max(parts, key=parts.__getitem__)
+        raise EoraLabError(
+            f"this pass needs about {wanted / 1e9:.1f} GB more and {free / 1e9:.1f} GB are free, most of it for "
+            f"{largest} ({parts[largest] / 1e9:.1f} GB): {ADVICE[largest]}"
+        )
+    held = own_memory() if device.type == "cpu" else torch.cuda.memory_allocated(device)
+    return held + wanted

@@ -1,0 +1,136 @@
+"""The walk: block by block, measure the inputs, compress the weights, compensate the error, move on.
+
+One block's statistics are held at a time. Linears that share an input share its statistics.
+"""
+
+import math
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from eora_lab.calibrate.contract import Contract
+from eora_lab.calibrate.drift import DriftStream, put
+from eora_lab.calibrate.statistics import InputStatistics
+from eora_lab.calibrate.stream import BlockStream
+from eora_lab.errors import EoraLabError
+from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.model.structure import decoder_blocks, linears
+from eora_lab.run.fit import Steps
+from eora_lab.run.folder import RunFolder
+from eora_lab.run.linear import compress_linear
+from eora_lab.run.report import LayerReport
+
+SHARES = (1.0, 0.0)  # of the step towards the original's outputs: a block is made with each, and the better one kept
+
+
+def walk(
+    model: nn.Module,
+    tokens: Int[Tensor, "nsamples seqlen"] | None,
+    steps: Steps,
+    ranks: dict[str, int] | None,
+    statistics: Mapping[str, InputStatistics] | None,
+    run: RunFolder | None,
+    contract: Contract,
+    left: Container[str],
+    progress: bool,
+) -> list[LayerReport]:
+    """Compress all blocks, and put their layers in place; what the run folder holds already, from there.
+
+    With a run folder the original linears come back once a block is done, and all blocks are put in place from their
+    files in the end. Both may be files that the system maps into memory, so that no more than one block takes any.
+
+    The arguments are those of `compress_model`, checked. ranks: module name -> rank; None: those of the recipe.
+    contract: of the model. left: linears that stay as they are.
+    """
+    from tqdm.auto import tqdm
+
+    recipe, blocks = steps.recipe, decoder_blocks(model)
+    stream = None
+    if tokens is not None and statistics is None:
+        kind = DriftStream if recipe.inputs == "drift" else BlockStream
+        stream = kind(model, tokens, recipe.held_out, contract)
+    ranks = recipe.ranks(model, left) if ranks is None else ranks
+    one = _Blocks(model, blocks, steps, ranks, left, stream, statistics or {})
+    reports: list[LayerReport] = []
+    bar = tqdm(blocks.values(), desc="compress", unit="block", disable=not progress, leave=False)
+    for index, block in enumerate(bar):
+        originals = linears(block)
+        if stream:
+            stream.begin(index)
+        if run and run.has_block(index):
+            if stream and recipe.inputs == "original":
+                stream.advance(index)
+            reports += run.load_block(index, model)
+        else:
+            made = one.with_drift(index, stream) if isinstance(stream, DriftStream) else one.compress(index)
+            if run:
+                run.save_block(index, made.modules, made.layers)
+            reports += made.layers
+        if stream and recipe.inputs != "original" and index + 1 < len(blocks):
+            stream.advance(index)
+        if run:
+            put(block, originals)
+    if run:
+        run.load_blocks(model)
+    return reports
+
+
+@dataclass
+class _Made:
+    """A block's compressed layers by name, in place, and what the report says of them."""
+
+    modules: dict[str, CompensatedLinear]
+    layers: list[LayerReport]
+
+
+@dataclass
+class _Blocks:
+    """How blocks are compressed. known: statistics that were measured before, where no stream measures them."""
+
+    model: nn.Module
+    blocks: Mapping[str, nn.Module]
+    steps: Steps
+    ranks: Mapping[str, int]
+    left: Container[str]
+    stream: BlockStream | None
+    known: Mapping[str, InputStatistics]
+
+    def compress(self, index: int, share: float = 1.0, known: Mapping[str, InputStatistics] | None = None) -> _Made:
+        """Compress block `index`. share: of its drift. known: its statistics, where they were measured before."""
+        prefix, block = list(self.blocks.items())[index]
+        recipe, stream, made = self.steps.recipe, self.stream if known is None else None, _Made({}, [])
+        original = recipe.inputs == "original"
+        for locals_ in stream.groups(index) if stream and recipe.true_sequential else [list(linears(block))]:
+            chosen = [local for local in locals_ if f"{prefix}.{local}" not in self.left]
+            if not chosen and not original:
+                continue
+            found = stream.statistics(index, original, chosen) if stream else known or self.known
+            for name in (f"{prefix}.{local}" for local in chosen):
+                if name not in found:
+                    raise EoraLabError(f"{name}: no statistics")
+                rank = self.ranks.get(name, 0)
+                made.modules[name], layer = compress_linear(self.model, name, found[name], self.steps, rank, share)
+                made.layers.append(layer)
+        return made
+
+    def with_drift(self, index: int, stream: DriftStream) -> _Made:
+        """Compress block `index` with the share of the drift that leaves least of it on held-out tokens."""
+        prefix, block = list(self.blocks.items())[index]
+        known = None
+        if not self.steps.recipe.true_sequential:  # the same for all shares
+            chosen = [name for name in linears(block) if f"{prefix}.{name}" not in self.left]
+            known = stream.statistics(index, False, chosen) if chosen else {}
+        best, lowest = None, math.inf
+        for share in SHARES:
+            made = self.compress(index, share, known)
+            if not any(layer.drift for layer in made.layers) and best is None:
+                return made  # there is none, as in the first block
+            loss = stream.loss(index)
+            if best is None or loss < lowest:
+                best, lowest = made, loss
+            stream.restore(index)
+        assert best is not None
+        put(self.model, best.modules)
+        return best
