@@ -1,34 +1,17 @@
 """The measured numbers of README.md: the words around them, and how they follow from what is recorded."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
 import pandas
 
+from docs.claim import SPAN, Claim, interval
+from docs.claims_of_formats import of_formats, of_gguf
 from docs.records import BASES, LINE, PRINTED, Numbers, compared, said
 from eora_lab.experiment.cells import Cell
 from eora_lab.experiment.paper_runs import TableRow, rivalry
 from eora_lab.experiment.store import ResultStore, row, scores
 from eora_lab.experiment.sweep import expand
-from eora_lab.run.intervals import Interval, paired
-
-
-@dataclass(frozen=True)
-class Claim:
-    """Words of the README with a format field for every number; lines and columns do not count."""
-
-    text: str
-    record: str
-    numbers: Callable[[Any], Numbers]  # from the record
-
-
-def interval(one: Interval) -> Numbers:
-    return one.difference, one.low, one.high
-
-
-SPAN = "{:+.3f} [{:+.3f}, {:+.3f}]"
-
+from eora_lab.run.intervals import paired
 
 COLUMNS = ("perplexity", "error", "nbytes", "bits_per_weight")
 
@@ -129,20 +112,6 @@ def _mixed(cells: list[dict], n: int) -> Numbers:
     for measure in ("log perplexity arc:test", "arc_easy acc") if n else ():
         found += interval(paired(first[measure], ours[measure]))
     return found
-
-
-IN_LLAMA_CPP = (("none", 0, ""), ("qera_approx", 64, "F16"))
-IN_LLAMA_CPP += (("eora", 8, "F16"), ("eora", 16, "F16"), ("eora", 64, "F16"), ("eora", 64, "Q8_0"))
-IN_LLAMA_CPP += (("reround", 0, ""),)
-
-
-def of_gguf() -> Iterator[Claim]:
-    for kind in ("Q2_K",):
-        yield Claim(
-            f"| {kind} | {{:.2f}} | {' | '.join(['{:.2f}'] * len(IN_LLAMA_CPP))} |",
-            "gguf",
-            lambda known, kind=kind: (known[kind, "bits"], *(known[kind, *made] for made in IN_LLAMA_CPP)),
-        )
 
 
 def of_round_to_nearest() -> Iterator[Claim]:
@@ -252,7 +221,16 @@ def _ratio(ours: float, reference: float, *_: float) -> Numbers:
     return None, None, reference / ours, None
 
 
-CLAIMS = [*of_demo(), *of_paper(), *of_task_mix(), *of_gguf(), *of_round_to_nearest(), *of_bases(), *of_passes()]
+CLAIMS = [
+    *of_demo(),
+    *of_paper(),
+    *of_task_mix(),
+    *of_gguf(),
+    *of_formats(),
+    *of_round_to_nearest(),
+    *of_bases(),
+    *of_passes(),
+]
 EXEMPT = (  # numbers that are not measured; and a time to load, which has no command
     r"Python 3\.11 to 3\.13",
     r"2410\.21271",

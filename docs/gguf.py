@@ -14,6 +14,7 @@ import csv
 import itertools
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,18 @@ from eora_lab.measure.llama_cpp import quantise
 RECORD = MEASURED / "gguf.csv"
 MIXTURES = {  # file type -> types of its linears, by the beginning of the name; "": all others
     "F32": {"": "F32"},
+    "Q4_K_S": {"": "Q4_K"},
     "Q4_0": {"": "Q4_0"},
     "Q3_K_S": {"": "Q3_K"},
     "IQ3_XXS": {"attn_q": "IQ2_S", "attn_k": "IQ2_S", "attn_v": "IQ3_S", "attn_o": "IQ3_S", "ffn_down": "Q3_K"}
     | {"": "IQ3_XXS"},
     "Q2_K": {"attn_v": "Q3_K", "attn_o": "Q3_K", "ffn_down": "Q3_K", "": "Q2_K"},
 }
-EARLY = {"IQ3_XXS": "Q4_K"}  # file type -> the type of ffn_down in the first eighth of the blocks
+EARLY = {  # file type -> (linear, type in the first blocks, how many of them)
+    "IQ3_XXS": [("ffn_down", "Q4_K", 3)],
+    "Q4_K_S": [("ffn_down", "Q5_K", 3), ("attn_v", "Q5_K", 4)],
+}
+AS_IT_IS = ("F32", "Q4_K_S")  # file types that others are compared with: not mended
 Made = tuple[str, int, str]  # method, rank, type of the factors
 Files = tuple[Path, Path | None]  # base, adapter
 RANK = 64
@@ -91,7 +97,7 @@ def write_base(path: Path, model: Any, kind: str) -> None:
     """A GGUF file of the model, without a tokenizer."""
     names, config, linears = GgufNames(model), model.config, block_linears(model)
     own = {names.of(name): names.permuted(names.of(name), one.weight).contiguous() for name, one in linears.items()}
-    types = {name: type_of(kind, name, config.num_hidden_layers) for name in own}
+    types = {name: type_of(kind, name) for name in own}
     arrays = {name: (w if types[name] == "F32" else quantise(w, types[name])).numpy() for name, w in own.items()}
     writer = gguf.GGUFWriter(path, names.architecture)
     writer.add_context_length(config.max_position_embeddings)
@@ -118,11 +124,12 @@ def write_base(path: Path, model: Any, kind: str) -> None:
     close(writer)
 
 
-def type_of(kind: str, name: str, blocks: int) -> str:
-    """The type of a linear in the blocks."""
+def type_of(kind: str, name: str) -> str:
+    """The type of a linear in the blocks, of which there are 30."""
     _, block, local = name.split(".")
-    if kind in EARLY and local == "ffn_down" and int(block) < blocks // 8:
-        return EARLY[kind]
+    for early, own, blocks in EARLY.get(kind, []):
+        if local == early and int(block) < blocks:
+            return own
     return next(own for begin, own in MIXTURES[kind].items() if local.startswith(begin))
 
 
@@ -149,9 +156,14 @@ def losses(logits_of: Callable[[torch.Tensor], torch.Tensor], windows: torch.Ten
 
 def lines_of(kind: str) -> list[Made]:
     """What is measured of a file type: only what can be. Codes of i-types cannot be chosen one by one."""
-    if kind == "F32":
+    if kind in AS_IT_IS:
         return [LINES[0]]
     return [made for made in LINES if made[0] != "reround" or not kind.startswith("IQ")]
+
+
+def solver_of(kind: str, made: Made) -> str:
+    """Who mends the model for a line. What is measured without a path may have one."""
+    return "eora" if made == LINES[0] and kind not in AS_IT_IS else made[0]
 
 
 def solved(narrow: Any, base: Path, method: str, statistics: dict[str, InputStatistics], imatrix: Path) -> nn.Module:
@@ -160,7 +172,7 @@ def solved(narrow: Any, base: Path, method: str, statistics: dict[str, InputStat
     if method == "qera_approx":
         write_imatrix(imatrix, statistics, model, "wikitext2:validation", 32, 512)
         given = read_imatrix(imatrix, model)
-    path = {"method": "none", "rank": 0} if method == "reround" else {"method": method, "rank": RANK}
+    path = {"method": "none", "rank": 0} if method in ("none", "reround") else {"method": method, "rank": RANK}
     recipe = Recipe(inputs="original", **path)
     weights = read_checkpoint(base)
     compress_model(model, None, recipe, statistics=given, weights=weights, reround=method == "reround")
@@ -201,20 +213,19 @@ def main() -> None:
             base, adapter, again = (Path(folder) / name for name in ("base.gguf", "adapter.gguf", "again.gguf"))
             if lines:
                 write_base(base, widened(narrow), kind)
-            for method, some in itertools.groupby(lines, lambda made: made[0]):
+            for method, some in itertools.groupby(lines, partial(solver_of, kind)):
                 if kind != "F32" and statistics is None:
                     statistics = collect_statistics(widened(narrow), batches)
                 model: Any = widened(narrow)
                 if kind != "F32":
-                    solver = "eora" if method == "none" else method
-                    model = solved(narrow, base, solver, statistics or {}, Path(folder) / "imatrix.gguf")
+                    model = solved(narrow, base, method, statistics or {}, Path(folder) / "imatrix.gguf")
                 paths = Adapters(model) if kind != "F32" else None
                 whole = paths.factors() if paths and method not in ("none", "reround") else {}
                 for made in some:
                     files: Files = (base, None)
                     if paths:
                         paths.use(None)
-                    if paths and whole:
+                    if paths and made[1]:
                         factors = {name: (A[: made[1]], B[:, : made[1]]) for name, (A, B) in whole.items()}
                         write_gguf_adapter(adapter, factors, model, made[2])
                         paths.add(f"{made}", factors)

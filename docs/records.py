@@ -14,6 +14,8 @@ from eora_lab.experiment.sweep import expand, read_grid
 ROOT = Path(__file__).parents[1]
 MEASURED = ROOT / "data" / "measured"
 
+WIDENED = 30 * 768 * (2 * 768 + 2 * 256 + 3 * 1536)  # weights in linears of the model that `docs.gguf` writes
+
 Numbers = Sequence[float | None]  # None: a number that is not judged, such as a time
 
 # --- records that are drawn as figures too -------------------------------------------------------------------------
@@ -38,15 +40,41 @@ def task_mix() -> list[dict]:
     return [by_source[name] for name in order] + [one for one in found if one and one["config"]["method"] == "none"]
 
 
+def formats() -> dict[tuple, dict]:
+    """(grid, compressor, method, rank) -> the cell's row."""
+    store = ResultStore(MEASURED / "formats")
+    found = {}
+    for cell in expand(read_grid("formats")):
+        if cell.recipe:
+            known = store.get(cell.config())
+            assert known, cell.label
+            key = cell.recipe.grid, cell.recipe.compressor, cell.recipe.method, cell.recipe.rank
+            found[key] = row(known)
+    return found
+
+
 def gguf() -> dict[tuple, float]:
-    """(type, method, rank, type of the factors) -> perplexity in llama.cpp; (type, "bits") -> of a weight."""
+    """(type, method, rank, type of the factors) -> perplexity in llama.cpp; (type, "bits") -> of a weight in a linear;
+    (rank, type of the factors, "bits") -> that a path adds to it."""
     frame = pandas.read_csv(MEASURED / "gguf.csv", keep_default_na=False)
-    found = {(one.type, one.method, one.rank, one.factors): one.perplexity for one in frame.itertuples()}
-    return found | {(one.type, "bits"): one.bits for one in frame.itertuples()}
+    found: dict[tuple, float] = {}
+    for one in frame.itertuples():
+        found[one.type, one.method, one.rank, one.factors] = one.perplexity
+        found[one.type, "bits"] = one.bits
+        found[one.rank, one.factors, "bits"] = one.mbytes * 8e6 / WIDENED
+    return found
+
+
+def gguf_speed() -> dict[tuple, float]:
+    """(type, rank, type of the factors) -> tokens a second in llama.cpp."""
+    frame = pandas.read_csv(MEASURED / "gguf-speed.csv", keep_default_na=False)
+    return {(one.type, one.rank, one.factors): one.tokens_per_second for one in frame.itertuples()}
 
 
 READERS: dict[str, Callable[[], Any]] = {
+    "formats": formats,
     "gguf": gguf,
+    "gguf-speed": gguf_speed,
     "demo": demo,
     "T2": lambda: paper("T2"),
     "T10": lambda: paper("T10"),

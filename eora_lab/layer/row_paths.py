@@ -21,7 +21,10 @@ class RowPaths:
 
     @classmethod
     def of(cls, paths: Sequence[tuple[Tensor, Tensor]], ids: Sequence[int], like: Tensor) -> "RowPaths":
-        """In the dtype and on the device of `like`."""
+        """Of A (rank, in) and B (out, rank) of each path, in the dtype and on the device of the tensor `like` (*, *).
+
+        ids: the path of each text, -1: none.
+        """
         of_path = [[text for text, one in enumerate(ids) if one == path] for path in range(len(paths))]
         return cls(
             tuple((A.to(like), B.to(like)) for A, B in paths),

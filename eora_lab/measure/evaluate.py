@@ -79,7 +79,6 @@ def _whole(
             yield model(window[None], use_cache=False).logits[0]
 
 
-@torch.no_grad()
 def by_block(
     model: nn.Module, tokens: Int[Tensor, "n seqlen"], rest: Mapping[str, tuple | list], progress: bool = False
 ) -> Iterator[Float[Tensor, "seqlen vocabulary"]]:
@@ -89,9 +88,12 @@ def by_block(
     blocks = decoder_blocks(model)
     for part in tokens.split(max(TOGETHER // tokens.shape[1], 1)):
         calls = BlockCalls(model, blocks, rest)
-        hidden = [calls.enter(window[None]) for window in part]
-        for name, block in tqdm(blocks.items(), desc="perplexity", unit="block", disable=not progress, leave=False):
-            with unpacked(block):
-                hidden = [calls.run(i, name, states) for i, states in enumerate(hidden)]
+        with torch.no_grad():
+            hidden = [calls.enter(window[None]) for window in part]
+            for name, block in tqdm(blocks.items(), desc="perplexity", unit="block", disable=not progress, leave=False):
+                with unpacked(block):
+                    hidden = [calls.run(i, name, states) for i, states in enumerate(hidden)]
         for window, states in zip(part, hidden, strict=True):
-            yield calls.leave(window[None], states)[0]
+            with torch.no_grad():
+                logits = calls.leave(window[None], states)[0]
+            yield logits
