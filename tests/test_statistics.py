@@ -1,9 +1,12 @@
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from eora_lab import EoraLabError, InputStatistics, OutputStatistics
+from eora_lab.calibrate.statistics import energies_with_path, output_energy
 
 
 def tokens(n: int, features: int, seed: int = 0) -> torch.Tensor:
@@ -145,3 +148,16 @@ def test_wide_second_moments_are_added_up_panel_by_panel(features):
     found, exact = statistics.second_moment, x.double().T @ x.double() / len(x)
     assert torch.equal(found[:256, 256:], found[256:, :256].T)
     torch.testing.assert_close(found.double(), exact, rtol=0, atol=2e-6 * exact.abs().max().item())
+
+
+@pytest.mark.parametrize("diagonal", [False, True])
+def test_the_energies_with_a_path_are_those_of_both_matrices(diagonal):
+    generator = torch.Generator().manual_seed(0)
+    draw = partial(torch.randn, generator=generator)
+    x = draw(200, 24) * torch.logspace(-2, 2, 24)
+    S = x.T @ x / len(x)
+    R, A, B = draw(16, 24), draw(3, 24), draw(16, 3)
+    metric = S.diagonal() if diagonal else S
+    before, after = energies_with_path(R, A, B, metric)
+    wanted = [output_energy(matrix.double(), metric.double()) for matrix in (R, R.double() - B.double() @ A.double())]
+    assert [before, after] == pytest.approx(wanted, rel=1e-5)

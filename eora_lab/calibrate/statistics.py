@@ -148,3 +148,19 @@ def output_energy(
     if second_moment.ndim == 1:
         return (matrix.square() @ second_moment).sum().item()
     return ((matrix @ second_moment) * matrix).sum().item()
+
+
+def energies_with_path(
+    residual: Float[Tensor, "out in"],
+    A: Float[Tensor, "rank in"],
+    B: Float[Tensor, "out rank"],
+    second_moment: Float[Tensor, "in in"] | Float[Tensor, " in"],
+) -> tuple[float, float]:
+    """`output_energy` of R and of R - B A, from one product of a layer's size: (R - B A) S = R S - B (A S)."""
+    left = residual - B @ A
+    if second_moment.ndim == 1:
+        return output_energy(residual, second_moment), output_energy(left, second_moment)
+    through = residual @ second_moment
+    before = (through * residual).sum().item()
+    through -= B @ (A @ second_moment)
+    return before, (through * left).sum().item()

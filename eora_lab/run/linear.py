@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from eora_lab.calibrate.statistics import InputStatistics, output_energy
+from eora_lab.calibrate.statistics import InputStatistics, energies_with_path, output_energy
 from eora_lab.compensate import SOLVERS, LowRank, needs_outputs
 from eora_lab.compensate.drift import drift_step
 from eora_lab.compensate.eora import eora
@@ -32,21 +32,23 @@ def compress_linear(
     module = CompensatedLinear(linear, fit.compressed, fit.factors)
     model.set_submodule(name, module)
     weight = linear.weight.float()
-    left = fit.residual - module.lora_B.float() @ module.lora_A.float()
+    A, B = module.lora_A.float(), module.lora_B.float()
 
     def energies(seen: InputStatistics) -> tuple[float, float, float]:
         """Of the output, its error before, its error after."""
-        signal, before, after = (output_energy(matrix, seen.metric) for matrix in (weight, fit.residual, left))
-        return signal or 1.0, before, after
+        return output_energy(weight, seen.metric) or 1.0, *energies_with_path(fit.residual, A, B, seen.metric)
 
     signal, before, after = energies(usable)
     given = None
     if steps.reround and steps.weights:
         given = output_energy(residual(linear.weight, steps.weights[name]), usable.metric) / signal
     held_out = energies(usable.held_out) if usable.held_out else None
-    total = steps.loss(name, fit.residual, usable) if SOLVERS[recipe.method] in (eora, eora_fisher) else None
+    total = None
+    if SOLVERS[recipe.method] in (eora, eora_fisher):
+        total = before if SOLVERS[recipe.method] is eora else steps.loss(name, fit.residual, usable)
     outputs = steps.outputs.get(name) if needs_outputs(recipe.method) else None
-    nats = [outputs.cost(error, statistics.metric) / 2 for error in (fit.residual, left)] if outputs else [None, None]
+    errors = (fit.residual, fit.residual - B @ A) if outputs else ()
+    nats = [outputs.cost(error, statistics.metric) / 2 for error in errors] if outputs else [None, None]
     return module, LayerReport(
         name=name,
         out_features=weight.shape[0],
