@@ -17,13 +17,23 @@ MADE = (("none", 0), ("eora", 16), ("eora", 64))
 def of_formats() -> Iterator[Claim]:
     for grid, name in GRIDS.items():
         yield Claim(
-            f"| {name} | {{:.2f}} | {' | '.join(['{:.2f}'] * 6)} |",
+            f"| {name} grid | {{:.2f}} | {' | '.join(['{:.2f}'] * 6)} |",
             "formats",
             lambda known, grid=grid: (
                 [known[grid, "rtn", "none", 0]["bits_per_weight"]]
                 + [known[grid, by, *made]["perplexity.wikitext2:test"] for by in ("rtn", "gptq") for made in MADE]
             ),
         )
+
+    yield Claim(
+        "| bits of the path | | | {:.2f} | {:.2f} | | {:.2f} | {:.2f} |",
+        "formats",
+        lambda known: [
+            known["q4_0", by, "eora", rank]["bits_per_weight"] - known["q4_0", by, "none", 0]["bits_per_weight"]
+            for by in ("rtn", "gptq")
+            for rank in (16, 64)
+        ],
+    )
 
 
 def of_gguf() -> Iterator[Claim]:

@@ -8,7 +8,7 @@ from typing import Any
 import pandas
 
 from eora_lab.experiment.paper_runs import TableRow, table_rows
-from eora_lab.experiment.store import ResultStore
+from eora_lab.experiment.store import ResultStore, row
 from eora_lab.experiment.sweep import expand, read_grid
 
 ROOT = Path(__file__).parents[1]
