@@ -137,6 +137,11 @@ def of_round_to_nearest() -> Iterator[Claim]:
         "budget",
         lambda out: [compared(out, budget=name) for name in ("uniform", "relative", "absolute")],
     )
+    yield Claim(
+        "rank 64 of `eora_fisher` gives {:.2f}, and {:.2f} where ranks are spread in nats",
+        "fisher",
+        lambda out: [compared(out, budget=name) for name in ("uniform", "nats")],
+    )
     for rank in (32, 64, 128):
         text = f"| {rank} | 16-bit | {{:.2f}} | {{:.1f}} | | {rank} | 4-bit | {{:.2f}} | {{:.1f}} |"
         yield Claim(

@@ -101,11 +101,12 @@ PRINTED: dict[str, tuple] = {
     "compress": ("eora-lab compress runs/g4",),
     "gptq-8": ("eora-lab compress runs/gptq",),
     "budget": ("eora-lab compare --compressor rtn --bits 3 --inputs original --method eora --budget",),
+    "fisher": ("eora-lab compare --method eora_fisher --budget uniform nats --compressor rtn",),
     "factor-bits": ("eora-lab compare --compressor rtn --bits 3 --inputs original --method eora --rank",),
     "bench": ("eora-lab bench --shapes 4096x4096 14336x4096",),
 }
 LINE = re.compile(
-    r"^(?P<base>\S.*?)\s+(?P<method>none|svd|act_s|qera_approx|eora)\s+(?P<rank>\d+)(?:\s+(?P<budget>[a-z]+)\s+"
+    r"^(?P<base>\S.*?)\s+(?P<method>none|svd|act_s|qera_approx|eora_fisher|eora)\s+(?P<rank>\d+)(?:\s+(?P<budget>[a-z]+)\s+"
     r"(?P<factors>\d+)-bit)?\s+(?P<perplexity>[\d.]+)(?:\s+[\d.]+)?\s+(?P<MB>[\d.]+)\s+(?P<bits>[\d.]+)\s+[\d.]+$",
     re.M,
 )
