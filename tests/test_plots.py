@@ -12,6 +12,7 @@ from pathlib import Path
 
 import matplotlib.colors
 import numpy as np
+import pandas
 import pytest
 
 from eora_lab import EoraLabError
@@ -22,6 +23,7 @@ from eora_lab.experiment.store import ResultStore
 from eora_lab.experiment.sweep import expand, named_grids, read_grid, rows, sweep
 from eora_lab.plots import plot_comparison, plot_front, plot_intervals, plot_setting, plot_sweep, plot_table, save
 from eora_lab.plots.front import pareto, spread
+from eora_lab.plots.scales import metrics
 from eora_lab.plots.style import LOOKS, looks
 from eora_lab.run.intervals import Interval
 from eora_lab.run.plugins import OWN
@@ -217,6 +219,14 @@ def test_the_front_holds_what_nothing_beats():
             for c, v in zip(cost, loss, strict=True)
         )
         assert (point in front) == (not beaten)
+
+
+def test_of_many_cells_only_those_that_nothing_beats_are_named(swept):
+    few = len(plot_front(swept).axes[0].texts)
+    many = pandas.concat([swept] * 20, ignore_index=True)
+    finished = many[(many["status"] == "done") & (many["compressor"] != "dense")]
+    value, bits = (finished[name].to_numpy(float) for name in (next(iter(metrics(finished))), "bits_per_weight"))
+    assert 0 < len(pareto(bits, value)) == len(plot_front(many).axes[0].texts) <= few < len(finished)
 
 
 def test_labels_keep_their_order_and_their_distance():

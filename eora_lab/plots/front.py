@@ -12,13 +12,14 @@ from eora_lab.plots.scales import AXES, figures, metric_name, metrics, plain_log
 from eora_lab.plots.style import LOOKS, looks, method_name, panels, styled
 
 LINE = 0.21  # inches between labels
+LABELLED = 16  # cells that all have room for one; of more, those on the line do
 
 
 def plot_front(frame: pandas.DataFrame, metric: str = "") -> Figure:
     """A metric (the first of the frame if not given) against all bits that a weight takes, a point a cell.
 
     frame: of `ResultStore.frame` or `sweep`; failed cells and the dense model are left out. A line joins the cells that
-    no other one beats in both.
+    no other one beats in both. Of many cells, only these have a label.
     Raises EoraLabError when there is no finished cell with that metric.
     """
     frame = frame[(frame["status"] == "done") & (frame["compressor"] != DENSE)]
@@ -30,9 +31,10 @@ def plot_front(frame: pandas.DataFrame, metric: str = "") -> Figure:
     bits = frame["bits_per_weight"].to_numpy(dtype=np.float64)
     lower = not metric.startswith("tasks.")
     best = pareto(bits, value if lower else -value)
+    named = best if len(frame) > LABELLED else list(range(len(frame)))
     look = looks(list(dict.fromkeys(frame["method"])))
     with styled():
-        height = max(3.2, LINE * (len(frame) + 3))
+        height = max(3.2, LINE * (len(named) + 3))
         figure, [[axes]] = panels(1, 1, 7.4, height)
         axes.plot(bits[best], value[best], color=LOOKS["none"].colour, linewidth=1, zorder=1)
         for method, one in look.items():
@@ -47,13 +49,25 @@ def plot_front(frame: pandas.DataFrame, metric: str = "") -> Figure:
         low, high = axes.get_ylim()
         scale = np.log if axes.get_yscale() == "log" else np.asarray
         at = (scale(value) - scale(low)) / (scale(high) - scale(low))  # (cells,) share of the axis
-        for point, place, label in zip(
-            zip(bits, value, strict=True), spread(at, LINE / height), _labels(frame), strict=True
-        ):
+        labels = _labels(frame)
+        for cell, place in zip(named, spread(at[named], LINE / height), strict=True):
+            line = {
+                "arrowstyle": "-",
+                "color": "#BBBBBB",
+                "linewidth": 0.6,
+                "shrinkA": 0,
+                "shrinkB": 4,
+                "relpos": (0, 0.5),
+            }
             axes.annotate(
-                label, point, (1.03, place), textcoords="axes fraction", va="center", fontsize=8,
-                arrowprops={"arrowstyle": "-", "color": "#BBBBBB", "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4},
-            )  # fmt: skip
+                labels[cell],
+                (bits[cell], value[cell]),
+                (1.03, place),
+                textcoords="axes fraction",
+                va="center",
+                fontsize=8,
+                arrowprops=line,
+            )
         axes.set_ylim(low, high)
         figure.legend(loc="outside upper left", ncols=5)
     return figure
