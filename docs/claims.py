@@ -132,6 +132,7 @@ def of_round_to_nearest() -> Iterator[Claim]:
     yield Claim(
         "EoRA rank 64 on RTN 3-bit reaches {:.2f}", "rtn-compensated", lambda out: [compared(out, method="eora")]
     )
+    yield Claim("--true-sequential`), it reaches {:.2f}", "drift", lambda out: [compared(out, method="eora")])
     yield Claim(
         "uniform {:.2f}, relative output error minimised {:.2f}, absolute output error minimised {:.2f}",
         "budget",

@@ -96,6 +96,11 @@ RTN = "eora-lab compare --compressor rtn --bits 4 3"
 PRINTED: dict[str, tuple] = {
     "rtn": (RTN,),
     "rtn-compensated": (RTN, ("--bits 4 3 --rank 32 64", "--bits 3 --method eora"), ("original", "compensated")),
+    "drift": (
+        RTN,
+        ("--bits 4 3 --rank 32 64", "--bits 3 --method eora"),
+        ("--inputs original", "--inputs drift --held-out 0.125 --true-sequential"),
+    ),
     **{name: ("eora-lab compare BASE", ("BASE", base)) for name, base in BASES.items()},
     **{f"{name}-rounds": ("eora-lab compare BASE", ("BASE", BASES[name]), THREE) for name in BASES if name[-1] in "4t"},
     "compress": ("eora-lab compress runs/g4",),
