@@ -67,6 +67,16 @@ def test_walked_blocks_may_return_more_than_hidden_states():
     torch.testing.assert_close(window_losses(model, tokens), plain_losses(model, tokens), rtol=1e-6, atol=0)
 
 
+def test_a_model_whose_blocks_tell_each_other_more_is_not_walked():
+    """As nothing tries before where a pass has statistics and no texts."""
+    model, tokens, said = tiny_model("llama"), tiny_tokens(3, 24, seed=2), {}
+    compress(model, tiny_tokens(), **SMALL)
+    first, second = model.model.layers[:2]
+    first.register_forward_hook(lambda _module, _args, output: said.update(mean=output.mean()))
+    second.register_forward_hook(lambda _module, _args, output: output + 10 * said["mean"])
+    torch.testing.assert_close(window_losses(model, tokens), plain_losses(model, tokens), rtol=1e-6, atol=0)
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_the_perplexity_of_a_compressed_model_holds_one_block_dense(kind):
     model, tokens = tiny_model(kind), tiny_tokens(3, 24, seed=2)

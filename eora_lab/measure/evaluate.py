@@ -2,7 +2,7 @@
 
 A compressed model is walked block by block, all windows through the first and so on: every W^ is unpacked once, and
 dense for one block at a time. So is an original that is larger than the memory that is left, which would be read from
-its files anew for every window. The numbers are the same.
+its files anew for every window. That the numbers are the same is tried on some tokens first.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from eora_lab.calibrate.calls import BlockCalls
-from eora_lab.calibrate.contract import check_blocks, returned
+from eora_lab.calibrate.contract import TOKENS, check_blocks, in_one_line, relative_error, returned
 from eora_lab.environment import free_memory
 from eora_lab.errors import EoraLabError
 from eora_lab.layer.linear import compensated, unpacked
@@ -21,6 +21,7 @@ from eora_lab.model.structure import decoder_blocks
 from eora_lab.text.batches import Batches, as_tokens
 
 TOGETHER = 2**15  # tokens that are walked through the blocks at once
+ROUNDING = 8  # times the precision of the logits, or 1e-4, that walked ones may be off: another backend computes
 
 
 def perplexity(model: nn.Module, token_windows: Batches, progress: bool = False) -> float:
@@ -60,12 +61,25 @@ def _rest(model: nn.Module, tokens: Int[Tensor, "n seqlen"]) -> dict[str, tuple 
     free = free_memory(tokens.device)
     try:
         if compensated(model):
-            return returned(model, tokens)
+            rest = returned(model, tokens)
+            return rest if _walks(model, tokens, rest) else None
         if free is not None and sum(p.nbytes for p in model.parameters()) > free:
             return check_blocks(model, tokens).rest
     except EoraLabError:  # such as of a task head around the decoder
         pass
     return None
+
+
+def _walks(model: nn.Module, tokens: Int[Tensor, "n seqlen"], rest: Mapping[str, tuple | list]) -> bool:
+    """Whether the blocks one by one give the logits of the model: of two sequences, for one may leave the other what it
+    did not see, and not only of that which `rest` comes from."""
+    window = tokens[-1:, :TOKENS]
+    probe = torch.cat([window.flip(1), window])
+    with in_one_line(f"{type(model).__name__} cannot be run block by block"):
+        found = list(by_block(model, probe, rest))
+    allowed = max(1e-4, ROUNDING * torch.finfo(found[0].dtype).eps)
+    wanted = (model(one[None], use_cache=False).logits[0] for one in probe)
+    return all(relative_error(one, other) <= allowed for one, other in zip(found, wanted, strict=True))
 
 
 def _whole(
