@@ -1,8 +1,10 @@
 """Peak memory and time of a pass against the sizes of a model: `python -m docs.scale FOLDER`, models made on the spot.
 
 Every line is one command, `eora-lab mend` of a Q4_0 file or `eora-lab compress`, in a process of its own, on random
-weights of the sizes asked for. All blocks of a model are alike, so that it is soon made; its shards are the weights of
-the file with noise as large as their rounding. It is kept in the folder for the next time.
+weights of the sizes asked for. Output channels differ in scale, as those of trained models do: with channels all alike
+no direction of an error would stand out, and every solve would take its slowest road. All blocks of a model are alike,
+so that it is soon made; its shards are the weights of the file with noise as large as their rounding. It is kept in the
+folder for the next time.
 
 `anonymous` is the memory of that process that the system cannot take back, looked at every 20 ms. The rest of `peak` is
 pages of files, of which it keeps as many as there is room for. `reported` and `predicted` are what the run's own report
@@ -120,11 +122,12 @@ def _size(name: str, hidden: int, ffn: int) -> tuple[int, int]:
 def _linear(random: np.random.Generator, rows: int, columns: int) -> tuple[np.ndarray, Tensor]:
     """Blocks of a Q4_0 weight, and the weight that they could be a rounding of, in bfloat16."""
     codes = random.integers(0, 256, (rows, columns // 32, 18), np.uint8)
-    scale = np.full((rows, columns // 32, 1), 0.2 * columns**-0.5, np.float16)
+    spread = np.exp(random.standard_normal((rows, 1, 1), np.float32) - 1)  # mean square 1
+    scale = np.repeat((0.2 * columns**-0.5 * spread).astype(np.float16), columns // 32, axis=1)
     codes[..., :2] = scale.view(np.uint8)
     codes = codes.reshape(rows, -1)
     weight = gguf.quants.dequantize(codes, Q4_0)
-    weight += scale[0, 0] * (random.random((rows, columns), np.float32) - 0.5)
+    weight += scale[:, 0] * (random.random((rows, columns), np.float32) - 0.5)
     return codes, torch.from_numpy(weight).bfloat16()
 
 
