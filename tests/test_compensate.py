@@ -314,6 +314,19 @@ def test_a_product_with_s_some_columns_at_a_time_is_the_product():
     torch.testing.assert_close(in_double(R, S), R @ S.double(), rtol=1e-12, atol=1e-11)
 
 
+@pytest.mark.parametrize("size", [1e2, 1e4])
+def test_massive_activations_do_not_drown_the_rest(size):
+    """Few inputs larger than all others, as trained models have them, leave float32 no digits for the rest."""
+    R, S = power_law(1024, 1100)
+    spikes = size * normal(3, 1100, seed=7)
+    S = S + (spikes.T @ spikes).float()
+    answer = solve("eora", R, S, 24)
+    assert len(answer.spectrum) == 24, "the exact path was taken"
+    values = torch.linalg.eigvalsh(R.double() @ S.double() @ R.double().T).flip(0)
+    assert values[0] > size**2 * values[24]
+    assert loss(R, S, answer) == pytest.approx(values[24:].sum().item(), rel=1e-4)
+
+
 def test_krylov_gives_up_where_its_bound_is_not_met():
     """An identity times noise has no leading directions: the exact path answers, and as well as it can be done."""
     R = normal(1024, 1024)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 BLOCK = 48  # columns; narrower ones make matrix products slow
+PANEL = 1024  # rows of a metric that are float64 at once
 TOLERANCE = 5e-5  # of the loss that stays; what is really lost is far below the bound
 
 
@@ -30,12 +31,28 @@ def top_eigenvectors(
 ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, " rank"]] | None:
     """U and the top `rank` eigenvalues of R M Rᵀ, in the dtype of R. None when the error bound stays too large.
 
-    metric: (in, in), or (in,) for a diagonal.
+    metric: (in, in), or (in,) for a diagonal. Where it has a few huge eigenvalues, as those of massive activations,
+    what matters of the rest can be lost in rounding: then once more in float64.
     """
+    found, rounding = _search(R, metric, rank)
+    if found is None and rounding and R.dtype != torch.float64:
+        found, _ = _search(R.double(), metric, rank)
+    return None if found is None else (found[0].to(R.dtype), found[1])
+
+
+def _search(
+    R: Float[Tensor, "out in"], metric: Float[Tensor, "in in"] | Float[Tensor, " in"], rank: int
+) -> tuple[tuple[Float[Tensor, "out rank"], Float[Tensor, " rank"]] | None, bool]:
+    """`top_eigenvectors` with all products in the dtype of R; and whether its rounding keeps the bound large."""
     generator = torch.Generator(R.device).manual_seed(0)  # the same input gives the same answer
 
     def through_metric(Y: Float[Tensor, "in columns"]) -> Float[Tensor, "out columns"]:
-        return R @ (metric @ Y if metric.ndim == 2 else metric[:, None] * Y)
+        if metric.ndim == 1:
+            return R @ (metric[:, None] * Y)
+        if metric.dtype == Y.dtype:
+            return R @ (metric @ Y)
+        panels = metric.split(PANEL)  # no copy of all of it
+        return R @ torch.cat([panel.to(Y.dtype) @ Y for panel in panels])
 
     def product(X: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
         return through_metric(R.T @ X)
@@ -43,7 +60,7 @@ def top_eigenvectors(
     def random(rows: int) -> Float[Tensor, "rows columns"]:
         return torch.randn(rows, BLOCK, dtype=R.dtype, device=R.device, generator=generator)
 
-    looks = dimensions(rank)
+    looks, rounding = dimensions(rank), False
     spaces = R.new_empty(2, looks[-1], len(R)).mT  # the basis and its image under M, column by column
     block = through_metric(random(R.shape[1]))
     for size in range(BLOCK, looks[-1] + 1, BLOCK):
@@ -63,8 +80,11 @@ def top_eigenvectors(
         left = rest + (values.sum() - top.sum()).clamp_min(0)
         gap = top - 1.5 * largest  # the probes see the largest eigenvalue outside from below
         if gap[-1] > 0 and (missed / gap).sum() <= TOLERANCE * left:
-            return U, top
-    return None
+            return (U, top), False
+        rounding = bool(missed.mean().sqrt() <= 8 * torch.finfo(R.dtype).eps * top[0])
+        if rounding:  # more dimensions would not help
+            break
+    return None, rounding
 
 
 def outside(basis: Float[Tensor, "out m"], X: Float[Tensor, "out columns"]) -> Float[Tensor, "out columns"]:
