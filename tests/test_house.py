@@ -15,8 +15,8 @@ import eora_lab
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "eora_lab"
-ORDER = ["errors", "files", "environment", "model", "text", "calibrate", "compress", "compensate", "layer", "formats"]
-ORDER += ["run", "measure", "finetune", "experiment", "plots", "widgets", "cli"]
+ORDER = ["errors", "files", "environment", "products", "model", "text", "calibrate", "compress", "compensate", "layer"]
+ORDER += ["formats", "run", "measure", "finetune", "experiment", "plots", "widgets", "cli"]
 
 
 def imports(path: Path) -> set[str]:

@@ -22,6 +22,7 @@ from eora_lab.calibrate.stream import in_mini_batches
 from eora_lab.errors import EoraLabError, unknown
 from eora_lab.model.structure import block_linears, decoder_blocks
 from eora_lab.model.unfold import unfold
+from eora_lab.products import fast_products
 from eora_lab.text.batches import Batches, as_tokens
 
 Labels = Literal["model", "text"]
@@ -29,6 +30,7 @@ LOGITS = 2**24  # that are held at once
 ROUNDING = 8  # times the precision of the hidden states, or 1e-4, that gradients by block and of the model may differ
 
 
+@fast_products()
 def collect_output_statistics(
     model: nn.Module,
     batches: Batches,

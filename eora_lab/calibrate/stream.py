@@ -21,6 +21,7 @@ from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.errors import EoraLabError
 from eora_lab.model.structure import block_linears, decoder_blocks, linears
 from eora_lab.model.unfold import unfold
+from eora_lab.products import fast_products
 from eora_lab.text.batches import Batches, as_tokens
 
 BATCH = 4  # sequences that run through a block at once
@@ -160,6 +161,7 @@ def hooked(modules: Mapping[str, nn.Module], hook: Callable[[str], Callable]) ->
             handle.remove()
 
 
+@fast_products()
 def collect_statistics(
     model: nn.Module,
     batches: Batches,

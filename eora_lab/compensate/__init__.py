@@ -22,6 +22,7 @@ from eora_lab.compensate.projection import principal_errors
 from eora_lab.compensate.qera_approx import qera_approx
 from eora_lab.compensate.svd import svd
 from eora_lab.errors import EoraLabError, unknown
+from eora_lab.products import fast_products
 
 SOLVERS: dict[str, Callable[..., LowRank]] = {
     "none": none,
@@ -61,6 +62,7 @@ def needs_outputs(method: str) -> bool:
     return "outputs" in inspect.signature(SOLVERS[method]).parameters
 
 
+@fast_products()
 @torch.no_grad()
 def solve(
     method: str,

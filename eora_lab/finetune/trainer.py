@@ -15,6 +15,7 @@ from eora_lab.finetune.checkpoints import written
 from eora_lab.finetune.settings import Training
 from eora_lab.formats.names import Factors
 from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.products import fast_products
 from eora_lab.run.adapters import Adapters, compensated_layers
 
 
@@ -53,6 +54,7 @@ class Bar(transformers.TrainerCallback):
         self.bar.close()
 
 
+@fast_products()
 def train(
     model: nn.Module,
     start: Factors | None,

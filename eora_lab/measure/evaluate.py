@@ -18,6 +18,7 @@ from eora_lab.environment import free_memory
 from eora_lab.errors import EoraLabError
 from eora_lab.layer.linear import compensated, unpacked
 from eora_lab.model.structure import decoder_blocks
+from eora_lab.products import fast_products
 from eora_lab.text.batches import Batches, as_tokens
 
 TOGETHER = 2**15  # tokens that are walked through the blocks at once
@@ -34,6 +35,7 @@ def perplexity(model: nn.Module, token_windows: Batches, progress: bool = False)
     return window_losses(model, token_windows, progress).mean().exp().item()
 
 
+@fast_products()
 @torch.no_grad()
 def window_losses(model: nn.Module, token_windows: Batches, progress: bool = False) -> Float[Tensor, " n"]:
     """Mean negative log-likelihood a token (nats) of every window, float64. Perplexity is the exp of their mean.

@@ -17,6 +17,7 @@ from eora_lab.errors import EoraLabError, MachineError, at_least
 from eora_lab.layer.linear import unpacked
 from eora_lab.measure.own_tasks import OWN_TASKS
 from eora_lab.model.limits import check_tokens
+from eora_lab.products import fast_products
 from eora_lab.run.intervals import Interval, paired_bootstrap
 from eora_lab.text import hub
 
@@ -61,6 +62,7 @@ class TaskResult:
         return f"{self.task} {self.metric} {self.value:.4f}{spread} ({self.num_fewshot}-shot{count})"
 
 
+@fast_products()
 def evaluate_tasks(
     model: nn.Module,
     tokenizer,

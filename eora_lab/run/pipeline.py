@@ -25,6 +25,7 @@ from eora_lab.model.digest import model_digest, origin
 from eora_lab.model.structure import block_linears, decoder, decoder_blocks, matrices, model_name
 from eora_lab.model.unfold import unfold
 from eora_lab.model.whole import check_finite
+from eora_lab.products import fast_products
 from eora_lab.run.adapters import OWN, Adapters
 from eora_lab.run.budget import Budget
 from eora_lab.run.fit import Steps, check_statistics
@@ -41,6 +42,7 @@ NONE = frozenset[str]()
 UNTRIED = Contract({}, NONE, NONE, NONE, NONE)  # of a model that nothing runs through
 
 
+@fast_products()
 @torch.no_grad()
 def compress_model(
     model: nn.Module,
