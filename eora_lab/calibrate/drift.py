@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from eora_lab.calibrate.contract import Contract
 from eora_lab.calibrate.experts import experts_of
-from eora_lab.calibrate.stream import BlockStream, hooked
+from eora_lab.calibrate.stream import BlockStream
 from eora_lab.model.structure import linears
 
 
@@ -55,9 +55,9 @@ class DriftStream(BlockStream):
             put(block, now)
 
     def original_inputs(
-        self, index: int, mini_batch: int, measured: Mapping[str, nn.Linear]
+        self, index: int, mini_batch: int, measured: Mapping[str, nn.Linear], last: int = 0
     ) -> Mapping[str, Float[Tensor, "... in"]]:
-        """Full module name -> x, for linears that every token comes to."""
+        """Full module name -> x, for linears that every token comes to. last: as for `watch`."""
         prefix, block = list(self.blocks.items())[index]
         routed = {f"{prefix}.{name}" for names in experts_of(block) for name in names}
         found: dict[str, Tensor] = {}
@@ -65,8 +65,8 @@ class DriftStream(BlockStream):
         def note(name: str) -> Callable:
             return lambda _module, args: found.update({name: args[0]})
 
-        with self._original(index), hooked(measured, note):
-            self._other.run(index, mini_batch)
+        with self._original(index):
+            self._other.watch(index, mini_batch, measured, note, last)
         every = self.sizes[mini_batch]
         return {name: x for name, x in found.items() if name not in routed and x.numel() == every * x.shape[-1]}
 

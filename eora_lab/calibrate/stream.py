@@ -27,6 +27,10 @@ from eora_lab.text.batches import Batches, as_tokens
 BATCH = 4  # sequences that run through a block at once
 
 
+class _Enough(Exception):
+    pass
+
+
 def in_mini_batches(
     tokens: Shaped[Tensor, "nsamples seqlen"], held_out: float
 ) -> list[tuple[Shaped[Tensor, "batch seqlen"], bool]]:
@@ -77,6 +81,35 @@ class BlockStream:
         """Block `index`, as it is now, on the current hidden states of that mini-batch."""
         return self._calls.run(mini_batch, list(self.blocks)[index], self.hidden[mini_batch])
 
+    @torch.no_grad()
+    def watch(
+        self, index: int, mini_batch: int, measured: Mapping[str, nn.Linear], hook: Callable[[str], Callable], last: int = 0
+    ) -> tuple[Float[Tensor, "... hidden"] | None, int]:
+        """Run block `index` with a forward pre-hook for each of its linears that are measured.
+
+        last: the run ends with this one of their calls; 0: with the block.
+        Returns what the block does, None where it was stopped before; and how many calls there were.
+        """
+        calls = 0
+
+        def counted(name: str) -> Callable:
+            inner = hook(name)
+
+            def watching(module, args):
+                nonlocal calls
+                inner(module, args)
+                calls += 1
+                if calls == last:
+                    raise _Enough
+
+            return watching
+
+        with hooked(measured, counted):
+            try:
+                return self.run(index, mini_batch), calls
+            except _Enough:
+                return None, calls
+
     def outputs(self, index: int) -> Iterator[Float[Tensor, "... hidden"]]:
         """Run block `index` on the current hidden states, a mini-batch at a time."""
         for mini_batch in range(len(self.hidden)):
@@ -87,6 +120,7 @@ class BlockStream:
         index: int,  # noqa: ARG002
         mini_batch: int,  # noqa: ARG002
         measured: Mapping[str, nn.Linear],  # noqa: ARG002
+        last: int = 0,  # noqa: ARG002
     ) -> Mapping[str, Float[Tensor, "... in"]]:
         """Full module name -> what the original model hands that linear, where this is known; see `DriftStream`."""
         return {}
@@ -136,12 +170,15 @@ class BlockStream:
         needed = wanted.union(*(names for names in mixtures if wanted & set(names)))
         measured = {f"{prefix}.{name}": linear for name, linear in linears(block).items() if name in needed}
         inputs = Inputs(measured, [[f"{prefix}.{name}" for name in names] for names in mixtures], self.contract.apart)
+        last = 0  # call that matters, as the first mini-batch tells
         for i, held_out in enumerate(self.apart):
-            inputs.begin(i, held_out, self.original_inputs(index, i, measured))
-            with hooked(measured, inputs.hook):
-                output = self.run(index, i)
+            inputs.begin(i, held_out, self.original_inputs(index, i, measured, last))
+            output, calls = self.watch(index, i, measured, inputs.hook, last)
             if keep_outputs:
+                assert output is not None
                 self.hidden[i] = output
+            elif not mixtures:  # which experts run depends on the tokens
+                last = calls
         return {name: found for name, found in inputs.found().items() if name.removeprefix(f"{prefix}.") in wanted}
 
     def advance(self, index: int) -> None:

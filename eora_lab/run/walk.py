@@ -22,7 +22,7 @@ from eora_lab.run.folder import RunFolder
 from eora_lab.run.linear import compress_linear
 from eora_lab.run.report import LayerReport
 
-SHARES = (1.0, 0.0)  # of the step towards the original's outputs: a block is made with each, and the better one kept
+SHARES = (1.0, 0.0)  # of the step towards the original's outputs, that a block is made with; the better one is kept
 
 
 def walk(
@@ -116,7 +116,10 @@ class _Blocks:
         return made
 
     def with_drift(self, index: int, stream: DriftStream) -> _Made:
-        """Compress block `index` with the share of the drift that leaves least of it on held-out tokens."""
+        """Compress block `index` with the share of the drift that leaves least of it on held-out tokens.
+
+        No share at all is not tried where the step leaves less than even the uncompressed block would without it.
+        """
         prefix, block = list(self.blocks.items())[index]
         known = None
         if not self.steps.recipe.true_sequential:  # the same for all shares
@@ -131,6 +134,8 @@ class _Blocks:
             if best is None or loss < lowest:
                 best, lowest = made, loss
             stream.restore(index)
+            if share and lowest < stream.loss(index):
+                break
         assert best is not None
         put(self.model, best.modules)
         return best
