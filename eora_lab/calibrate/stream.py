@@ -83,7 +83,12 @@ class BlockStream:
 
     @torch.no_grad()
     def watch(
-        self, index: int, mini_batch: int, measured: Mapping[str, nn.Linear], hook: Callable[[str], Callable], last: int = 0
+        self,
+        index: int,
+        mini_batch: int,
+        measured: Mapping[str, nn.Linear],
+        hook: Callable[[str], Callable],
+        last: int = 0,
     ) -> tuple[Float[Tensor, "... hidden"] | None, int]:
         """Run block `index` with a forward pre-hook for each of its linears that are measured.
 
