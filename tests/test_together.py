@@ -80,18 +80,33 @@ def test_an_interrupted_run_of_all_parts_resumes_to_the_same_bytes(tmp_path):
     assert torch.equal(logits(again, tiny_tokens(2)), logits(whole, tiny_tokens(2)))
 
 
+@pytest.mark.parametrize("told", [False, True])
 @pytest.mark.parametrize("kind", [BlockStream, DriftStream])
-def test_a_block_runs_no_further_than_what_is_measured(kind):
-    """But on the first mini-batch, which tells how often linears run; and what is measured does not change."""
+def test_a_block_runs_no_further_than_what_is_measured(kind, told):
+    """But on the first mini-batch, unless `groups` told how often linears run; and what is measured does not change."""
     model, tokens, runs = tiny_model("llama"), tiny_tokens(12), []
     stream = kind(model, tokens)
     stream.begin(0)
+    if told:
+        stream.groups(0)
     block = model.model.layers[0]
     for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.down_proj"):
         block.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: runs.append(name))
     found = stream.statistics(0, False, ["self_attn.o_proj"])["model.layers.0.self_attn.o_proj"]
     streams = 2 if kind is DriftStream else 1
     assert len(stream.sizes) == 3
-    assert runs.count("self_attn.q_proj") == 3 * streams and runs.count("mlp.down_proj") == streams
+    assert runs.count("self_attn.q_proj") == 3 * streams and runs.count("mlp.down_proj") == (0 if told else streams)
     whole = collect_statistics(tiny_model("llama"), tokens, progress=False)["model.layers.0.self_attn.o_proj"]
     assert found.tokens == whole.tokens and torch.equal(found.second_moment, whole.second_moment)
+
+
+def test_the_root_of_a_second_moment_that_grows_is_made_anew():
+    outputs, g = OutputStatistics(6), torch.randn(40, 6, generator=torch.Generator().manual_seed(0))
+    outputs.update(g[:20])
+    assert outputs.root() is outputs.root()
+    outputs.update(g[20:])
+    L = outputs.root()
+    F = outputs.second_moment.double()
+    wanted = F + outputs.damping * F.diagonal().mean() * torch.eye(6, dtype=F.dtype)
+    torch.testing.assert_close(L @ L.T, wanted, rtol=0, atol=1e-6)  # F is float32
+    assert torch.equal(outputs.damped(outputs.damping).root(), L)

@@ -6,6 +6,7 @@ exactly are refused (`eora_lab.calibrate.contract`).
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -71,6 +72,7 @@ class BlockStream:
         self.sizes = [part.numel() for part, _ in mini_batches]
         self.apart = [held for _, held in mini_batches]
         self._calls = BlockCalls(model, self.blocks, contract.rest)
+        self._order: tuple[int, list[list[str]], Counter[str]] = (-1, [], Counter())  # block, `groups`, runs of linears
         self.hidden: list[Tensor] = [self._calls.enter(part) for part, _ in mini_batches]
 
     def begin(self, index: int) -> None:
@@ -136,12 +138,16 @@ class BlockStream:
         So are those that the experts of a mixture have in common. Seen on the first mini-batch; what does not run there
         comes last, each alone.
         """
+        if self._order[0] == index:
+            return self._order[1]
         block = list(self.blocks.values())[index]
         seen: list[tuple[Tensor, list[str]]] = []
+        runs: Counter[str] = Counter()
         common = {name: names for names in experts_of(block) for name in names}
 
         def watch(name: str):
             def hook(_module, args):
+                runs[name] += 1
                 if any(name in names for _, names in seen):  # it runs once more
                     return
                 for x, names in seen:
@@ -156,7 +162,9 @@ class BlockStream:
             next(self.outputs(index))
         groups = [names for _, names in seen]
         rest = [name for name in linears(block) if not any(name in group for group in groups)]
-        return groups + [list(group) for group in dict.fromkeys(tuple(common.get(name, [name])) for name in rest)]
+        groups += [list(group) for group in dict.fromkeys(tuple(common.get(name, [name])) for name in rest)]
+        self._order = index, groups, runs
+        return groups
 
     def statistics(
         self, index: int, keep_outputs: bool, only: Sequence[str] | None = None
@@ -175,14 +183,16 @@ class BlockStream:
         needed = wanted.union(*(names for names in mixtures if wanted & set(names)))
         measured = {f"{prefix}.{name}": linear for name, linear in linears(block).items() if name in needed}
         inputs = Inputs(measured, [[f"{prefix}.{name}" for name in names] for names in mixtures], self.contract.apart)
-        last = 0  # call that matters, as the first mini-batch tells
+        may_stop = not keep_outputs and not mixtures  # which experts run depends on the tokens
+        known, _, runs = self._order
+        last = sum(runs[name] for name in needed) if may_stop and known == index else 0  # of the calls that matter
         for i, held_out in enumerate(self.apart):
             inputs.begin(i, held_out, self.original_inputs(index, i, measured, last))
             output, calls = self.watch(index, i, measured, inputs.hook, last)
             if keep_outputs:
                 assert output is not None
                 self.hidden[i] = output
-            elif not mixtures:  # which experts run depends on the tokens
+            elif may_stop:
                 last = calls
         return {name: found for name, found in inputs.found().items() if name.removeprefix(f"{prefix}.") in wanted}
 

@@ -49,6 +49,8 @@ def compress_linear(
     outputs = steps.outputs.get(name) if needs_outputs(recipe.method) else None
     errors = (fit.residual, fit.residual - B @ A) if outputs else ()
     nats = [outputs.cost(error, statistics.metric) / 2 for error in errors] if outputs else [None, None]
+    if outputs:
+        outputs.forget()
     return module, LayerReport(
         name=name,
         out_features=weight.shape[0],

@@ -105,8 +105,10 @@ def layer_spectra(
         with naming(name):
             error = residual(weight, steps.compress(name, weight.float(), usable))
             if nats:  # as measured: few tokens are no reason to count an input as if it were of size one
-                found = solve("eora_fisher", error, statistics[name], highest, steps.outputs.get(name))
-                spectrum = found.spectrum / 2
+                outputs = steps.outputs.get(name)
+                spectrum = solve("eora_fisher", error, statistics[name], highest, outputs).spectrum / 2
+                if outputs:
+                    outputs.forget()
             else:
                 spectrum = solve("qera_approx" if usable.diagonal else "eora", error, usable, highest).spectrum
         signal = output_energy(weight.float(), usable.metric)
