@@ -167,13 +167,14 @@ class BlockStream:
         return groups
 
     def statistics(
-        self, index: int, keep_outputs: bool, only: Sequence[str] | None = None
+        self, index: int, keep_outputs: bool, only: Sequence[str] | None = None, drift: bool = True
     ) -> dict[str, InputStatistics]:
         """Run block `index` and measure the input of each of its linears; full module name -> statistics.
 
         Linears that are handed the same tensor (q, k and v; gate and up) share one object; see `Inputs`.
         only: names within the block; others are left out.
         keep_outputs: let the outputs be the next block's input, as when the block is used uncompressed.
+        drift: measure it too, where there is a stream that can.
         Raises EoraLabError on NaN or Inf, naming the layer.
         """
         prefix = list(self.blocks)[index]
@@ -187,7 +188,7 @@ class BlockStream:
         known, _, runs = self._order
         last = sum(runs[name] for name in needed) if may_stop and known == index else 0  # of the calls that matter
         for i, held_out in enumerate(self.apart):
-            inputs.begin(i, held_out, self.original_inputs(index, i, measured, last))
+            inputs.begin(i, held_out, self.original_inputs(index, i, measured, last) if drift else {})
             output, calls = self.watch(index, i, measured, inputs.hook, last)
             if keep_outputs:
                 assert output is not None

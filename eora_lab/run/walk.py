@@ -106,7 +106,7 @@ class _Blocks:
             chosen = [local for local in locals_ if f"{prefix}.{local}" not in self.left]
             if not chosen and not original:
                 continue
-            found = stream.statistics(index, original, chosen) if stream else known or self.known
+            found = stream.statistics(index, original, chosen, share > 0) if stream else known or self.known
             for name in (f"{prefix}.{local}" for local in chosen):
                 if name not in found:
                     raise EoraLabError(f"{name}: no statistics")
