@@ -121,7 +121,13 @@ def compress_model(
         todo = run is None or not all(map(run.has_block, range(len(decoder_blocks(model)))))
         if needs_outputs(recipe.method) and not steps.outputs and todo:
             steps.outputs = collect_output_statistics(
-                model, tokens, recipe.held_out, recipe.labels, progress=progress, contract=contract, left=left
+                model,
+                tokens,
+                0.0 if recipe.fit_held_out else recipe.held_out,
+                recipe.labels,
+                progress=progress,
+                contract=contract,
+                left=left,
             )
         if budget and budget != Budget():
 
