@@ -7,6 +7,7 @@ GPTAQ, arXiv 2504.02692). One block's original linears, and one mini-batch's ori
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -30,13 +31,20 @@ class DriftStream(BlockStream):
         tokens: Int[Tensor, "nsamples seqlen"],
         held_out: float = 0.0,
         contract: Contract | None = None,
+        folder: Path | None = None,
     ):
-        super().__init__(model, tokens, held_out, contract)
-        self._other = BlockStream(model, tokens, held_out, self.contract)
+        super().__init__(model, tokens, held_out, contract, folder)
+        self._other = BlockStream(model, tokens, held_out, self.contract, folder and folder / "original")
         self._linears: dict[str, nn.Linear] = {}
+
+    def take(self, index: int) -> bool:
+        """See `BlockStream`; those of the original, too."""
+        return super().take(index) and self._other.take(index)
 
     def begin(self, index: int) -> None:
         """Remember block `index` as it is: uncompressed."""
+        super().begin(index)
+        self._other.begin(index)
         self._linears = linears(list(self.blocks.values())[index])
 
     def restore(self, index: int) -> None:

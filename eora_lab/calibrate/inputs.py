@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from eora_lab.calibrate.experts import Halves, draw_together, judged, too_large
 from eora_lab.calibrate.statistics import InputStatistics
+from eora_lab.environment import step
 
 
 class Inputs:
@@ -47,6 +48,7 @@ class Inputs:
     def hook(self, name: str) -> Callable:
         """A forward pre-hook for the linear of that name."""
 
+        @step("statistics")
         def watch(_module, args):
             x, apart = args[0], name in self._apart
             shared = next((statistics for tensor, statistics in self._seen if tensor is x and not apart), None)
@@ -79,6 +81,7 @@ class Inputs:
         in_two = self._halves.get(id(one))
         return in_two.parts[self._mini_batch % 2] if in_two else one
 
+    @step("statistics")
     def found(self) -> dict[str, InputStatistics]:
         """Module name -> statistics, in the end; of 0 tokens where none came."""
         for halves in self._halves.values():

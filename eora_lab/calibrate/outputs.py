@@ -19,6 +19,7 @@ from eora_lab.calibrate.contract import TOKENS, Contract, check_blocks, in_one_l
 from eora_lab.calibrate.experts import draw_together, experts_of, too_large
 from eora_lab.calibrate.output_statistics import OutputStatistics
 from eora_lab.calibrate.stream import in_mini_batches
+from eora_lab.environment import step
 from eora_lab.errors import EoraLabError, unknown
 from eora_lab.model.structure import block_linears, decoder_blocks
 from eora_lab.model.unfold import unfold
@@ -30,6 +31,7 @@ LOGITS = 2**24  # that are held at once
 ROUNDING = 8  # times the precision of the hidden states, or 1e-4, that gradients by block and of the model may differ
 
 
+@step("gradients")
 @fast_products()
 def collect_output_statistics(
     model: nn.Module,

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from eora_lab.calibrate.calls import BlockCalls
 from eora_lab.calibrate.contract import Contract, check_blocks
 from eora_lab.calibrate.experts import experts_of
+from eora_lab.calibrate.hidden import HiddenFiles, HiddenStates
 from eora_lab.calibrate.inputs import Inputs
 from eora_lab.calibrate.statistics import InputStatistics
+from eora_lab.environment import step
 from eora_lab.errors import EoraLabError
 from eora_lab.model.structure import block_linears, decoder_blocks, linears
 from eora_lab.model.unfold import unfold
@@ -52,6 +55,7 @@ class BlockStream:
     tokens:     (nsamples, seqlen) token ids; they travel in mini-batches of BATCH.
     held_out:   share of the samples, the last ones, that is measured apart.
     contract:   from `check_blocks`, where the blocks were tried before; else they are now.
+    folder:     where hidden states are kept, in files that another stream may take up; None: in memory.
     hidden:     the input of the next block, (..., batch, seqlen, hidden_size), one a mini-batch.
     sizes:      how many tokens each has.
     apart:      whether it is of the held-out ones.
@@ -65,6 +69,7 @@ class BlockStream:
         tokens: Int[Tensor, "nsamples seqlen"],
         held_out: float = 0.0,
         contract: Contract | None = None,
+        folder: Path | None = None,
     ):
         self.blocks = decoder_blocks(model)
         mini_batches = in_mini_batches(tokens.to(next(model.parameters()).device), held_out)
@@ -73,11 +78,29 @@ class BlockStream:
         self.apart = [held for _, held in mini_batches]
         self._calls = BlockCalls(model, self.blocks, contract.rest)
         self._order: tuple[int, list[list[str]], Counter[str]] = (-1, [], Counter())  # block, `groups`, runs of linears
-        self.hidden: list[Tensor] = [self._calls.enter(part) for part, _ in mini_batches]
+        self.hidden = HiddenFiles(folder) if folder else HiddenStates()
+        for part, _ in mini_batches:
+            with step("forward"):
+                entered = self._calls.enter(part)
+            self.hidden.append(entered)
+
+    def resume(self, first: int) -> int:
+        """Go on from kept hidden states, of block `first` or of the last one before. Returns the block that is next.
+
+        That is the first one where none are kept, or blocks hand each other more than hidden states.
+        """
+        kept = [index for index in self.hidden.kept() if index <= first] if self._calls.alone else []
+        return next((index for index in kept if self.take(index)), 0)
+
+    def take(self, index: int) -> bool:
+        """Let kept hidden states be the inputs of block `index`. Returns whether they are whole."""
+        return self.hidden.take(index)
 
     def begin(self, index: int) -> None:
         """Block `index` is next; none of its linears is replaced yet."""
+        self.hidden.begin(index)
 
+    @step("forward")
     @torch.no_grad()
     def run(self, index: int, mini_batch: int) -> Float[Tensor, "... hidden"]:
         """Block `index`, as it is now, on the current hidden states of that mini-batch."""

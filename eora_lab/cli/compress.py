@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -50,21 +50,29 @@ class Compress:
     compressor and method have to be such that look at channels alone, such as rtn and qera_approx"""
     dtype: Dtype = "float32"
     """type that the model is held in; in that of its files, mostly bfloat16, the model may be larger than memory"""
+    hidden_states: Literal["memory", "disk"] = "memory"
+    """where the hidden states of the calibration texts are between two blocks: memory, or disk, which is for more texts
+    than memory holds; they then lie in the run folder until the run is finished, and an interrupted run goes on from
+    them without running its finished blocks again"""
     device: str = "cpu"
     """cpu or cuda"""
 
     def run(self) -> None:
-        run_pass(
-            self.model,
-            self.recipe,
-            self.output,
-            budget=self.budget,
-            calibration=self.calibration,
-            evaluation=self.evaluation if self.evaluate else None,
-            imatrix=self.imatrix,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        from eora_lab.environment import timed
+
+        with timed():
+            run_pass(
+                self.model,
+                self.recipe,
+                self.output,
+                budget=self.budget,
+                calibration=self.calibration,
+                evaluation=self.evaluation if self.evaluate else None,
+                imatrix=self.imatrix,
+                dtype=self.dtype,
+                device=self.device,
+                hidden_states=self.hidden_states,
+            )
 
 
 def with_imatrix(recipe: Recipe, imatrix: Path | None, given: bool) -> Recipe:
@@ -91,6 +99,7 @@ def run_pass(
     imatrix: Path | None,
     dtype: Dtype,
     device: str,
+    hidden_states: Literal["memory", "disk"] = "memory",
     weights: Mapping | None = None,
     reround: bool = False,
 ) -> None:
@@ -126,6 +135,7 @@ def run_pass(
         recipe,
         ranks=budget,
         folder=output,
+        hidden_states=hidden_states,
         notes=measured | ({"bos": begun} if begun else {}),
         statistics=statistics,
         weights=weights,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import torch
 from jaxtyping import Int
@@ -17,7 +18,7 @@ from eora_lab.calibrate.outputs import collect_output_statistics
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.calibrate.stream import collect_statistics
 from eora_lab.compensate import needs_outputs
-from eora_lab.environment import OwnMemory, peak_memory
+from eora_lab.environment import OwnMemory, peak_memory, seconds_by_step, step, timed
 from eora_lab.errors import EoraLabError, as_setting
 from eora_lab.files import add_tensor
 from eora_lab.layer.linear import backends_in_use
@@ -38,10 +39,12 @@ from eora_lab.run.report import Report
 from eora_lab.run.walk import walk
 from eora_lab.text.batches import Batches, as_tokens
 
+Place = Literal["memory", "disk"]
 NONE = frozenset[str]()
 UNTRIED = Contract({}, NONE, NONE, NONE, NONE)  # of a model that nothing runs through
 
 
+@timed()
 @fast_products()
 @torch.no_grad()
 def compress_model(
@@ -51,6 +54,7 @@ def compress_model(
     *,
     ranks: Mapping | Budget | None = None,
     folder: Path | str | None = None,
+    hidden_states: Place = "memory",
     notes: dict | None = None,
     statistics: Mapping[str, InputStatistics] | None = None,
     outputs: Mapping[str, OutputStatistics] | None = None,
@@ -72,6 +76,8 @@ def compress_model(
     ranks:      in place of one rank for all: a budget that is spread over the layers, with recipe.rank as the average,
                 or module name -> rank (others get rank 0).
     folder:     keep the run there, and resume it from there if it was interrupted.
+    hidden_states: of the calibration texts, between two blocks: in memory, or on disk, in files of the folder until the
+                run is finished. It then resumes without running finished blocks again.
     notes:      how the batches were made (source, seed, ...), to be kept in the folder's config.json.
     statistics: of the original model, from `collect_statistics` or `read_imatrix`; they replace the pass, so inputs
                 must be "original".
@@ -90,6 +96,7 @@ def compress_model(
     recipe, device = recipe or Recipe(), next(model.parameters()).device
     budget = ranks if isinstance(ranks, Budget) else None
     asked = None if ranks is None or isinstance(ranks, Budget) else given_ranks(ranks)
+    on_disk = _on_disk(hidden_states, folder)
     unfold(model)
     came, weights = origin_of(weights), named_for(model, weights)
     recipe.check_fit(model, asked, given=weights)
@@ -110,11 +117,12 @@ def compress_model(
     opened: AbstractContextManager[RunFolder | None] = nullcontext()
     shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
     spreads = bool(budget and budget != Budget()) and statistics is None
-    parts = needed(model, recipe, contract, shape, left, weights is not None, spreads)
+    parts = needed(model, recipe, contract, shape, left, weights is not None, spreads, on_disk)
     predicted = check_room(parts, device)
     if folder:
         about = {"ranks": asked, "budget": budget and asdict(budget)} | _stated(recipe, came) | (notes or {})
-        opened = open_folder(folder, about | came | steps.about() | identity(model, tokens, statistics, outputs))
+        about |= came | steps.about() | identity(model, tokens, statistics, outputs)
+        opened = open_folder(folder, about, on_disk)
     with opened as run, OwnMemory() as own:
         before = _judged(judge, model) if judge else {}
         started = time.perf_counter()
@@ -158,11 +166,21 @@ def compress_model(
             report.losses = {text: {state: seen[text] for state, seen in states.items()} for text in before}
         if device.type == "cpu":
             report.own_memory = own.peak
+        report.steps = seconds_by_step()
         if run:
             run.finish(report, model)
     return report
 
 
+def _on_disk(hidden_states: str, folder: Path | str | None) -> bool:
+    """Whether hidden states are kept on disk. Raises EoraLabError for another place, and where there is no folder."""
+    on_disk = as_setting(Place, hidden_states, "hidden_states") == "disk"
+    if on_disk and not folder:
+        raise EoraLabError("hidden states on disk lie in the folder of a run: give folder=, or leave them in memory")
+    return on_disk
+
+
+@step("judging")
 def _judged(judge: Callable, model: nn.Module) -> dict[str, list[float]]:
     """What a judge finds. Raises EoraLabError where it is something else."""
     return as_setting(dict[str, list[float]], judge(model), "what the judge finds")

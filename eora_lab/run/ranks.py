@@ -10,6 +10,7 @@ from eora_lab.calibrate.output_statistics import OutputStatistics
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.compensate import needs_outputs, solve
 from eora_lab.compress import residual
+from eora_lab.environment import step
 from eora_lab.errors import EoraLabError, as_setting, naming
 from eora_lab.model.structure import block_linears, linear_at
 from eora_lab.run.budget import Budget, LayerSpectrum, allocate_ranks
@@ -58,6 +59,7 @@ def plan_ranks(
     return spread(model, statistics, Steps(recipe, weights, outputs=outputs), budget, progress, left)
 
 
+@step("budget")
 def spread(
     model: nn.Module,
     statistics: Mapping[str, InputStatistics],

@@ -40,6 +40,7 @@ def walk(
 
     With a run folder the original linears come back once a block is done, and all blocks are put in place from their
     files in the end. Both may be files that the system maps into memory, so that no more than one block takes any.
+    Finished blocks are run again to get to the others, unless the folder keeps hidden states.
 
     The arguments are those of `compress_model`, checked. ranks: module name -> rank; None: those of the recipe.
     contract: of the model. left: linears that stay as they are.
@@ -47,32 +48,36 @@ def walk(
     from tqdm.auto import tqdm
 
     recipe, blocks = steps.recipe, decoder_blocks(model)
-    stream = None
-    if tokens is not None and statistics is None:
+    todo = [index for index in range(len(blocks)) if not (run and run.has_block(index))]
+    stream, start = None, 0
+    if tokens is not None and statistics is None and todo:
         kind = DriftStream if recipe.inputs == "drift" else BlockStream
-        stream = kind(model, tokens, recipe.held_out, contract)
+        stream = kind(model, tokens, recipe.held_out, contract, run.hidden if run else None)
+        start = stream.resume(todo[0])
     ranks = recipe.ranks(model, left) if ranks is None else ranks
     one = _Blocks(model, blocks, steps, ranks, left, stream, statistics or {})
     reports: list[LayerReport] = []
     bar = tqdm(blocks.values(), desc="compress", unit="block", disable=not progress, leave=False)
     for index, block in enumerate(bar):
         originals = linears(block)
-        if stream:
-            stream.begin(index)
-        if run and run.has_block(index):
-            if stream and recipe.inputs == "original":
-                stream.advance(index)
+        moving = stream if stream and start <= index <= todo[-1] else None
+        if moving:
+            moving.begin(index)
+        if run and index not in todo:
+            if moving and recipe.inputs == "original":
+                moving.advance(index)
             reports += run.load_block(index, model)
         else:
             made = one.with_drift(index, stream) if isinstance(stream, DriftStream) else one.compress(index)
             if run:
                 run.save_block(index, made.modules, made.layers)
             reports += made.layers
-        if stream and recipe.inputs != "original" and index + 1 < len(blocks):
-            stream.advance(index)
+        if moving and recipe.inputs != "original" and index < todo[-1]:
+            moving.advance(index)
         if run:
             put(block, originals)
     if run:
+        run.drop_hidden()
         run.load_blocks(model)
     return reports
 
