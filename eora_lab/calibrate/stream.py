@@ -20,6 +20,7 @@ from eora_lab.calibrate.contract import Contract, check_blocks
 from eora_lab.calibrate.experts import experts_of
 from eora_lab.calibrate.hidden import HiddenFiles, HiddenStates
 from eora_lab.calibrate.inputs import Inputs
+from eora_lab.calibrate.processes import ALONE, Processes
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.environment import step
 from eora_lab.errors import EoraLabError
@@ -56,7 +57,9 @@ class BlockStream:
     held_out:   share of the samples, the last ones, that is measured apart.
     contract:   from `check_blocks`, where the blocks were tried before; else they are now.
     folder:     where hidden states are kept, in files that another stream may take up; None: in memory.
+    processes:  that share the mini-batches: each streams its own.
     hidden:     the input of the next block, (..., batch, seqlen, hidden_size), one a mini-batch.
+    numbers:    of these mini-batches among all.
     sizes:      how many tokens each has.
     apart:      whether it is of the held-out ones.
     Raises EoraLabError when the held-out share leaves no sample on one of its sides, and with the name of a block that
@@ -70,16 +73,18 @@ class BlockStream:
         held_out: float = 0.0,
         contract: Contract | None = None,
         folder: Path | None = None,
+        processes: Processes = ALONE,
     ):
-        self.blocks = decoder_blocks(model)
-        mini_batches = in_mini_batches(tokens.to(next(model.parameters()).device), held_out)
+        self.blocks, self.processes = decoder_blocks(model), processes
+        mini_batches = processes.share(in_mini_batches(tokens.to(next(model.parameters()).device), held_out))
         self.contract = contract = contract or check_blocks(model, tokens)
-        self.sizes = [part.numel() for part, _ in mini_batches]
-        self.apart = [held for _, held in mini_batches]
+        self.numbers = [number for number, _ in mini_batches]
+        self.sizes = [part.numel() for _, (part, _) in mini_batches]
+        self.apart = [held for _, (_, held) in mini_batches]
         self._calls = BlockCalls(model, self.blocks, contract.rest)
         self._order: tuple[int, list[list[str]], Counter[str]] = (-1, [], Counter())  # block, `groups`, runs of linears
         self.hidden = HiddenFiles(folder) if folder else HiddenStates()
-        for part, _ in mini_batches:
+        for _, (part, _) in mini_batches:
             with step("forward"):
                 entered = self._calls.enter(part)
             self.hidden.append(entered)
@@ -89,8 +94,10 @@ class BlockStream:
 
         That is the first one where none are kept, or blocks hand each other more than hidden states.
         """
-        kept = [index for index in self.hidden.kept() if index <= first] if self._calls.alone else []
-        return next((index for index in kept if self.take(index)), 0)
+        kept = self.hidden.kept() if self.hidden else range(first + 1)  # one without texts has nothing to keep
+        kept = {index for index in kept if index <= first and self._calls.alone}
+        all_have = set.intersection(*self.processes.gather(kept))
+        return next((index for index in sorted(all_have, reverse=True) if self.processes.all(self.take(index))), 0)
 
     def take(self, index: int) -> bool:
         """Let kept hidden states be the inputs of block `index`. Returns whether they are whole."""
@@ -181,16 +188,24 @@ class BlockStream:
 
             return hook
 
-        with hooked(linears(block), watch):
-            next(self.outputs(index))
-        groups = [names for _, names in seen]
+        def ran() -> tuple[list[list[str]], Counter[str]]:
+            with hooked(linears(block), watch):
+                next(self.outputs(index))
+            return [names for _, names in seen], runs
+
+        groups, runs = self.processes.first(ran)
         rest = [name for name in linears(block) if not any(name in group for group in groups)]
         groups += [list(group) for group in dict.fromkeys(tuple(common.get(name, [name])) for name in rest)]
         self._order = index, groups, runs
         return groups
 
     def statistics(
-        self, index: int, keep_outputs: bool, only: Sequence[str] | None = None, drift: bool = True
+        self,
+        index: int,
+        keep_outputs: bool,
+        only: Sequence[str] | None = None,
+        drift: bool = True,
+        owners: Mapping[str, int] | None = None,
     ) -> dict[str, InputStatistics]:
         """Run block `index` and measure the input of each of its linears; full module name -> statistics.
 
@@ -198,6 +213,7 @@ class BlockStream:
         only: names within the block; others are left out.
         keep_outputs: let the outputs be the next block's input, as when the block is used uncompressed.
         drift: measure it too, where there is a stream that can.
+        owners: full module name -> the process that gets its statistics, where there are several.
         Raises EoraLabError on NaN or Inf, naming the layer.
         """
         prefix = list(self.blocks)[index]
@@ -210,20 +226,23 @@ class BlockStream:
         may_stop = not keep_outputs and not mixtures  # which experts run depends on the tokens
         known, _, runs = self._order
         last = sum(runs[name] for name in needed) if may_stop and known == index else 0  # of the calls that matter
-        for i, held_out in enumerate(self.apart):
-            inputs.begin(i, held_out, self.original_inputs(index, i, measured, last) if drift else {})
-            output, calls = self.watch(index, i, measured, inputs.hook, last)
-            if keep_outputs:
-                assert output is not None
-                self.hidden[i] = output
-            elif may_stop:
-                last = calls
-        return {name: found for name, found in inputs.found().items() if name.removeprefix(f"{prefix}.") in wanted}
+        with self.processes.agree():
+            for i, held_out in enumerate(self.apart):
+                inputs.begin(self.numbers[i], held_out, self.original_inputs(index, i, measured, last) if drift else {})
+                output, calls = self.watch(index, i, measured, inputs.hook, last)
+                if keep_outputs:
+                    assert output is not None
+                    self.hidden[i] = output
+                elif may_stop:
+                    last = calls
+        found = inputs.found(self.processes, owners)
+        return {name: one for name, one in found.items() if name.removeprefix(f"{prefix}.") in wanted}
 
     def advance(self, index: int) -> None:
         """Let the outputs of block `index`, as it is now, be the next block's input."""
-        for i, output in enumerate(self.outputs(index)):
-            self.hidden[i] = output
+        with self.processes.agree():
+            for i, output in enumerate(self.outputs(index)):
+                self.hidden[i] = output
 
 
 @contextmanager
@@ -244,6 +263,8 @@ def collect_statistics(
     held_out: float = 0.0,
     progress: bool = True,
     only: str = "",
+    processes: Processes = ALONE,
+    owners: Mapping[str, int] | None = None,
 ) -> dict[str, InputStatistics]:
     """Statistics of every block linear of the model as it is; module name -> InputStatistics.
 
@@ -253,6 +274,8 @@ def collect_statistics(
     held_out: share of the samples, the last ones, that is measured apart (`.held_out`).
     only:     regular expression; layers whose name it does not match are not measured, and the pass ends after the last
               that is.
+    processes: that share the batches, each with the same model.
+    owners:   module name -> the one of them that gets its statistics.
     Shared inputs share one object. Holds the statistics of all blocks; `compress_model` needs one block's at a time.
     Raises EoraLabError when no layer matches, when these are no token ids of the model, and with the name of a block
     that cannot be run by itself.
@@ -261,7 +284,7 @@ def collect_statistics(
 
     unfold(model)
     decoder_blocks(model)  # is it such a model at all
-    stream = BlockStream(model, as_tokens(model, batches), held_out)
+    stream = BlockStream(model, as_tokens(model, batches), held_out, processes=processes)
     wanted = [
         [
             name
@@ -276,7 +299,7 @@ def collect_statistics(
     found: dict[str, InputStatistics] = {}
     for index in tqdm(range(last + 1), desc="statistics", unit="block", disable=not progress, leave=False):
         if wanted[index]:
-            found |= stream.statistics(index, keep_outputs=True, only=wanted[index])
+            found |= stream.statistics(index, True, wanted[index], owners=owners)
         else:
             stream.advance(index)
     return found

@@ -1,5 +1,6 @@
 """All commands: the arguments are parsed into one of them, which then runs."""
 
+import os
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -22,7 +23,7 @@ from eora_lab.cli.mend import Mend
 from eora_lab.cli.models import Models
 from eora_lab.cli.paper import Paper
 from eora_lab.cli.sweep import Sweep
-from eora_lab.errors import EoraLabError, machine_error
+from eora_lab.errors import EoraLabError, ToldElsewhere, machine_error
 
 PLUGINS = "eora_lab.plugins"  # the entry points of installed ones
 COMMANDS: dict[str, Callable[..., Any]] = {
@@ -57,7 +58,11 @@ def run(arguments: list[str]) -> int:
             "3 cells of a sweep failed, 130 stopped.",
             args=with_plugins(arguments),
         )
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(command, Compress | Mend):
+            raise EoraLabError("only compress and mend run in several processes: start this one without torchrun")
         return command.run() or 0
+    except ToldElsewhere:
+        return 1
     except EoraLabError as error:
         print(f"eora-lab: {error}", file=sys.stderr)
         return 1

@@ -55,15 +55,17 @@ class Mend:
     """cpu or cuda"""
 
     def run(self) -> None:
+        from eora_lab.calibrate.processes import Processes, group
         from eora_lab.environment import timed
         from eora_lab.errors import EoraLabError
         from eora_lab.formats import read_checkpoint
 
-        checkpoint = read_checkpoint(self.checkpoint, self.format)
-        if self.rounds > 1 and not self.reround:
-            raise EoraLabError("--rounds is of --reround: without it the weights stay as they are")
-        recipe = Recipe(**asdict(self.path), **asdict(self.measured), rounds=self.rounds)
-        with timed():
+        with timed(), group(self.device) as device:
+            with Processes.of_group().agree():
+                checkpoint = read_checkpoint(self.checkpoint, self.format)
+                if self.rounds > 1 and not self.reround:
+                    raise EoraLabError("--rounds is of --reround: without it the weights stay as they are")
+                recipe = Recipe(**asdict(self.path), **asdict(self.measured), rounds=self.rounds)
             run_pass(
                 self.model,
                 recipe,
@@ -73,7 +75,7 @@ class Mend:
                 evaluation=self.evaluation if self.evaluate else None,
                 imatrix=self.imatrix,
                 dtype=self.dtype,
-                device=self.device,
+                device=device,
                 hidden_states=self.hidden_states,
                 weights=checkpoint,
                 reround=self.reround,

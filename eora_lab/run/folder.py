@@ -76,10 +76,15 @@ class RunFolder:
                 set_aside(block, self.path / "aside")
                 warnings.warn(f"{error}: it was moved to {self.path / 'aside'}, and is made again", stacklevel=2)
 
+    @property
+    def has_plan(self) -> bool:
+        """Whether ranks were planned before."""
+        return (self.path / "ranks.json").exists()
+
     def planned(self, plan: Callable[[], dict[str, int]]) -> dict[str, int]:
         """Module name -> rank: as planned before it was interrupted, or by `plan` now."""
         path = self.path / "ranks.json"
-        if not path.exists():
+        if not self.has_plan:
             write_json(path, plan())
         try:
             return as_setting(dict[str, int], read_json(path), "ranks")

@@ -48,7 +48,8 @@ def needed(
 ) -> dict[str, int]:
     """Bytes that a pass takes beside what the process holds, by what they are for; roughly, for the largest block.
 
-    tokens: (nsamples, seqlen), or None where statistics are given. left: linears that stay as they are. given: W^ is.
+    tokens: (nsamples, seqlen) that this process streams, or None where statistics are given.
+    left: linears that stay as they are. given: W^ is.
     spread: a budget is spread over the layers first, for which the statistics of all blocks are held.
     on_disk: hidden states are, all but those of a mini-batch.
     """
@@ -104,13 +105,17 @@ def of_layer(linear: nn.Linear, recipe: Recipe, given: bool) -> int:
     return max(judged, compressed, solved)
 
 
-def check_room(parts: Mapping[str, int], device: torch.device) -> int:
+def check_room(parts: Mapping[str, int], device: torch.device, sharing: int = 1) -> int:
     """The bytes that the process will hold at the most, as predicted: what it holds now, and `needed`.
+
+    sharing: processes that need as much of this machine's memory; each has its own GPU.
 
     Raises EoraLabError where that is more than there is, naming what would make it fit: each of what alone would, or
     what is largest.
     """
     wanted, free = sum(parts.values()), free_memory(device)
+    if free is not None and device.type == "cpu":
+        free //= sharing
     if free is not None and wanted > free:
         largest = sorted(parts, key=parts.__getitem__, reverse=True)
         enough = [part for part in largest if wanted - parts[part] <= free] or largest[:1]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from eora_lab.calibrate.contract import Contract, check_blocks
 from eora_lab.calibrate.output_statistics import OutputStatistics
 from eora_lab.calibrate.outputs import collect_output_statistics
+from eora_lab.calibrate.processes import Processes
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.calibrate.stream import collect_statistics
 from eora_lab.compensate import needs_outputs
@@ -30,12 +31,14 @@ from eora_lab.products import fast_products
 from eora_lab.run.adapters import OWN, Adapters
 from eora_lab.run.budget import Budget
 from eora_lab.run.fit import Steps, check_statistics
-from eora_lab.run.folder import RunFolder, open_folder
+from eora_lab.run.folder import RunFolder
 from eora_lab.run.given import check_given, named_for, origin_of
 from eora_lab.run.memory import check_room, needed
+from eora_lab.run.owners import owners
 from eora_lab.run.ranks import check_budget, given_ranks, spread
 from eora_lab.run.recipe import Recipe
 from eora_lab.run.report import Report
+from eora_lab.run.shared import open_shared
 from eora_lab.run.walk import walk
 from eora_lab.text.batches import Batches, as_tokens
 
@@ -66,6 +69,10 @@ def compress_model(
 ) -> Report:
     """Compress the linears of the decoder blocks and put the compensated layers in place. Returns the report.
 
+    Where a process group of torch.distributed is up, its processes share the work: each calls this with the same model
+    and arguments, streams its share of the batches, compresses the linears that it owns, and ends with the same layers
+    in place. The first one alone writes and shows progress.
+
     Embeddings and lm_head stay as they are, and so do linears whose weight the model reads itself (Mamba's dt_proj) and
     those that the recipe leaves (`Selection`); the report says what was left, and why.
 
@@ -89,40 +96,47 @@ def compress_model(
                 with recipe.rounds above 1 in turn with the low-rank path.
     steps:      who compresses and compensates a layer, in place of the recipe alone (see `Steps`).
     judge:      measures the model before and after, there with the low-rank path and without: text -> loss of each of
-                its windows (`window_losses`). The report keeps them.
+                its windows (`window_losses`). The report keeps them. Every process calls it, and gets the same answer.
     Raises EoraLabError before anything is changed when a setting does not fit the model, or its blocks cannot be run
     one by one exactly (`check_blocks`), and on NaN or Inf in activations, with the layer's name.
     """
     recipe, device = recipe or Recipe(), next(model.parameters()).device
+    processes = Processes.of_group()
+    progress = progress and not processes.rank
     budget = ranks if isinstance(ranks, Budget) else None
     asked = None if ranks is None or isinstance(ranks, Budget) else given_ranks(ranks)
-    on_disk = _on_disk(hidden_states, folder)
-    unfold(model)
-    came, weights = origin_of(weights), named_for(model, weights)
-    recipe.check_fit(model, asked, given=weights)
-    chosen = recipe.left(model, weights)
-    tokens = None if batches is None else as_tokens(model, batches)
-    check_finite(model)
-    check_statistics(statistics, recipe, weights is not None, tokens is not None, outputs is not None)
-    check_budget(budget, recipe)
-    contract = UNTRIED if tokens is None else check_blocks(model, tokens)
-    left = {*chosen, *contract.left}
-    names = block_linears(model).keys() if weights is None else set(weights)
-    if names <= left:
-        raise EoraLabError("nothing is left to compress: the model reads the weights of these linears itself")
-    left |= block_linears(model).keys() - names
-    steps = steps or Steps(recipe, weights, reround, outputs)
-    if weights is not None:
-        came["given"] = check_given(model, weights, came.get("checkpoint", ""), progress)
-    opened: AbstractContextManager[RunFolder | None] = nullcontext()
-    shape = None if tokens is None else (tokens.shape[0], tokens.shape[1])
-    spreads = bool(budget and budget != Budget()) and statistics is None
-    parts = needed(model, recipe, contract, shape, left, weights is not None, spreads, on_disk)
-    predicted = check_room(parts, device)
-    if folder:
+    with processes.agree():
+        check_shareable(recipe, processes)
+        on_disk = _on_disk(hidden_states, folder)
+        unfold(model)
+        came, weights = origin_of(weights), named_for(model, weights)
+        recipe.check_fit(model, asked, given=weights)
+        chosen = recipe.left(model, weights)
+        tokens = None if batches is None else as_tokens(model, batches)
+        check_finite(model)
+        check_statistics(statistics, recipe, weights is not None, tokens is not None, outputs is not None)
+        check_budget(budget, recipe)
+        contract = UNTRIED if tokens is None else check_blocks(model, tokens)
+        left = {*chosen, *contract.left}
+        names = block_linears(model).keys() if weights is None else set(weights)
+        if names <= left:
+            raise EoraLabError("nothing is left to compress: the model reads the weights of these linears itself")
+        left |= block_linears(model).keys() - names
+        steps = steps or Steps(recipe, weights, reround, outputs)
+        if weights is not None:
+            came["given"] = check_given(model, weights, came.get("checkpoint", ""), progress)
+        shape = None if tokens is None else (-(-tokens.shape[0] // processes.count), tokens.shape[1])
+        spreads = bool(budget and budget != Budget()) and statistics is None
+        parts = needed(model, recipe, contract, shape, left, weights is not None, spreads, on_disk)
+        predicted = check_room(parts, device, processes.here)
+        told = bool(folder) or processes.count > 1
         about = {"ranks": asked, "budget": budget and asdict(budget)} | _stated(recipe, came) | (notes or {})
-        about |= came | steps.about() | identity(model, tokens, statistics, outputs)
-        opened = open_folder(folder, about, on_disk)
+        about |= came | steps.about() | (identity(model, tokens, statistics, outputs) if told else {})
+    processes.check_alike(about)
+    owned = owners(model, recipe, contract, left, weights is not None, processes.count)
+    opened: AbstractContextManager[RunFolder | None] = nullcontext()
+    if folder:
+        opened = open_shared(folder, about, len(decoder_blocks(model)), processes, on_disk)
     with opened as run, OwnMemory() as own:
         before = _judged(judge, model) if judge else {}
         started = time.perf_counter()
@@ -136,6 +150,8 @@ def compress_model(
                 progress=progress,
                 contract=contract,
                 left=left,
+                processes=processes,
+                owners=owned,
             )
         if budget and budget != Budget():
 
@@ -143,18 +159,18 @@ def compress_model(
                 nonlocal statistics
                 found = statistics
                 if found is None:
-                    found = collect_statistics(model, tokens, recipe.held_out, progress)
+                    found = collect_statistics(model, tokens, recipe.held_out, progress, "", processes, owned)
                 if recipe.inputs == "original":
                     statistics = found
-                return spread(model, found, steps, budget, progress, left)
+                return spread(model, found, steps, budget, progress, left, processes, owned)
 
             asked = run.planned(plan) if run else plan()
             recipe.check_fit(model, asked, given=weights)  # they may come from a file
         part = decoder(model)
-        report = Report(walk(model, tokens, steps, asked, statistics, run, contract, left, progress))
+        report = Report(walk(model, tokens, steps, asked, statistics, run, contract, left, progress, processes, owned))
         report.base = came.get("base", recipe.base)
         report.seconds = time.perf_counter() - started
-        report.peak_memory = peak_memory(device)
+        report.peak_memory = max(processes.gather(peak_memory(device)))
         report.needed_memory = predicted
         report.backends = backends_in_use(model)
         report.left = matrices(model, part, but=contract.lent | contract.idle)
@@ -165,7 +181,7 @@ def compress_model(
             states = {"dense": before} | _states(judge, model)
             report.losses = {text: {state: seen[text] for state, seen in states.items()} for text in before}
         if device.type == "cpu":
-            report.own_memory = own.peak
+            report.own_memory = max(processes.gather(own.peak))
         report.steps = seconds_by_step()
         if run:
             run.finish(report, model)
@@ -178,6 +194,12 @@ def _on_disk(hidden_states: str, folder: Path | str | None) -> bool:
     if on_disk and not folder:
         raise EoraLabError("hidden states on disk lie in the folder of a run: give folder=, or leave them in memory")
     return on_disk
+
+
+def check_shareable(recipe: Recipe, processes: Processes) -> None:
+    """Raise EoraLabError for what one process does alone."""
+    if processes.count > 1 and recipe.inputs == "drift":
+        raise EoraLabError('inputs="drift" runs in one process: take "compensated", or start it without torchrun')
 
 
 @step("judging")
