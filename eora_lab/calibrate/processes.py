@@ -128,7 +128,7 @@ class Processes:
         except RuntimeError as error:
             raise (ToldElsewhere if self.rank else MachineError)(
                 "another process of this run has ended or does not answer: start the same command again, and it goes "
-                f"on from the blocks that are finished ({one_line(error)[:80]})"
+                "on from the blocks that are finished"
             ) from error
 
 

@@ -59,7 +59,8 @@ def run(arguments: list[str]) -> int:
             args=with_plugins(arguments),
         )
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(command, Compress | Mend):
-            raise EoraLabError("only compress and mend run in several processes: start this one without torchrun")
+            said = ToldElsewhere if os.environ.get("RANK", "0") != "0" else EoraLabError
+            raise said("only compress and mend run in several processes: start this one without torchrun")
         return command.run() or 0
     except ToldElsewhere:
         return 1
