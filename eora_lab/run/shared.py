@@ -53,7 +53,9 @@ class SharedFolder(RunFolder):
                 raise EoraLabError(f"{path} is not seen here: choose a folder that all processes see") from error
 
     def _write(self, write: Callable[[RunFolder], object]) -> None:
-        self._processes.first(lambda: self._run and write(self._run) and None)
+        with self._processes.agree():
+            if self._run:
+                write(self._run)
 
     def planned(self, plan: Callable[[], dict[str, int]]) -> dict[str, int]:
         """As of a run folder; all processes plan together."""
