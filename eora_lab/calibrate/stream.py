@@ -92,12 +92,24 @@ class BlockStream:
     def resume(self, first: int) -> int:
         """Go on from kept hidden states, of block `first` or of the last one before. Returns the block that is next.
 
-        That is the first one where none are kept, or blocks hand each other more than hidden states.
+        That is the first one where none are kept, or blocks hand each other more than hidden states. Raises
+        EoraLabError where files cannot be read back that were just written.
         """
-        kept = self.hidden.kept() if self.hidden else range(first + 1)  # one without texts has nothing to keep
+        kept = self.kept() if self.hidden else range(first + 1)  # one without texts has nothing to keep
         kept = {index for index in kept if index <= first and self._calls.alone}
         all_have = set.intersection(*self.processes.gather(kept))
-        return next((index for index in sorted(all_have, reverse=True) if self.processes.all(self.take(index))), 0)
+        for index in sorted(all_have, reverse=True):
+            with self.processes.agree():
+                whole = self.take(index)
+            if self.processes.all(whole):
+                return index
+        if all_have:  # even those of the first block: what is there now may be of any
+            raise EoraLabError("hidden states do not come back from the disk as they were written: keep them in memory")
+        return 0
+
+    def kept(self) -> list[int]:
+        """Blocks whose inputs lie in files, all of them."""
+        return self.hidden.kept()
 
     def take(self, index: int) -> bool:
         """Let kept hidden states be the inputs of block `index`. Returns whether they are whole."""
