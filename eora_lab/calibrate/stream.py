@@ -94,10 +94,11 @@ class BlockStream:
 
         That is the first one where none are kept, or blocks hand each other more than hidden states.
         """
-        kept = self.hidden.kept() if self.hidden else range(first + 1)  # one without texts has nothing to keep
-        kept = {index for index in kept if index <= first and self._calls.alone}
-        all_have = set.intersection(*self.processes.gather(kept))
-        return next((index for index in sorted(all_have, reverse=True) if self.processes.all(self.take(index))), 0)
+        kept = self.hidden.kept() if self.hidden else list(range(first + 1))  # without texts there is nothing to keep
+        kept = [index for index in kept if index <= first] if self._calls.alone else []
+        every = self.processes.gather(kept)
+        common = sorted((index for index in kept if all(index in one for one in every)), reverse=True)
+        return next((index for index in common if self.processes.all(self.take(index))), 0)
 
     def take(self, index: int) -> bool:
         """Let kept hidden states be the inputs of block `index`. Returns whether they are whole."""
