@@ -23,6 +23,7 @@ class Seen(NamedTuple):
 
     @property
     def any(self) -> int:
+        """Tokens in all; 0 where none came."""
         return sum(self.tokens) + (self.held_out or 0)
 
 
