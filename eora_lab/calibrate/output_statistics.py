@@ -54,8 +54,8 @@ class OutputStatistics(Moments):
         """Channels of the output."""
         return self.features
 
-    def _add(self, *args) -> None:
-        super()._add(*args)
+    def _add(self, v: Float[Tensor, "tokens out"]) -> None:
+        super()._add(v)
         self.forget()
 
     def root(self) -> Float[Tensor, "out out"]:
