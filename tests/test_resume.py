@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
@@ -183,6 +184,23 @@ def test_a_run_of_other_settings_is_refused_with_the_difference_named(setting, b
         compress(tiny_model("llama"), tiny_tokens(), **own, folder=begun)
     assert f"{setting} was" in str(caught.value)
     assert contents(begun) == before
+
+
+def test_a_damaged_block_is_told_in_one_line_and_made_again(sharded, capsys):
+    block = Path("run/blocks/000.safetensors")
+    whole = block.read_bytes()
+    block.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.warns(
+        UserWarning, match="000.safetensors is damaged .its checksum does not agree.: it was moved"
+    ) as told:
+        assert command("run") == 0
+    (line,) = [
+        warnings.formatwarning(one.message, one.category, "file.py", 1) for one in told if "damaged" in str(one.message)
+    ]
+    assert line.startswith("warning: run/blocks/000.safetensors is damaged") and line.count("\n") == 1
+    found = contents(Path("run"))
+    assert found.pop("aside/000.safetensors")
+    assert found == contents(Path("whole"))
 
 
 # --- machines and files that fail ------------------------------------------------------------------------------------

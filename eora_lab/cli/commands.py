@@ -2,6 +2,7 @@
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
@@ -25,6 +26,7 @@ from eora_lab.cli.paper import Paper
 from eora_lab.cli.sweep import Sweep
 from eora_lab.errors import EoraLabError, ToldElsewhere, machine_error
 
+DEFAULT = warnings.formatwarning
 PLUGINS = "eora_lab.plugins"  # the entry points of installed ones
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": Demo,
@@ -47,6 +49,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 def run(arguments: list[str]) -> int:
     """Run a command, and print what is wrong in one line. Returns the exit code."""
+    warnings.formatwarning = in_one_line
     try:
         command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
@@ -74,6 +77,11 @@ def run(arguments: list[str]) -> int:
             raise
         print(f"eora-lab: {failure}", file=sys.stderr)
         return 1
+
+
+def in_one_line(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+    """A warning of ours without the place in the code that it comes from."""
+    return f"warning: {message}\n" if category is UserWarning else DEFAULT(message, category, *where, **line)
 
 
 def with_plugins(arguments: list[str]) -> list[str]:

@@ -73,7 +73,9 @@ def needed(
         chosen = [linear for name, linear in own.items() if name not in left]
         gradients += held * sum(linear.out_features**2 for linear in chosen)
         kept = sum(stored(linear, recipe, given) for linear in chosen)
-        work = max(work, kept + max((of_layer(linear, recipe, given) for linear in chosen), default=0))
+        layers = [of_layer(linear, recipe, given) for linear in chosen]
+        dense = sum(linear.weight.nbytes for linear in chosen)  # as the compressed block runs on
+        work = max([work, kept + dense, *(kept + needs for needs in layers)])
         widest = max([widest, *(linear.out_features for linear in own.values())])
     parts = {"statistics of all blocks": every} if spread else {"statistics of a block": statistics}
     if needs_outputs(recipe.method):

@@ -16,7 +16,7 @@ from eora_lab.calibrate.processes import ALONE, Processes
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.calibrate.stream import BlockStream
 from eora_lab.errors import EoraLabError
-from eora_lab.layer.linear import CompensatedLinear
+from eora_lab.layer.linear import CompensatedLinear, unpacked
 from eora_lab.model.structure import decoder_blocks, linear_at, linears
 from eora_lab.run.fit import Steps
 from eora_lab.run.folder import RunFolder
@@ -81,7 +81,8 @@ def walk(
                 run.save_block(index, made.modules, made.layers)
             reports += made.layers
         if moving and recipe.inputs != "original" and index < todo[-1]:
-            moving.advance(index)
+            with unpacked(block):
+                moving.advance(index)
         if run:
             put(block, originals)
     if run:
@@ -169,7 +170,8 @@ class _Blocks:
             made = self.compress(index, share, known)
             if not any(layer.drift for layer in made.layers) and best is None:
                 return made  # there is none, as in the first block
-            loss = stream.loss(index)
+            with unpacked(block):
+                loss = stream.loss(index)
             if best is None or loss < lowest:
                 best, lowest = made, loss
             stream.restore(index)
