@@ -96,6 +96,17 @@ def load_again(run: Path) -> nn.Module:
     return model
 
 
+def test_hidden_states_of_one_of_two_streams_alone_are_not_gone_on_from(tmp_path, monkeypatch):
+    """As where a run ends after those of the compressed model are written, and before those of the original are."""
+    own = SMALL | {"hidden_states": "disk", "inputs": "drift", "held_out": 0.34}
+    compress(deep_model(3), tiny_tokens(), **own, folder=tmp_path / "whole")
+    with stopping(monkeypatch, 3 * LAYERS + 3):  # in the last block
+        compress(deep_model(3), tiny_tokens(), **own, folder=tmp_path / "run")
+    (tmp_path / "run" / "hidden" / "original" / "002" / "00001.safetensors").unlink()
+    compress(deep_model(3), tiny_tokens(), **own, folder=tmp_path / "run")
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
 def test_damaged_hidden_states_are_told_and_made_anew(tmp_path, monkeypatch):
     own = SMALL | {"hidden_states": "disk"}
     compress(deep_model(4), tiny_tokens(), **own, folder=tmp_path / "whole")

@@ -37,6 +37,10 @@ class DriftStream(BlockStream):
         self._other = BlockStream(model, tokens, held_out, self.contract, folder and folder / "original")
         self._linears: dict[str, nn.Linear] = {}
 
+    def kept(self) -> list[int]:
+        """See `BlockStream`; with those of the original, too."""
+        return [index for index in super().kept() if index in self._other.kept()]
+
     def take(self, index: int) -> bool:
         """See `BlockStream`; those of the original, too."""
         return super().take(index) and self._other.take(index)

@@ -20,7 +20,7 @@ class HiddenStates(list[Tensor]):
         """All of them go into block `index` now: what went into others is not needed any more."""
 
     def kept(self) -> list[int]:
-        """Blocks whose inputs lie in files, all of them, the last block first."""
+        """Blocks whose inputs lie in files, all of them."""
         return []
 
     def take(self, index: int) -> bool:  # noqa: ARG002
@@ -61,8 +61,7 @@ class HiddenFiles(HiddenStates):
     def kept(self) -> list[int]:
         """See `HiddenStates`."""
         found = [int(folder.name) for folder in self._folder.glob("[0-9]*") if folder.name.isdecimal()]
-        whole = [index for index in found if all(self._file(one, index).exists() for one in range(len(self)))]
-        return sorted(whole, reverse=True)
+        return [index for index in found if all(self._file(one, index).exists() for one in range(len(self)))]
 
     @step("files")
     def take(self, index: int) -> bool:

@@ -92,13 +92,25 @@ class BlockStream:
     def resume(self, first: int) -> int:
         """Go on from kept hidden states, of block `first` or of the last one before. Returns the block that is next.
 
-        That is the first one where none are kept, or blocks hand each other more than hidden states.
+        That is the first one where none are kept, or blocks hand each other more than hidden states. Raises
+        EoraLabError where files cannot be read back that were just written.
         """
-        kept = self.hidden.kept() if self.hidden else list(range(first + 1))  # without texts there is nothing to keep
+        kept = self.kept() if self.hidden else list(range(first + 1))  # without texts there is nothing to keep
         kept = [index for index in kept if index <= first] if self._calls.alone else []
         every = self.processes.gather(kept)
         common = sorted((index for index in kept if all(index in one for one in every)), reverse=True)
-        return next((index for index in common if self.processes.all(self.take(index))), 0)
+        for index in common:
+            with self.processes.agree():
+                whole = self.take(index)
+            if self.processes.all(whole):
+                return index
+        if common:  # even those of the first block: what is there now may be of any
+            raise EoraLabError("hidden states do not come back from the disk as they were written: keep them in memory")
+        return 0
+
+    def kept(self) -> list[int]:
+        """Blocks whose inputs lie in files, all of them."""
+        return self.hidden.kept()
 
     def take(self, index: int) -> bool:
         """Let kept hidden states be the inputs of block `index`. Returns whether they are whole."""
