@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -81,7 +82,8 @@ def kills(count: int, seed: int) -> Iterator[Kill]:
             whole[kind] = Path(f"whole-{len(whole)}"), time.perf_counter() - started
         undisturbed, lasts = whole[kind]
         place, code = Path(f"killed-{number}"), 0
-        while code != -signal.SIGKILL:  # it may have ended before
+        while code != -signal.SIGKILL:  # it may have ended before: then another one
+            shutil.rmtree(place, ignore_errors=True)
             process, seconds = begin(str(place), kind), draw.uniform(0, lasts)
             time.sleep(seconds)
             process.kill()
