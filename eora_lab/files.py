@@ -21,7 +21,7 @@ from torch import Tensor
 from eora_lab.errors import EoraLabError, WriteError, as_setting, one_line
 
 LOCK = ".lock"  # in a folder that one process at a time may work in
-PARTIAL = ".*.partial"  # what a process that was killed may leave
+PARTIAL = (".*.partial", ".tmp??????")  # what a process that was killed may leave: ours, and that of safetensors
 CHECKSUM = "sha256"  # in the metadata of a safetensors file
 
 

@@ -235,7 +235,9 @@ def test_damaged_ranks_of_a_run_are_one_line_before_anything_changes(tmp_path, c
 def test_a_run_goes_into_a_folder_and_nothing_else(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".config.json.7.partial").write_text('{"set')  # all that a kill left
+    (tmp_path / "empty" / ".tmpb9x0yK").write_bytes(b"\x00" * 8)
     assert compress(tiny_model("llama"), tiny_tokens(), **run_settings(tmp_path / "empty"))
+    assert not list((tmp_path / "empty").glob(".[!l]*"))  # but for the lock
     (tmp_path / "file").write_text("mine")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"meow")

@@ -67,7 +67,7 @@ class RunFolder:
         self.path = Path(path)
         self.hidden = self.path / HIDDEN if keeps_hidden else None
         self.settings = claim_folder(self.path, settings)
-        for left in self.path.rglob(PARTIAL):
+        for left in (left for pattern in PARTIAL for left in self.path.rglob(pattern)):
             left.unlink(missing_ok=True)
         for block in sorted(self.path.glob(BLOCKS)):
             try:
@@ -156,7 +156,7 @@ def claim_folder(path: Path | str, settings: dict, file: str = CONFIG) -> dict:
 def is_free(path: Path, file: str = CONFIG) -> bool:
     """Whether a folder is empty or not there. Raises EoraLabError when it holds anything but a run."""
     try:
-        if not path.exists() or all(entry.name == LOCK or entry.match(PARTIAL) for entry in path.iterdir()):
+        if not path.exists() or all(entry.name == LOCK or any(map(entry.match, PARTIAL)) for entry in path.iterdir()):
             return True
     except OSError as error:
         raise EoraLabError(f"cannot use {path}: {error.strerror}; choose another output folder") from error
