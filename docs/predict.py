@@ -42,6 +42,7 @@ from eora_lab.compensate.krylov import BLOCK, dimensions
 from eora_lab.model.load import load_skeleton
 from eora_lab.model.structure import decoder_blocks, linears
 from eora_lab.model.unfold import unfold
+from eora_lab.products import fast_products
 from eora_lab.run.folder import read_report, run_settings
 from eora_lab.run.memory import ITERATIVE, needed, stored
 from eora_lab.run.recipe import Recipe
@@ -119,6 +120,7 @@ H100 |= {"disk": 2e9, "link": 300e9, "launches": 2e5}
 MACHINES = {"h100": H100, "h200": H100 | {"memory": 2.9e12}}
 
 
+@fast_products()
 def this_cpu() -> dict[str, float]:
     """The same of one thread of this machine, in float32: the best of three tries each."""
 
