@@ -1,5 +1,6 @@
 """What a pass over a large model will cost, from its shapes alone: `python -m docs.predict`. Nothing of it is measured
-on such a model: it is a prediction, from the sums below and from what a machine is assumed to reach.
+on such a model: it is a prediction, from the sums below and from what a machine is assumed to reach. What Python and
+small kernels take beside is not in it, so that it is rather a lower bound.
 
 For every decoder block, with T calibration tokens, linears of m outputs and k inputs, ranks r, and t tokens that reach
 a linear (T, or T a / E where a of E experts take each token):
@@ -7,8 +8,8 @@ a linear (T, or T a / E where a of E experts take each token):
     forward     2 passes of 2 t m k, and 4 T L d of attention (L tokens a sequence, d = heads x head size)
     statistics  t k² for every distinct input: half of S = X Xᵀ, in float32
     experts     2 k³ (9 products with k/8 columns, for 6 strengths, 2 halves and 8 experts): how far they are pooled
-    compress    rtn: 10 times 4 m k bytes. gptq: m k² to move errors on, 4/3 k³ in float64 for the factor of S^-1, and
-                12 launches a column
+    compress    rtn: 10 times 4 m k bytes. gptq: m k² to move errors on, k³ in float64 for the factor of S^-1 (a linear
+                whose input another one shares takes that one's), and 12 launches a column
     solve       a Krylov space of n = 48 s columns, s = max(10, 9 r / 96): s + 2 products of 96 (2 m k + k²), 4 m n² for
                 its basis, 2 r m k for A, 10 n³ in float64 for eigenvalues, and 400 launches a step; where the layer is
                 too small for it, 2 m k min(m, k) + 2 m k² and 10 min(m, k)³ in float64
@@ -42,6 +43,7 @@ from eora_lab.compensate.krylov import BLOCK, dimensions
 from eora_lab.model.load import load_skeleton
 from eora_lab.model.structure import decoder_blocks, linears
 from eora_lab.model.unfold import unfold
+from eora_lab.products import fast_products
 from eora_lab.run.folder import read_report, run_settings
 from eora_lab.run.memory import ITERATIVE, needed, stored
 from eora_lab.run.recipe import Recipe
@@ -119,6 +121,7 @@ H100 |= {"disk": 2e9, "link": 300e9, "launches": 2e5}
 MACHINES = {"h100": H100, "h200": H100 | {"memory": 2.9e12}}
 
 
+@fast_products()
 def this_cpu() -> dict[str, float]:
     """The same of one thread of this machine, in float32: the best of three tries each."""
 
@@ -158,7 +161,7 @@ def of_linear(linear: nn.Linear, recipe: Recipe) -> dict[str, Cost]:
     found: dict[str, Cost] = {"errors": {"float32": 4 * m * k**2}}
     found["compress"] = {"memory": 40 * m * k, "launches": 20}
     if recipe.compressor in ITERATIVE:
-        found["compress"] |= {"float32": m * k**2, "float64": 4 / 3 * k**3, "launches": 12 * k}
+        found["compress"] |= {"float32": m * k**2, "float64": k**3, "launches": 12 * k}
     if recipe.method != "none":
         found["solve"] = of_solve(m, k, recipe.rank)
     found["files"] = {"host": 2 * m * k, "disk": stored(linear, recipe, given=False)}

@@ -72,7 +72,7 @@ def passes(names: list[str]) -> dict[str, tuple[dict, Report]]:
 
 def lines(report: Report) -> list[dict]:
     """The report without what times and memory are."""
-    return [asdict(replace(layer, seconds_compress=0, seconds_solve=0)) for layer in report.layers]
+    return [asdict(replace(layer, seconds_compress=0.0, seconds_solve=0.0)) for layer in report.layers]
 
 
 @pytest.fixture(scope="module")
@@ -276,4 +276,4 @@ def test_no_bin_holds_more_than_its_share_and_one_item(costs, count):
 
 
 def test_costs_are_packed_the_largest_first():
-    assert pack({"a": 3, "b": 5, "c": 4, "d": 4, "e": 2}, 2) == {"b": 0, "c": 1, "d": 1, "a": 0, "e": 0}
+    assert pack({"a": 3.0, "b": 5.0, "c": 4.0, "d": 4.0, "e": 2.0}, 2) == {"b": 0, "c": 1, "d": 1, "a": 0, "e": 0}

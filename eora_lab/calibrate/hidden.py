@@ -17,14 +17,14 @@ class HiddenStates(list[Tensor]):
     """In memory: what goes into the next block, (..., batch, seqlen, hidden_size), one a mini-batch."""
 
     def begin(self, index: int) -> None:
-        """All of them go into block `index` now: what went into others is not needed any more."""
+        """All of them go into this block now: what went into others is not needed any more."""
 
     def kept(self) -> list[int]:
         """Blocks whose inputs lie in files, all of them."""
         return []
 
     def take(self, index: int) -> bool:  # noqa: ARG002
-        """Go on with the inputs of block `index`, if they are whole: are they?"""
+        """Go on with the inputs of this block, if they are whole: are they?"""
         return False
 
 

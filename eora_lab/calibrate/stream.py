@@ -95,15 +95,16 @@ class BlockStream:
         That is the first one where none are kept, or blocks hand each other more than hidden states. Raises
         EoraLabError where files cannot be read back that were just written.
         """
-        kept = self.kept() if self.hidden else range(first + 1)  # one without texts has nothing to keep
-        kept = {index for index in kept if index <= first and self._calls.alone}
-        all_have = set.intersection(*self.processes.gather(kept))
-        for index in sorted(all_have, reverse=True):
+        kept = self.kept() if self.hidden else list(range(first + 1))  # without texts there is nothing to keep
+        kept = [index for index in kept if index <= first] if self._calls.alone else []
+        every = self.processes.gather(kept)
+        common = sorted((index for index in kept if all(index in one for one in every)), reverse=True)
+        for index in common:
             with self.processes.agree():
                 whole = self.take(index)
             if self.processes.all(whole):
                 return index
-        if all_have:  # even those of the first block: what is there now may be of any
+        if common:  # even those of the first block: what is there now may be of any
             raise EoraLabError("hidden states do not come back from the disk as they were written: keep them in memory")
         return 0
 

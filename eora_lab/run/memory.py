@@ -23,7 +23,7 @@ MATRICES = 5  # of a layer's size, in float32: W, R, what is left of it, a produ
 CHOLESKY = 6  # of S's size, in float64, that GPTQ's factor passes through
 ITERATIVE = ("gptq", "sparsegpt")  # compressors that need it
 EIGEN = 4  # of the smaller side's size squared, in float64: a matrix, its eigenvectors, LAPACK's workspace
-WIDTHS = 6  # activations of a mini-batch in a block, in its widest layer's outputs
+WIDTHS = 8  # activations of a mini-batch in a block, in its widest layer's outputs
 SLACK = 2**28  # bytes: what libraries and the allocator keep
 ADVICE = {
     "statistics of all blocks": "leave the budget out, which is planned on all of them",
