@@ -14,12 +14,14 @@ autodoc_member_order = "groupwise"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100
+html_sidebars = {name: [] for name in ("index", "teach", "docs/guides/results")}  # nothing stands below them
 html_theme = "pydata_sphinx_theme"
 html_title = "EoRA Lab"
 html_static_path = ["_static"]
 html_css_files = ["lab.css"]
 html_math_renderer = "mathml"
 html_show_sourcelink = html_copy_source = False
+html_context = {"default_mode": "auto"}
 html_theme_options = {
     "navbar_end": ["theme-switcher"],
     "header_links_before_dropdown": 6,

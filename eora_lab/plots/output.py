@@ -62,4 +62,5 @@ def use_style() -> None:
     except ImportError:
         return
     if shell := get_ipython():
+        plt.switch_backend(plt.get_backend())  # which, when it is loaded, sets how figures are shown
         shell.display_formatter.formatters["text/html"].for_type(Figure, as_html)

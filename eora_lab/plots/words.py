@@ -25,7 +25,7 @@ def tell(figure: Figure, finding: str, alt: str, below: str = "") -> Figure:
         legend.set_alignment("left")
     if below and not figure.legends:
         figure.supxlabel(text, **style)
-    figure.alt = f"{finding}. {alt}"
+    figure.set_label(f"{finding}. {alt}")
     return figure
 
 
@@ -36,8 +36,8 @@ def headline(figure: Figure) -> str:
 
 def alt_text(figure: Figure) -> str:
     """The text that stands for a figure: of `tell`, else its titles and the names of its axes."""
-    if hasattr(figure, "alt"):
-        return figure.alt
+    if said := str(figure.get_label()):
+        return said
     titles = [figure.get_suptitle(), *(axes.get_title("left") or axes.get_title() for axes in figure.axes)]
     axes = [f"{one.get_ylabel()} against {one.get_xlabel()}" for one in figure.axes if one.get_xlabel()]
     return " ".join(". ".join(filter(None, (*titles, *axes))).split())
