@@ -44,9 +44,9 @@ def as_rst(lines: list[str]) -> list[str]:
 
 @cache
 def targets() -> dict[str, str]:
-    """What is public -> its full name."""
+    """What is public -> its full name, in the room where it is described."""
     rooms = {name: importlib.import_module(name).__all__ for name in PUBLIC}
-    return {one: f"{room}.{one}" for room, names in reversed(rooms.items()) for one in names}
+    return {one: f"{room}.{one}" for room, names in rooms.items() for one in names}
 
 
 def _inline(text: str) -> str:
