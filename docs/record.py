@@ -8,7 +8,6 @@ stay: what was stopped goes on.
 """
 
 import argparse
-import os
 import time
 from pathlib import Path
 
@@ -22,23 +21,16 @@ from eora_lab.environment import versions
 WORK = ROOT / "build" / "record"
 
 
-def record(path: Path, folder: Path = WORK, parameters: dict | None = None) -> Record:
+def record(path: Path, folder: Path = WORK) -> Record:
     """Execute a notebook and keep its outputs. Raises nbclient's CellExecutionError when a cell fails.
 
-    parameters: put in place of those in its cell of parameters, which makes a record of another source.
+    folder: to run in.
     """
     notebook = nbformat.read(path, as_version=4)
-    source = digest(notebook)
-    if parameters:
-        from papermill.parameterize import parameterize_notebook
-
-        notebook = parameterize_notebook(notebook, parameters)
-        source = digest(notebook)
-    place = workplace(folder)
-    os.environ.update(environment(folder))
+    source, place = digest(notebook), workplace(folder)
+    resources = {"metadata": {"path": str(place)}}
     begun = time.perf_counter()
-    client = NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(place)}})
-    client.execute()
+    NotebookClient(notebook, timeout=None, kernel_name="python3", resources=resources).execute(env=environment(folder))
     seconds = time.perf_counter() - begun
     state = notebook.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {}).get("state", {})
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
