@@ -1,7 +1,7 @@
 """Names at the ends of lines, in place of a legend."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -30,7 +30,7 @@ def label_ends(axes: Axes, ends: Sequence[End], height: float) -> None:
     at = (scale([end.y for end in ends]) - scale(low)) / (scale(high) - scale(low))  # shares of the axis
     for end, place in zip(ends, spread(at, LINE / (height - AXIS)), strict=True):
         tie = {"arrowstyle": "-", "color": end.colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3, "relpos": (0, 0.5)}
-        places = {"xycoords": "data", "textcoords": "axes fraction", "va": "center"}
+        places: dict[str, Any] = {"xycoords": "data", "textcoords": "axes fraction", "va": "center"}
         axes.annotate(end.name, (end.x, end.y), (1.04, place), arrowprops=tie, **places)
     axes.set_ylim(low, high)
 
