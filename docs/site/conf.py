@@ -20,6 +20,7 @@ html_title = "EoRA Lab"
 html_static_path = ["_static"]
 html_css_files = ["lab.css"]
 html_math_renderer = "mathml"
+html_domain_indices = False
 html_show_sourcelink = html_copy_source = False
 html_context = {"default_mode": "auto"}
 html_theme_options = {
