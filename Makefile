@@ -2,7 +2,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := eval,llamacpp,lab,dev
+EXTRAS := eval,llamacpp,lab,docs,dev
 INTEROP := build/interop
 # of other tools, for `make interop` alone
 OTHERS := bitsandbytes==0.50.2 torchao==0.18.0 hqq==0.2.8.post1
@@ -37,8 +37,11 @@ ray: $(BIN)/eora-lab ## install Ray into the environment, for sweeps on many mac
 lab: $(BIN)/eora-lab ## open JupyterLab (ARGS="..." is passed on)
 	$(BIN)/jupyter lab $(ARGS)
 
-docs: $(BIN)/eora-lab ## write the package reference to build/docs
+site: $(BIN)/eora-lab ## write the site to site/: notebooks with recorded outputs, guides, reference; open site/index.html
 	$(BIN)/python -m docs.build
+
+record: $(BIN)/eora-lab ## run the notebooks at full size and keep their outputs for the site (ARGS="00 02": these; else what is out of date)
+	$(BIN)/python -m docs.record $(ARGS)
 
 numbers: $(BIN)/eora-lab ## check the numbers of the README by what is recorded (ARGS="--measure" runs its commands, hours)
 	$(BIN)/python -m docs.numbers $(ARGS)
@@ -75,5 +78,5 @@ $(INTEROP)/bin/pytest: pyproject.toml constraints.txt
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' $(OTHERS)
 	@touch $@
 
-.PHONY: help demo figures test unit interop ray lab docs numbers families fuzz lint
+.PHONY: help demo figures test unit interop ray lab site record numbers families fuzz lint
 .DELETE_ON_ERROR:

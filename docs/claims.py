@@ -1,4 +1,4 @@
-"""The measured numbers of README.md: the words around them, and how they follow from what is recorded."""
+"""The measured numbers of README and guides: the words around them, and how they follow from what is recorded."""
 
 from collections.abc import Iterator
 
@@ -112,6 +112,25 @@ def _mixed(cells: list[dict], n: int) -> Numbers:
     for measure in ("log perplexity arc:test", "arc_easy acc") if n else ():
         found += interval(paired(first[measure], ours[measure]))
     return found
+
+
+def of_readme() -> Iterator[Claim]:
+    """The short table and the sentences of the first page."""
+    yield Claim("full precision has {:.2f}:", "rtn", lambda out: [compared(out, base="dense")])
+    for bits in (4, 3):
+        yield Claim(
+            f"| RTN {bits}-bit | {{:.2f}} | {{:.2f}} | {{:.2f}} | {{:.2f}} |",
+            "rtn",
+            lambda out, base=f"rtn {bits}-bit g64": [
+                compared(out, base=base, method=method, rank=64 if method != "none" else 0)
+                for method in ("none", "svd", "qera_approx", "eora")
+            ],
+        )
+    yield Claim(
+        "a Q2_K file comes from {:.2f} to {:.2f} with an adapter of rank 64",
+        "gguf",
+        lambda known: (known["Q2_K", "none", 0, ""], known["Q2_K", "eora", 64, "F16"]),
+    )
 
 
 def of_round_to_nearest() -> Iterator[Claim]:
@@ -228,6 +247,7 @@ def _ratio(ours: float, reference: float, *_: float) -> Numbers:
 
 
 CLAIMS = [
+    *of_readme(),
     *of_demo(),
     *of_paper(),
     *of_task_mix(),
@@ -238,6 +258,7 @@ CLAIMS = [
     *of_passes(),
 ]
 EXEMPT = (  # numbers that are not measured; and a time to load, which has no command
+    r"!\[[^\]]*\]",  # what a figure says, which its own test holds to its numbers
     r"Python 3\.11 to 3\.13",
     r"2410\.21271",
     r"\*\* 0\.75",

@@ -1,4 +1,4 @@
-"""What the numbers of README.md follow from: recorded cells and frames, and what commands printed."""
+"""What the numbers of README and guides follow from: recorded cells and frames, and what commands printed."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -32,7 +32,7 @@ def paper(table: str) -> tuple[list[TableRow], ResultStore]:
 
 
 def task_mix() -> list[dict]:
-    """The cells of the ablation, in the order of the README: WikiText-2, ARC, both, no path."""
+    """The cells of the ablation, in the order of the guide: WikiText-2, ARC, both, no path."""
     store = ResultStore(MEASURED / "task-mix")
     found = [store.get(cell.config()) for cell in expand(read_grid("task-mix"))]
     order = ("wikitext2:validation", "arc", "arc+wikitext2:validation")
@@ -81,7 +81,7 @@ READERS: dict[str, Callable[[], Any]] = {
     "task-mix": task_mix,
 }
 
-# --- records of what commands print: how the command begins in the README, and what is put in place of what -----------
+# --- records of what commands print: how the command begins in a text, and what is put in place of what -----------
 
 OTHERS = "--method none svd act_s eora"
 THREE = (OTHERS, "--method eora --rounds 3")
