@@ -43,7 +43,7 @@ COMMAND += ["--calibration.nsamples", "10", "--calibration.seqlen", "32"]
 KINDS = {
     "hidden states on disk": ["--hidden-states", "disk"],
     "hidden states in memory": [],
-    "drift": ["--hidden-states", "disk", "--inputs", "drift", "--held-out", "0.2", "--fit-held-out"],
+    "drift": ["--hidden-states", "disk", "--inputs", "drift", "--held-out", "0.2"],
     "original inputs": ["--hidden-states", "disk", "--inputs", "original"],
 }
 DIFFERS = (

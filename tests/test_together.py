@@ -7,8 +7,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from eora_lab import (
-    EoraLabError,
-    InputStatistics,
     OutputStatistics,
     Recipe,
     collect_output_statistics,
@@ -18,7 +16,6 @@ from eora_lab import (
 )
 from eora_lab.calibrate.drift import DriftStream
 from eora_lab.calibrate.stream import BlockStream
-from eora_lab.compensate.drift import drift_step
 from eora_lab.model.structure import block_linears
 from eora_lab.run.budget import Budget
 from eora_lab.run.fit import Steps, fit_layer
@@ -120,39 +117,3 @@ def test_the_root_of_a_second_moment_that_grows_is_made_anew():
     wanted = F + outputs.damping * F.diagonal().mean() * torch.eye(6, dtype=F.dtype)
     torch.testing.assert_close(L @ L.T, wanted, rtol=0, atol=1e-6)  # F is float32
     assert torch.equal(outputs.damped(outputs.damping).root(), L)
-
-
-def test_what_was_held_out_is_fitted_too_once_it_has_said_how_far_to_go():
-    generator = torch.Generator().manual_seed(0)
-    W, M = torch.randn(6, 8, generator=generator), 0.3 * torch.randn(8, 8, generator=generator)
-    now = torch.randn(50, 8, generator=generator)
-    was = now + now @ M + torch.randn(50, 8, generator=generator)
-
-    def seen(part):
-        statistics = InputStatistics(8)
-        statistics.update(now[part])
-        statistics.update_drift(now[part], was[part])
-        return statistics
-
-    statistics, every = seen(slice(30)), seen(slice(None))
-    statistics.held_out = seen(slice(30, None))
-    together = statistics.with_held_out()
-    assert together.tokens == 50 and together.held_out is None
-    for name in ("second_moment", "mean_abs", "drift"):
-        torch.testing.assert_close(getattr(together, name), getattr(every, name))
-    step, share = drift_step(W, statistics, fitted=together)
-    _, held = drift_step(W, statistics)
-    every.held_out = every  # the share of a fit to its own tokens is the largest
-    whole, most = drift_step(W, every)
-    assert share == held and 0 < share < most
-    torch.testing.assert_close(step / share, whole / most, rtol=1e-4, atol=1e-5)
-
-    given = TOGETHER | {"bits": 2, "rank": 4, "rounds": 1}
-    tokens = tiny_tokens(24)
-    apart, fitted = (compress(tiny_model("llama"), tokens, **given, fit_held_out=fit) for fit in (False, True))
-    assert {one.tokens for one in apart.layers} == {18 * 32} and {one.tokens for one in fitted.layers} == {24 * 32}
-    assert apart.layers[-1].held_out_after is not None and fitted.layers[-1].held_out_after is None
-    assert any(one.drift > 0.1 for one in fitted.layers)
-    for wrong in ({"inputs": "compensated"}, {"shrink": True}):
-        with pytest.raises(EoraLabError, match=r"to fit on held-out samples too, use inputs=.drift. without shrinkage"):
-            Recipe(held_out=0.25, fit_held_out=True, **{"inputs": "drift"} | wrong)

@@ -152,16 +152,6 @@ class InputStatistics(Moments):
         off, added = original.reshape(x.shape).float() - x, 1 / self.tokens
         self.drift = before.addmm_(off.T, x, beta=1 - len(x) * added, alpha=added)
 
-    def with_held_out(self) -> "InputStatistics":
-        """Of all tokens together, none of them held out any more."""
-        if self.held_out is None:
-            return self
-        found, apart = self.merge(self.held_out), self.held_out
-        found.held_out, found.pooled_tokens = None, self.pooled_tokens
-        if self.drift is not None and apart.drift is not None:
-            found.drift = torch.lerp(self.drift, apart.drift, apart.tokens / max(found.tokens, 1))
-        return found
-
     def root(self) -> Float[Tensor, "in in"]:
         """T with T Tᵀ = S, float64, from the eigendecomposition, so that a singular S is no special case. Kept."""
         if self._root is None:

@@ -7,7 +7,7 @@ measured on held-out tokens, where the best share has a closed form.
 """
 
 import torch
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 
 from eora_lab.calibrate.statistics import InputStatistics
@@ -16,35 +16,23 @@ DAMPING = 0.01  # of the mean diagonal of S
 
 
 def drift_step(
-    weight: Float[Tensor, "out in"],
-    statistics: InputStatistics,
-    share: float = 1.0,
-    fitted: InputStatistics | None = None,
+    weight: Float[Tensor, "out in"], statistics: InputStatistics, share: float = 1.0
 ) -> tuple[Float[Tensor, "out in"] | None, float]:
-    """share α K, to be added to W, float32, and share α; None and 0 where no drift was measured.
+    """share α W D (S + λ I)^-1, to be added to W, float32, and share α; None and 0 where no drift was measured.
 
-    K = W D (S + λ I)^-1. α is in [0, 1], the least squares fit of W (x - x̂) on the held-out tokens, on which K was not
-    fitted: tr(K D_hᵀ Wᵀ) / tr(K S_h Kᵀ).
-    fitted: statistics that K is taken from in the end, such as those of all tokens; None: from the same.
+    α is in [0, 1], the least squares fit of W (x - x̂) on the held-out tokens: with K = W D (S + λ I)^-1 it is
+    tr(K D_hᵀ Wᵀ) / tr(K S_h Kᵀ).
     """
     held_out = statistics.held_out
-    if not share or held_out is None or held_out.drift is None or (K := _regression(weight, statistics)) is None:
+    if not share or statistics.drift is None or held_out is None or held_out.drift is None:
         return None, 0.0
-    met = ((weight.double() @ held_out.drift.double()) * K).sum()
-    length = ((K @ held_out.second_moment.double()) * K).sum()
-    strength = share * (met / length).clamp(0, 1).item() if length > 0 else 0.0
-    if strength and fitted is not None and fitted is not statistics:
-        K = _regression(weight, fitted)
-    return ((strength * K).float(), strength) if strength and K is not None else (None, 0.0)
-
-
-def _regression(weight: Float[Tensor, "out in"], statistics: InputStatistics) -> Float64[Tensor, "out in"] | None:
-    """W D (S + λ I)^-1; None where no drift was measured, or nothing came."""
-    if statistics.drift is None:
-        return None
-    S = statistics.second_moment.double()
+    W, S = weight.double(), statistics.second_moment.double()
     damped = S + DAMPING * S.diagonal().mean() * torch.eye(len(S), dtype=S.dtype, device=S.device)
     factor, failed = torch.linalg.cholesky_ex(damped)
-    if failed:
-        return None
-    return torch.cholesky_solve((weight.double() @ statistics.drift.double()).T, factor).T
+    if failed:  # S is zero: nothing came
+        return None, 0.0
+    K = torch.cholesky_solve((W @ statistics.drift.double()).T, factor).T
+    met = ((W @ held_out.drift.double()) * K).sum()
+    length = ((K @ held_out.second_moment.double()) * K).sum()
+    strength = share * (met / length).clamp(0, 1).item() if length > 0 else 0.0
+    return (strength * K).float() if strength else None, strength

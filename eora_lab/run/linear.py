@@ -27,13 +27,9 @@ def compress_linear(
     Raises EoraLabError with the layer's name, such as where a weight is not finite.
     """
     linear, recipe = linear_at(model, name), steps.recipe
-    apart = statistics.or_identity(recipe.held_out > 0)
-    data_free = apart is not statistics
-    if recipe.fit_held_out:
-        statistics = statistics.with_held_out()
-    usable = apart if data_free else statistics
+    usable = statistics.or_identity(recipe.held_out > 0)
     with naming(name):
-        step, drift = drift_step(linear.weight, apart, share, usable)
+        step, drift = drift_step(linear.weight, usable, share)
         fit = fit_layer(name, linear.weight, usable, steps, rank, step)
     module = CompensatedLinear(linear, fit.compressed, fit.factors)
     model.set_submodule(name, module)
@@ -76,7 +72,7 @@ def compress_linear(
         diagonal=statistics.diagonal,
         nats_before=nats[0],
         nats_after=nats[1],
-        data_free=data_free,
+        data_free=usable is not statistics,
         error_given=given,
         drift=drift,
     )

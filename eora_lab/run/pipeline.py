@@ -145,7 +145,7 @@ def compress_model(
             steps.outputs = collect_output_statistics(
                 model,
                 tokens,
-                0.0 if recipe.fit_held_out else recipe.held_out,
+                recipe.held_out,
                 recipe.labels,
                 progress=progress,
                 contract=contract,

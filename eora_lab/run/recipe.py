@@ -88,9 +88,6 @@ class PassSettings:
     """measure the inputs of o after q, k and v are compressed and compensated, and so on through each block"""
     held_out: float = 0.0
     """share of the calibration samples that is kept apart, for the report to judge by"""
-    fit_held_out: bool = False
-    """drift: once held-out samples have said how much of it to make good, fit on them as well; the report then has no
-    held-out errors"""
 
 
 @settings
@@ -115,11 +112,6 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
             raise EoraLabError(f"the held-out share must be at least 0 and below 1, not {self.held_out}")
         if self.inputs == "drift" and not self.held_out:
             raise EoraLabError("what drift may ask for is chosen on held-out samples: hold out a share, such as 0.125")
-        if self.fit_held_out and (self.inputs != "drift" or self.shrink):
-            raise EoraLabError(
-                "only what drift may ask for is chosen before a layer is fitted: to fit on held-out samples too, use "
-                'inputs="drift" without shrinkage'
-            )
         if self.true_sequential and self.inputs == "original":
             raise EoraLabError(
                 'inputs measured within a block are those of the compressed one: use inputs="compensated"'
