@@ -230,6 +230,11 @@ def of_passes() -> Iterator[Claim]:
         "arithmetic",
         lambda known: (None, known(text)[0] / known("| full precision | | | {:.2f} |")[0], None, None),
     )
+    yield Claim(
+        "memory was {:.1f} GB at the most, {:.1f} GB predicted, in {:.0f} minutes",
+        "scale",
+        lambda found: (found["anonymous"] / 1e9, found["predicted"] / 1e9, None),
+    )
     for shape in ("4096 x 4096", "14336 x 4096", "4096 x 14336"):
         words = f"| {shape} | {{:.2f}} s | {{:.2f}} s | {{:.0f}} | {{:.9f}} |"
         loss = rf"{shape.replace(' ', '')} +[\d.]+ +[\d.]+ +\d+x +([\d.]+)"

@@ -71,7 +71,14 @@ def gguf_speed() -> dict[tuple, float]:
     return {(one.type, one.rank, one.factors): one.tokens_per_second for one in frame.itertuples()}
 
 
+def scale() -> dict:
+    """What `docs.scale` printed of the 7B-shaped file."""
+    (found,) = pandas.read_csv(MEASURED / "scale.csv").to_dict("records")
+    return found
+
+
 READERS: dict[str, Callable[[], Any]] = {
+    "scale": scale,
     "formats": formats,
     "gguf": gguf,
     "gguf-speed": gguf_speed,
