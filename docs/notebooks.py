@@ -58,7 +58,7 @@ def workplace(folder: Path) -> Path:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For kernels and servers: this checkout's package, nobody's Jupyter settings, and figures where kernels put them."""
+    """For kernels and servers: this package, nobody's Jupyter settings, and figures where kernels put them."""
     own = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime"}
     own |= {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython"}
     folders = {name: str(folder / "jupyter" / place) for name, place in own.items()}
