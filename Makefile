@@ -2,10 +2,12 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-EXTRAS := eval,llamacpp,lab,dev
+EXTRAS := eval,llamacpp,lab,docs,dev
 INTEROP := build/interop
 # of other tools, for `make interop` alone
 OTHERS := bitsandbytes==0.50.2 torchao==0.18.0 hqq==0.2.8.post1
+# for `make ray` alone; on a cluster, the one that runs there
+RAY := ray==2.60.0
 
 help: ## list the commands
 	@grep -hE '^[a-z.]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-16s %s\n", $$1, $$2}'
@@ -28,11 +30,18 @@ unit: $(BIN)/eora-lab ## the tests that need no language model
 interop: $(INTEROP)/bin/pytest ## test against other tools, in an environment of their own (build/interop)
 	$(INTEROP)/bin/pytest -m interop tests/test_interop_*.py
 
+ray: $(BIN)/eora-lab ## install Ray into the environment, for sweeps on many machines, and try it
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]' $(RAY)
+	$(BIN)/pytest tests/test_ray.py
+
 lab: $(BIN)/eora-lab ## open JupyterLab (ARGS="..." is passed on)
 	$(BIN)/jupyter lab $(ARGS)
 
-docs: $(BIN)/eora-lab ## write the package reference to build/docs
+site: $(BIN)/eora-lab ## write the site to site/: notebooks with recorded outputs, guides, reference; open site/index.html
 	$(BIN)/python -m docs.build
+
+record: $(BIN)/eora-lab ## run the notebooks at full size and keep their outputs for the site (ARGS="00 02": these; else what is out of date)
+	$(BIN)/python -m docs.record $(ARGS)
 
 numbers: $(BIN)/eora-lab ## check the numbers of the README by what is recorded (ARGS="--measure" runs its commands, hours)
 	$(BIN)/python -m docs.numbers $(ARGS)
@@ -69,5 +78,5 @@ $(INTEROP)/bin/pytest: pyproject.toml constraints.txt
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' $(OTHERS)
 	@touch $@
 
-.PHONY: help demo figures test unit interop lab docs numbers families fuzz lint
+.PHONY: help demo figures test unit interop ray lab site record numbers families fuzz lint
 .DELETE_ON_ERROR:

@@ -1,4 +1,4 @@
-"""A claim of README.md: words with measured numbers in them."""
+"""A claim of README or guides: words with measured numbers in them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from eora_lab.run.intervals import Interval
 
 @dataclass(frozen=True)
 class Claim:
-    """Words of the README with a format field for every number; lines and columns do not count."""
+    """Words of a text with a format field for every number; lines and columns do not count."""
 
     text: str
     record: str

@@ -1,4 +1,4 @@
-"""The measured numbers of README.md on formats of other tools, and in llama.cpp."""
+"""The measured numbers of README and guides on formats of other tools, and in llama.cpp."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""What numbers were made with: versions, the commit, the machine, and the memory that was used."""
+"""What numbers were made with: versions, the commit, the machine, and the memory and time that were used."""
 
 import os
 import platform
@@ -6,12 +6,17 @@ import resource
 import subprocess
 import sys
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 
 import torch
 
+OTHER = "other"  # of `timed`: time in no step
 PACKAGES = ("eora-lab", "torch", "transformers", "safetensors", "numpy")
 
 
@@ -86,6 +91,59 @@ class OwnMemory:
     def __exit__(self, *_error: object) -> None:
         self._ended.set()
         self._thread.join()
+
+
+class _Steps:
+    """Seconds by step; one step runs at a time."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+        self.now, self._since = OTHER, time.perf_counter()
+
+    def switch(self, step: str) -> str:
+        """Begin a step; returns the one that was running."""
+        now, before = time.perf_counter(), self.now
+        self.seconds[before] = self.seconds.get(before, 0.0) + now - self._since
+        self.now, self._since = step, now
+        return before
+
+
+_steps: ContextVar[_Steps | None] = ContextVar("steps", default=None)
+
+
+@contextmanager
+def timed() -> Iterator[None]:
+    """Every `step` within this context is timed; within another one, that goes on. See `seconds_by_step`."""
+    if _steps.get():
+        yield
+        return
+    token = _steps.set(_Steps())
+    try:
+        yield
+    finally:
+        _steps.reset(token)
+
+
+def seconds_by_step() -> dict[str, float]:
+    """Step -> seconds so far, in the outermost `timed`. What a GPU does counts where it is waited for."""
+    steps = _steps.get()
+    if not steps:
+        return {}
+    steps.switch(steps.now)
+    return dict(steps.seconds)
+
+
+@contextmanager
+def step(name: str) -> Iterator[None]:
+    """What runs within this context, or is decorated by it, is that step, but for steps within it."""
+    if steps := _steps.get():
+        before = steps.switch(name)
+        try:
+            yield
+        finally:
+            steps.switch(before)
+    else:
+        yield
 
 
 def free_memory(device: torch.device | str = "cpu") -> int | None:

@@ -51,6 +51,10 @@ def machine_error(error: BaseException) -> MachineError | None:
     return None
 
 
+class ToldElsewhere(EoraLabError):
+    """Of processes that share their work, the first one says this too: the others need not print it."""
+
+
 @contextmanager
 def naming(what: str) -> Iterator[None]:
     """Begin the message of an error raised within by what it is about, such as a layer."""

@@ -1,4 +1,4 @@
-"""Files of our own: a kill or a full disk leaves the old file or the new one, never half of one; damage is told."""
+"""Files of our own: a kill, a power loss or a full disk leaves the old file or the new one, never half of one."""
 
 import hashlib
 import json
@@ -6,8 +6,8 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +21,46 @@ from torch import Tensor
 from eora_lab.errors import EoraLabError, WriteError, as_setting, one_line
 
 LOCK = ".lock"  # in a folder that one process at a time may work in
-PARTIAL = ".*.partial"  # what a process that was killed may leave
+PARTIAL = (".*.partial", ".tmp??????")  # what a process that was killed may leave: ours, and that of safetensors
+CHECKSUM = "sha256"  # in the metadata of a safetensors file
+
+
+class DamagedError(EoraLabError):
+    """A file of ours is not as it was written."""
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then move it there. Raises EoraLabError when it cannot."""
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         write(partial)
+        synced(partial)
         os.replace(partial, path)
+        synced(path.parent)
     except (OSError, SafetensorError) as error:
         raise WriteError(f"cannot write {path}: {error}") from error
     finally:
         if partial.exists():
             partial.unlink()
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, and those around it, that a power loss does not take away."""
+    new = [one for one in (path, *path.parents) if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for one in new:
+        synced(one.parent)
+
+
+def synced(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk: renamed before, a file may come back empty."""
+    place = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError) if path.is_dir() else nullcontext():  # some file systems cannot do it for a folder
+            os.fsync(place)
+    finally:
+        os.close(place)
 
 
 def check_place(path: Path, suffixes: Sequence[str] | None = None) -> None:
@@ -93,7 +118,7 @@ def locked(folder: Path) -> Iterator[None]:
     """
     lock = filelock.FileLock(folder / LOCK, timeout=0)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         lock.acquire()
     except filelock.Timeout as error:
         raise EoraLabError(f"somebody is at work in {folder}: wait until that has ended, or choose another") from error
@@ -106,14 +131,27 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Write tensors."""
+    """Write tensors. The same ones with the same metadata give the same bytes."""
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
 
     def write(partial: Path) -> None:
         save_file(tensors, partial, metadata=metadata)
+        _sort_metadata(partial)
         partial.chmod(path.parent.stat().st_mode & 0o666)  # safetensors narrows it to the owner
 
     write_atomically(path, write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in an order that differs from time to time."""
+    with open(path, "r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        if header["__metadata__"] and len(text) <= size:
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def check_empty(path: Path) -> None:
@@ -127,13 +165,15 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     check_empty(path)
     path, partial = path.resolve(), None  # a link to a folder stays one
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         partial = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent))
         write(partial)
         mode = path.parent.stat().st_mode
         for entry in (partial, *partial.iterdir()):  # temporary folders and safetensors files are the owner's alone
             entry.chmod(mode & (0o777 if entry.is_dir() else 0o666))
+            synced(entry)
         os.replace(partial, path)
+        synced(path.parent)
     except (OSError, SafetensorError) as error:
         raise WriteError(f"cannot write {path}: {error}") from error
     finally:
@@ -156,6 +196,36 @@ def file_digest(path: Path) -> str:
     """SHA-256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_checked(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors with a checksum of what the file holds, for `read_checked`."""
+    write_safetensors(path, tensors, metadata | {CHECKSUM: _checksum(tensors, metadata)})
+
+
+def read_checked(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors, mapped into memory, and metadata of a file of `write_checked`; files of older versions have no checksum.
+
+    Raises DamagedError when it is not as it was written, and EoraLabError when it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except OSError as error:
+        raise EoraLabError(f"cannot read {path}: {one_line(error)}") from error
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise DamagedError(f"{path} is damaged ({one_line(error)})") from error
+    if (checksum := metadata.pop(CHECKSUM, "")) and checksum != _checksum(tensors, metadata):
+        raise DamagedError(f"{path} is damaged (its checksum does not agree)")
+    return tensors, metadata
+
+
+def _checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    found = hashlib.sha256("".join(metadata[key] for key in sorted(metadata)).encode())
+    for name in sorted(tensors):
+        add_tensor(found, name, tensors[name])
+    return found.hexdigest()
 
 
 def read_tensors(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:

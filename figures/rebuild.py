@@ -66,11 +66,11 @@ def rebuild(to: Path = ROOT) -> list[Path]:
     figures = paper_figures() | sweep_figures()
     record = ROOT / "figures" / "demo.csv"
     if record.exists():
-        figures["demo"] = plot_comparison(pandas.read_csv(record, float_precision="round_trip"))
+        figures["demo"] = plot_comparison(pandas.read_csv(record))
     written = [path for name, figure in figures.items() for path in save(figure, to / "figures" / name)]
     for result in sorted((ROOT / "kernels" / "results").glob("*.json")):
-        written += draw(json.loads(result.read_text()), to / "kernels" / "results" / result.stem)
-    return written + draw(None, to / "kernels" / "floors")
+        written += save(draw(json.loads(result.read_text())), to / "kernels" / "results" / result.stem)
+    return written + save(draw(None), to / "kernels" / "floors")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from eora_lab.errors import EoraLabError, one_line
 from eora_lab.files import write_json
+from eora_lab.plots import save
 from kernels.figure import draw
 from kernels.peers import GROUP, Layer, ours_merged, peers
 from kernels.shapes import MERGED, MODELS, ROWS, Machine, floor_us
@@ -131,7 +132,7 @@ def main() -> None:
             return
         result = bench(arguments.models, arguments.rank, arguments.dtypes, not arguments.no_stack)
         path = result_path(result)
-        print(path, *draw(result, path.with_suffix("")), sep="\n")
+        print(path, *save(draw(result), path.with_suffix("")), sep="\n")
     except EoraLabError as error:
         sys.exit(f"error: {error}")
 

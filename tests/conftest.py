@@ -1,5 +1,6 @@
 """Shapes in annotations are checked while tests run; small tests use one thread, which is faster for them."""
 
+import shutil
 import signal
 from pathlib import Path
 
@@ -35,6 +36,8 @@ settings.register_profile("thousand", settings.get_profile("eora_lab"), max_exam
 settings.load_profile("eora_lab")
 
 
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
+FLAGS += ["--disable-component-update", "--disable-sync"]
 THREADS = torch.get_num_threads()
 
 
@@ -54,3 +57,17 @@ def workplace(tmp_path, monkeypatch):
     tiny_tokenizer().save_pretrained("model")
     (tmp_path / "text.txt").write_text(TEXT)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """The Chromium of the system, driven by playwright."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is the extra `dev`")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    chromium = next((found for name in names if (found := shutil.which(name))), None)
+    if not chromium:
+        pytest.skip("no chromium here: apt-get install chromium")
+    with playwright.sync_playwright() as play:
+        running = play.chromium.launch(executable_path=chromium, args=FLAGS)
+        yield running
+        running.close()

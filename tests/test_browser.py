@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.notebooks import ROOT, environment, find_chromium, smoke_copy
+from docs.notebooks import ROOT, environment
+from tests.notebooks import smoke_copy
 
 pytestmark = pytest.mark.browser
 
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-FLAGS += ["--disable-component-update", "--disable-sync"]
 MINUTE = 60_000  # milliseconds, as playwright counts; all waits are long, for a busy machine
 LONG = 10 * MINUTE
 KERNEL = "window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
@@ -66,18 +65,6 @@ def server(tmp_path_factory):
     finally:
         if process.poll() is None:
             process.terminate()
-
-
-@pytest.fixture(scope="module")
-def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is the extra `dev`")
-    chromium = find_chromium()
-    if not chromium:
-        pytest.skip("no chromium here: apt-get install chromium")
-    with playwright.sync_playwright() as play:
-        running = play.chromium.launch(executable_path=chromium, args=FLAGS)
-        yield running
-        running.close()
 
 
 class Lab:

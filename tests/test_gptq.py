@@ -5,6 +5,7 @@ import torch
 
 from eora_lab import InputStatistics
 from eora_lab.compress import gptq, rtn
+from eora_lab.compress.feedback import factor_of, inverse_factor, inverse_of
 from eora_lab.compress.grid import Grid
 from eora_lab.compress.grid_weight import zero_points
 from tests.layers import output_error, statistics_of, weight_of
@@ -81,6 +82,40 @@ def test_gptq_with_few_tokens_a_dead_channel_constant_rows_and_a_zero_group():
     assert output_error(weight, compressed, statistics) < output_error(
         weight, rtn(weight, None, bits=4, group_size=16), statistics
     )
+
+
+def test_layers_that_share_an_input_share_the_factor_of_its_inverse():
+    S = statistics_of(96).second_moment
+    order = S.diagonal().argsort(descending=True)
+    first = inverse_factor(S, 0.01, order)
+    assert inverse_factor(S, 0.01, order.clone()) is first
+    assert torch.equal(first, factor_of(S[order][:, order], 0.01))
+    assert torch.equal(inverse_factor(S, 0.02, order), factor_of(S[order][:, order], 0.02))
+    assert torch.equal(inverse_factor(S, 0.02), factor_of(S, 0.02))
+    back = order.flip(0)
+    assert torch.equal(inverse_factor(S, 0.02, back), factor_of(S[back][:, back], 0.02))
+    S.diagonal().add_(1)
+    assert torch.equal(inverse_factor(S, 0.02), factor_of(S, 0.02))
+    other = 2 * S
+    assert torch.equal(inverse_factor(other, 0.02), factor_of(other, 0.02))
+
+
+@pytest.mark.parametrize("channels", [1, 2, 127, 128, 129, 300, 513])
+def test_a_triangle_is_inverted_as_exactly_as_by_substitution(channels):
+    """Its condition number is about 1e8."""
+    generator = torch.Generator().manual_seed(channels)
+    x = torch.randn(2 * channels, channels, dtype=torch.float64, generator=generator)
+    x *= torch.logspace(0, -8, channels, dtype=torch.float64)
+    V = torch.linalg.qr(x).R
+    one = torch.eye(channels, dtype=torch.float64)
+    found, substituted = inverse_of(V), torch.linalg.solve_triangular(V, one, upper=True)
+    assert torch.equal(found, found.triu())
+
+    def residual(inverse: torch.Tensor) -> float:
+        """|V X - I| entry by entry, beside |V| |X|, the bound of a backward stable inverse."""
+        return float(((inverse @ V - one).abs() / (inverse.abs() @ V.abs())).nan_to_num(0).max())
+
+    assert residual(found) <= max(2 * residual(substituted), channels * 2**-52)
 
 
 def test_damping_grows_until_a_second_moment_with_rounding_errors_factorises():

@@ -106,7 +106,7 @@ def private_imports(code: str) -> list[str]:
     return found
 
 
-PAGES = [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+PAGES = [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

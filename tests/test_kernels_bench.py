@@ -14,6 +14,7 @@ from eora_lab.layer import backends
 from eora_lab.layer.linear import backends_in_use
 from eora_lab.layer.triton_kernels.configs import GPUS, rule
 from eora_lab.model.structure import block_linears
+from eora_lab.plots import save
 from kernels.bench_cpu import layer_table, model_table, pack, random_layer, time_layer, turns, write
 from kernels.check import KINDS, ROWS, check
 from kernels.figure import draw
@@ -61,12 +62,13 @@ def test_every_variant_of_the_decoder_computes_the_same():
 def test_the_figure_shows_floors_and_what_was_measured(tmp_path):
     row = {"N": 14336, "K": 4096, "dtype": "bfloat16", "bits": 4, "M": 1, "peer": "fused", "us": 10.0}
     measured = {"gpu": "a GPU", "bandwidth": 4e12, "rate": 7e14, "layers": [row]}
-    plain, with_point = (draw(result, tmp_path / name)[1] for result, name in ((None, "floors"), (measured, "points")))
+    results = {"floors": None, "points": measured}
+    plain, with_point = (save(draw(result), tmp_path / name)[1] for name, result in results.items())
     assert plain.stat().st_size and with_point.read_text() != plain.read_text()
 
 
 def test_the_committed_floors_are_those_of_the_code(tmp_path):
-    assert draw(None, tmp_path / "floors")[1].read_bytes() == (ROOT / "kernels/floors.svg").read_bytes()
+    assert save(draw(None), tmp_path / "floors")[1].read_bytes() == (ROOT / "kernels/floors.svg").read_bytes()
 
 
 def test_the_check_names_who_computes_why_and_how_well(capsys):

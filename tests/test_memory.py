@@ -22,7 +22,7 @@ from eora_lab.model.structure import decoder_blocks
 from eora_lab.run.folder import read_report
 from eora_lab.run.memory import check_room, needed
 from eora_lab.run.recipe import Recipe
-from tests.tiny import CONFIGS, SMALL, compress, logits, save_tiny, tiny_model, tiny_tokens
+from tests.tiny import CONFIGS, SMALL, compress, deep_model, logits, save_tiny, tiny_model, tiny_tokens
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what memory is of files")
 LAYERS = 7  # linears of a block
@@ -154,16 +154,11 @@ def test_free_memory_is_some():
     assert 2**20 < free_memory() < 2**50
 
 
-def deep_model(blocks: int) -> nn.Module:
-    """A `tiny_model` of so many blocks."""
-    config = tiny_model("llama").config
-    config.num_hidden_layers = blocks
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
-
-
-def needs(model: nn.Module, shape: tuple[int, int] = (6, 32), spread: bool = False, **settings) -> dict[str, int]:
+def needs(
+    model: nn.Module, shape: tuple[int, int] = (6, 32), spread: bool = False, on_disk: bool = False, **settings
+) -> dict[str, int]:
     recipe = Recipe("rtn", **{"rank": 8} | settings)
-    return needed(model, recipe, check_blocks(model, tiny_tokens()), shape, spread=spread)
+    return needed(model, recipe, check_blocks(model, tiny_tokens()), shape, spread=spread, on_disk=on_disk)
 
 
 def test_what_a_pass_needs_is_of_its_largest_block():
@@ -176,12 +171,19 @@ def test_what_a_pass_needs_is_of_its_largest_block():
     assert needs(model, held_out=0.5)["statistics of a block"] == 2 * found["statistics of a block"]
     assert needs(model, true_sequential=True)["statistics of a block"] == 4 * 128**2
     assert needs(model, (60, 32))["hidden states"] == 10 * found["hidden states"]
+    assert needs(model, (60, 32), inputs="drift", held_out=0.5)["hidden states"] == 20 * found["hidden states"]
+    kept = needs(model, (60, 32), on_disk=True)["hidden states"]  # those of a mini-batch
+    assert kept == needs(model, (4, 32))["hidden states"] < found["hidden states"]
 
 
 @pytest.mark.parametrize(
     ("shape", "spread", "advice"),
     [
-        ((10**9, 512), False, "most of it for hidden states .* take fewer calibration tokens"),
+        (
+            (10**9, 512),
+            False,
+            "most of it for hidden states .*[(]--hidden-states disk[)], or take fewer calibration tokens",
+        ),
         ((4, 10**10), False, "most of it for activations .* take shorter sequences"),
         ((4, 32), True, "most of it for statistics of all blocks .* leave the budget out"),
     ],
@@ -192,6 +194,16 @@ def test_a_pass_that_cannot_fit_names_what_would_make_it_fit(shape, spread, advi
         found["statistics of all blocks"] *= 10**9
     with pytest.raises(EoraLabError, match=advice):
         check_room(found, torch.device("cpu"))
+
+
+def test_every_switch_that_would_be_enough_by_itself_is_named():
+    free = free_memory()
+    found = {"hidden states": free * 2 // 3, "statistics of a block": free // 2, "activations": 10}
+    with pytest.raises(EoraLabError) as caught:
+        check_room(found, torch.device("cpu"))
+    message = str(caught.value)
+    assert "most of it for hidden states" in message
+    assert "--hidden-states disk" in message and "--true-sequential" in message and "shorter" not in message
 
 
 def test_a_model_that_does_not_fit_in_another_dtype_is_refused_before_it_is_read(tmp_path):

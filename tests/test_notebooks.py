@@ -7,7 +7,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tests.notebooks import NOTEBOOKS, environment, smoke_copy, smoke_parameters
+from docs.notebooks import NOTEBOOKS, environment
+from tests.notebooks import smoke_copy, smoke_parameters
 
 CODE_CELLS = 25
 LINES = 20  # of a code cell

@@ -32,7 +32,7 @@ def test_environment_yml_lists_the_same_pins():
     text = (ROOT / "environment.yml").read_text()
     pins = dict(pin.lower().split("==") for pin in re.findall(r'- "([^"]+==[^"]+)"', text))
     assert pins == constraints()
-    assert "--editable .[eval,llamacpp,lab,dev]" in text
+    assert "--editable .[eval,llamacpp,lab,docs,dev]" in text
 
 
 @pytest.mark.skipif(Path(sys.prefix) != ROOT / ".venv", reason="not the environment that the Makefile makes")

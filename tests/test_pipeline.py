@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from dataclasses import fields
 
 import pytest
@@ -20,6 +21,7 @@ from eora_lab import (
 )
 from eora_lab.calibrate.statistics import output_energy
 from eora_lab.compress import COMPRESSORS, PRUNERS
+from eora_lab.environment import seconds_by_step, step, timed
 from eora_lab.finetune.settings import Training
 from eora_lab.layer.linear import CompensatedLinear
 from eora_lab.model.structure import decoder_blocks
@@ -30,6 +32,32 @@ from eora_lab.run.recipe import Recipe
 from tests.tiny import CONFIGS, SMALL, compress, logits, tiny_model, tiny_tokens
 
 K_PROJ = "model.layers.0.self_attn.k_proj"
+
+
+def test_the_report_tells_where_the_time_went():
+    report = compress(tiny_model("llama"), tiny_tokens(), **SMALL, judge=lambda _model: {"text": [2.0, 3.0]})
+    assert {"checks", "forward", "statistics", "compress", "solve", "errors", "judging", "other"} == report.steps.keys()
+    assert all(seconds > 0 for seconds in report.steps.values())
+    for name in ("compress", "solve"):  # as the layers say it
+        layers = sum(getattr(layer, f"seconds_{name}") for layer in report.layers)
+        assert report.steps[name] == pytest.approx(layers, rel=0.5)
+    assert report.seconds < sum(report.steps.values())
+    line = report.steps_line()
+    assert line in report.summary() and line.split(", ")[-1].startswith("other ")
+    assert Report.from_json(report.to_json()).steps == report.steps
+
+
+def test_steps_within_steps_count_once():
+    assert seconds_by_step() == {}
+    with timed():
+        with step("outer"):
+            with step("inner"), timed():  # goes on
+                time.sleep(0.02)
+            assert seconds_by_step()["outer"] < 0.02 <= seconds_by_step()["inner"]
+        with pytest.raises(KeyError), step("failed"):
+            raise KeyError
+        assert seconds_by_step().keys() == {"other", "outer", "inner", "failed"}
+    assert seconds_by_step() == {}
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

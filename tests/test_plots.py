@@ -4,16 +4,25 @@ A sweep of a tiny model makes a real store. For the named grids and the paper's 
 results are put into a store by hand: the figures must show them.
 """
 
+import itertools
+import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import unquote
+from xml.etree import ElementTree
 
-import matplotlib.colors
+import matplotlib
 import numpy as np
 import pandas
 import pytest
+import torch
+from matplotlib.colors import to_hex, to_rgb, to_rgba
+from matplotlib.text import Text
+from PIL import Image
 
 from eora_lab import EoraLabError
 from eora_lab.cli import main
@@ -21,10 +30,27 @@ from eora_lab.experiment.compare import ComparisonRow, table
 from eora_lab.experiment.paper_runs import both_sides, rivalry, table_rows
 from eora_lab.experiment.store import ResultStore
 from eora_lab.experiment.sweep import expand, named_grids, read_grid, rows, sweep
-from eora_lab.plots import plot_comparison, plot_front, plot_intervals, plot_setting, plot_sweep, plot_table, save
-from eora_lab.plots.front import pareto, spread
+from eora_lab.plots import (
+    alt_text,
+    plot_comparison,
+    plot_error_map,
+    plot_front,
+    plot_intervals,
+    plot_losses,
+    plot_ranks,
+    plot_setting,
+    plot_spectra,
+    plot_sweep,
+    plot_table,
+    save,
+    use_style,
+)
+from eora_lab.plots.front import pareto
+from eora_lab.plots.labels import spread
+from eora_lab.plots.looks import DARK_INK, DARK_PAPER, INK, LOOKS, OTHERS, PAPER, SERIES, looks
+from eora_lab.plots.output import svg
 from eora_lab.plots.scales import metrics
-from eora_lab.plots.style import LOOKS, looks
+from eora_lab.plots.words import number
 from eora_lab.run.intervals import Interval
 from eora_lab.run.plugins import OWN
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -114,12 +140,151 @@ def test_every_axis_says_what_it_shows_and_every_line_is_known_without_its_colou
 
 def test_methods_look_different():
     assert {"none", "svd", "act_s", "qera_approx", "eora"} <= set(LOOKS) <= OWN["SOLVERS"]
-    drawn = looks([*OWN["SOLVERS"], "a plugin's"]).values()
-    for part in ("colour", "marker", "line"):
-        assert len({str(getattr(look, part)) for look in drawn}) == len(drawn)
+    for drawn in ([*looks([*OWN["SOLVERS"]]).values(), OTHERS[-1]], SERIES):
+        for part in ("colour", "marker", "line"):
+            assert len({str(getattr(look, part)) for look in drawn}) == len(drawn)
     assert len({look.name for look in LOOKS.values()}) == len(LOOKS)
     assert len(set(looks([16, 32, 64, 128]).values())) == 4
     assert looks(["eora", "none"])["eora"] == LOOKS["eora"]
+
+
+def luminance(colour: str) -> float:
+    """Of WCAG 2."""
+    parts = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(colour)]
+    return float(np.dot(parts, (0.2126, 0.7152, 0.0722)))
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_every_colour_stands_out_on_white_and_on_dark_pages():
+    for look in (*LOOKS.values(), *OTHERS, *SERIES):
+        for page in ("#ffffff", "#111111", "#212121"):  # JupyterLab's pages, and its editors
+            assert contrast(look.colour, page) >= 2.99, (look, page)
+    assert contrast(INK, PAPER) > 7 and contrast(DARK_INK, DARK_PAPER) > 7
+
+
+def test_no_two_looks_have_one_colour():
+    colours = [look.colour for look in (*LOOKS.values(), *OTHERS, *SERIES)]
+    for one, other in itertools.combinations(colours, 2):
+        assert np.linalg.norm(np.subtract(to_rgb(one), to_rgb(other))) > 0.1, (one, other)
+    assert set(looks(["eora", "rtn 3-bit", 16, "uniform"]).values()) - {LOOKS["eora"]} <= set(SERIES)
+
+
+def test_a_colour_of_a_method_means_that_method(swept, tmp_path):
+    names = {look.colour.lower(): look.name for look in LOOKS.values()}
+    seen = set()
+    for name, figure in figures(swept, tmp_path).items():
+        for axes in figure.axes:
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                colour = to_hex(getattr(handle, "lines", [handle])[0].get_color())
+                known = label in names.values()
+                assert names.get(colour, label) == label and known == (colour in names), (name, label)
+                seen.add(label)
+    assert {"EoRA", "SVD", "Act-S", "no compensation", "dense", "rank 64"} <= seen
+
+
+def test_all_letters_have_one_size(swept, tmp_path):
+    for name, figure in figures(swept, tmp_path).items():
+        sizes = {text.get_fontsize() for text in figure.findobj(Text) if text.get_text().strip()}
+        assert sizes == {10.0}, name
+
+
+# --- what they say in words ----------------------------------------------------------------------------------------
+
+
+def test_every_figure_has_a_headline_and_a_text_for_those_who_cannot_see_it(swept, tmp_path):
+    for name, figure in figures(swept, tmp_path).items():
+        headline = " ".join(figure.get_suptitle().split())
+        assert re.search(r"\d", headline), name
+        assert alt_text(figure).startswith(f"{headline}. ") and len(alt_text(figure)) > 1.5 * len(headline), name
+        png, vectors = save(figure, tmp_path / "said" / name)
+        assert Image.open(png).text["Description"] == alt_text(figure)
+        drawn = ElementTree.parse(vectors)
+        assert (drawn.find("{*}title").text, drawn.find("{*}desc").text) == (headline, alt_text(figure))
+
+
+def test_the_words_of_a_sweep_are_its_numbers(swept):
+    done = swept[swept["status"] == "done"]
+    cells = done[done["compressor"] != "dense"]
+    best = cells.loc[cells[PERPLEXITY].idxmin()]
+    alone = cells.loc[cells["method"] == "none", PERPLEXITY].item()
+    dense = done.loc[done["compressor"] == "dense", PERPLEXITY].item()
+    figure = plot_setting(swept, "rank")
+    headline = " ".join(figure.get_suptitle().split())
+    name = f"{LOOKS[best['method']].name}, rank {int(best['rank'])}" if best["method"] != "none" else "no compensation"
+    assert headline.startswith(f"{name} is best of {len(cells)}: perplexity on text.txt {number(best[PERPLEXITY])}")
+    assert headline.endswith(f"{number(dense)} dense")
+    assert best["method"] == "none" or f"{number(alone)} without compensation" in headline
+    for _, cell in cells[cells["method"] != "none"].iterrows():
+        assert f"{number(cell[PERPLEXITY])} at {int(cell['rank'])}" in alt_text(figure)
+
+
+@pytest.mark.parametrize("name", ["T2", "T10"])
+def test_the_words_of_a_table_count_its_wins(tmp_path, name):
+    frame = both_sides(*paper_store(tmp_path, name))
+    figure = plot_table(frame)
+    for source, side in frame.groupby("source"):
+        wins = places = 0
+        for (task, *_), part in side.groupby(["task", "base", "rank", "extra"]):
+            if len(part) > 1 and "eora" in set(part["method"]):
+                sign = 1 if task == "wikitext2" else -1
+                loss = {method: sign * value for method, value in zip(part["method"], part["value"], strict=True)}
+                places += 1
+                wins += all(loss["eora"] < other for method, other in loss.items() if method != "eora")
+        assert f"in {wins} of {places} {source}" in figure.get_suptitle()
+    assert all(number(value) in alt_text(figure) for value in frame["value"])
+
+
+def test_the_words_of_intervals_count_what_is_decided():
+    panel = {"a": Interval(-0.2, -0.3, -0.1, 9), "b": Interval(0.1, 0.05, 0.3, 9), "c": Interval(0.1, -0.1, 0.3, 9)}
+    figure = plot_intervals({"loss, nats (below 0: EoRA is better)": panel})
+    assert figure.get_suptitle() == "EoRA is better in 1 of 3 and worse in 1 (loss)"
+    assert "c, +0.100 [-0.100, +0.300], undecided" in alt_text(figure)
+    assert plot_intervals({"loss": panel}).get_suptitle() == "1 of 3 are below 0 and 1 above (loss)"
+
+
+def test_the_words_of_spectra_and_losses_are_their_numbers():
+    figure = plot_spectra({"q_proj": [8.0, 1.0, 0.5, 0.5], "down_proj": [1.0] * 20}, "share")
+    assert (
+        figure.get_suptitle() == "90% of the sum lies in 2 of 4 directions (q_proj) to 18 of 20 directions (down_proj)"
+    )
+    assert figure.axes[0].get_xlabel() == "direction, largest first"
+    figure = plot_losses({"svd": [4.0, 3.0, 2.0], "eora": [4.0, 1.0, 0.5]}, "error", 1)
+    assert figure.get_suptitle() == "At rank 1 EoRA leaves 25.0 % and SVD leaves 75.0 % of the error"
+    assert "EoRA 4.00 at 0, 1.00 at 1, 0.5 at 2" in alt_text(figure) and figure.axes[0].get_xlabel() == "rank"
+    maps = {"none": torch.ones(4, 4), "eora": torch.full((4, 4), 0.25)}
+    assert plot_error_map(maps).get_suptitle().endswith("no compensation 100.0 %, EoRA 25.0 %")
+    figure = plot_ranks({"m.layers.0.q_proj": 8, "m.layers.1.q_proj": 16, "m.layers.0.v_proj": 2})
+    assert figure.get_suptitle() == "Most rank goes to q_proj (mean 12), least to v_proj (1)"
+
+
+# --- where they are shown ------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_readable_on_dark_pages_too(swept):
+    text = svg(plot_setting(swept, "rank"))
+    assert INK not in text.partition("</style>")[2] and "currentColor" in text and text.count('class="paper"') == 1
+    assert f"(prefers-color-scheme: dark) {{svg {{color: {DARK_INK}}} .paper {{fill: {DARK_PAPER}}}}}" in text
+
+
+def test_a_notebook_shows_the_text_and_follows_the_theme(swept):
+    from IPython.core.interactiveshell import InteractiveShell
+
+    figure = plot_setting(swept, "rank")
+    shell = InteractiveShell.instance()
+    try:
+        with matplotlib.rc_context():
+            use_style()
+            shown = shell.display_formatter.format(figure)[0]["text/html"]
+    finally:
+        InteractiveShell.clear_instance()
+    said, source = re.search(r'alt="([^"]*)" src="data:image/svg\+xml,([^"]*)"', shown).groups()
+    again = plot_setting(swept, "rank")  # what is drawn a second time is laid out a little differently
+    assert said == alt_text(again) and unquote(source) == svg(again)
+    assert "[data-jp-theme-light='false'] img.eora-figure {color-scheme: dark}" in shown
 
 
 def test_the_same_bytes_in_another_process_with_other_defaults(swept, tmp_path):
@@ -177,6 +342,7 @@ def test_what_a_grid_varies_becomes_its_axes(tmp_path):
         "task-mix": ("calibration text", 3, ["wikitext2:validation", "arc"]),
         "rivals": ("bits a weight, all counted", 1, None),
         "formats": ("bits a weight, all counted", 1, None),
+        "beyond": ("bits a weight, all counted", 1, None),
     }
     found = figures_of_grids(tmp_path)
     assert set(found) == set(wanted)
@@ -242,8 +408,7 @@ def test_undecided_intervals_are_hollow():
     )
     (axes,) = figure.axes
     dots = {line.get_ydata()[0]: line for line in axes.lines if line.get_marker() == "o"}
-    white = matplotlib.colors.to_rgba("white")
-    assert [matplotlib.colors.to_rgba(dots[i].get_markerfacecolor()) == white for i in (0, 1)] == [False, True]
+    assert [to_rgba(dots[i].get_markerfacecolor())[3] for i in (0, 1)] == [1, 0]
     assert [tick.get_text() for tick in axes.get_yticklabels()] == ["sure", "open"]
 
 
@@ -252,14 +417,14 @@ def test_published_and_measured_share_no_panel(tmp_path, name, published, measur
     lines, store = paper_store(tmp_path, name)
     frame = both_sides(lines, store)
     figure = plot_table(frame)
-    tinted = [axes.get_facecolor()[:3] != (1.0, 1.0, 1.0) for axes in figure.axes]
+    tinted = [axes.get_facecolor()[3] > 0 for axes in figure.axes]
     assert tinted == [True] * published + [False] * measured
-    titles = [axes.get_title("left") for axes in figure.axes if axes.get_title("left")]
-    assert titles[0].startswith("published: LLaMA3-8B") and titles[1].startswith("measured: smollm2-135m")
+    titles = [axes.get_title("left") for axes in figure.axes]
+    assert titles[0].startswith("published: LLaMA3-8B") and titles[published].startswith("measured: smollm2-135m")
     for axes, (source, task) in zip(figure.axes, frame.groupby(["source", "task"], sort=False).groups, strict=True):
         values = frame[(frame["source"] == source) & (frame["task"] == task)]["value"]
         low, high = axes.get_ylim()
-        assert low <= values.min() and values.max() <= high and axes.get_ylabel().startswith(task)
+        assert low <= values.min() and values.max() <= high and axes.get_title("left").endswith(task)
 
 
 # --- commands and committed figures --------------------------------------------------------------------------------
@@ -276,6 +441,20 @@ def test_the_commands_draw(swept, tmp_path, capsys):
     assert main([*arguments, "--figure", str(tmp_path / "T2")]) == 0
     assert "against Act-S" in capsys.readouterr().out
     assert {path.name for path in tmp_path.glob("T2*")} == {"T2.png", "T2.svg", "T2-intervals.png", "T2-intervals.svg"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/guides/*.md"), *ROOT.glob("kernels/*.md"), *ROOT.glob("notebooks/*.ipynb")],
+    ids=lambda path: path.name,
+)
+def test_texts_say_of_a_committed_figure_what_it_says(path):
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        text = "\n".join("".join(cell["source"]) for cell in json.loads(text)["cells"])
+    for alt, place in re.findall(r"!\[([^\]]*)\]\(([^)\s]+\.svg)\)", text):
+        title = ElementTree.parse(path.parent / place).find("{*}title").text
+        assert alt == title, f"{path.name}: ![{title}]({place})"
 
 
 def test_the_committed_figures_are_those_of_the_recorded_numbers(tmp_path):

@@ -140,18 +140,18 @@ def test_a_damaged_run_is_one_clear_error(tmp_path):
     flipped = whole[:-1] + bytes([whole[-1] ^ 1])
     for damage in (whole[: len(whole) // 2], b"", b"not a tensor", flipped):
         block.write_bytes(damage)
-        with pytest.raises(EoraLabError, match=r"001\.safetensors: incomplete, corrupt.*; delete it, and start"):
+        with pytest.raises(EoraLabError, match=r"001\.safetensors is damaged \(.*\): start the run again"):
             load_run(tmp_path / "run")
-        with pytest.raises(EoraLabError, match=r"001\.safetensors: incomplete, corrupt.*; delete it, and start"):
+        with pytest.warns(UserWarning, match=r"001\.safetensors is damaged \(.*\): it was moved to .* made again"):
             compress(load_model(name)[0], tiny_tokens(), **run_settings(tmp_path / "run"))
+        again = load_file(block)
+        assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items()) and load_run(tmp_path / "run")
+        assert damage in [one.read_bytes() for one in (tmp_path / "run" / "aside").iterdir()]
     block.unlink()
     with pytest.raises(EoraLabError, match=r"holds model\.layers\.1\.self_attn\.q_proj is missing"):
         load_run(tmp_path / "run")
     with pytest.raises(EoraLabError, match="not a run folder"):
         load_run(tmp_path)
-    compress(load_model(name)[0], tiny_tokens(), **run_settings(tmp_path / "run"))
-    again = load_file(block)
-    assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items()) and load_run(tmp_path / "run")
 
 
 def same_losses(_model) -> dict[str, list[float]]:
@@ -235,7 +235,9 @@ def test_damaged_ranks_of_a_run_are_one_line_before_anything_changes(tmp_path, c
 def test_a_run_goes_into_a_folder_and_nothing_else(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / ".config.json.7.partial").write_text('{"set')  # all that a kill left
+    (tmp_path / "empty" / ".tmpb9x0yK").write_bytes(b"\x00" * 8)
     assert compress(tiny_model("llama"), tiny_tokens(), **run_settings(tmp_path / "empty"))
+    assert not list((tmp_path / "empty").glob(".[!l]*"))  # but for the lock
     (tmp_path / "file").write_text("mine")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"meow")

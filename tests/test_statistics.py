@@ -54,6 +54,20 @@ def test_merge_equals_one_stream():
     torch.testing.assert_close(merged.mean_abs, whole.mean_abs, rtol=1e-5, atol=1e-6)
 
 
+@given(st.permutations(range(6)), st.integers(0, 6), st.sampled_from([7, 40, 300]))
+def test_batches_give_the_same_bits_in_any_order_and_shared_out(order, share, features):
+    """As processes do that measure some each."""
+    batches = tokens(96, features).split(16)
+    whole, left, right = InputStatistics(features), InputStatistics(features), InputStatistics(features)
+    for batch in batches:
+        whole.update(batch)
+    for place, number in enumerate(order):
+        (left if place < share else right).update(batches[number])
+    merged = left.merge(right)
+    assert merged.tokens == whole.tokens == 96
+    assert torch.equal(merged.second_moment, whole.second_moment) and torch.equal(merged.mean_abs, whole.mean_abs)
+
+
 def test_batch_and_sequence_axes_are_tokens():
     statistics = InputStatistics(8)
     statistics.update(torch.ones(2, 3, 8))

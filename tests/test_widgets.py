@@ -115,7 +115,9 @@ def test_the_spectrum_explorer_follows_its_controls(exploration):
         seen.add(pictures(explorer.curves, explorer.map))
         layer, method, rank = explorer.layer.value, explorer.method.value, explorer.rank.value
         losses = exploration.losses(layer, method)
-        assert f"at rank {rank}: output error {losses[0]:.4f} → {losses[rank]:.4f}" in words(explorer.status.value)
+        told = f"at rank {rank}: output error {losses[0]:.4f} → {losses[rank]:.4f}"
+        assert told in words(explorer.status.value)
+        assert all(told in re.search(r'alt="([^"]*)"', one.value)[1] for one in (explorer.curves, explorer.map))
     assert len(seen) == 6
     assert "EoRA needs rank 0 for this" in words(explorer.status.value)
 
@@ -170,6 +172,7 @@ def test_the_budget_explorer_shows_what_the_ranks_cost_and_leave(exploration, ba
             assert explorer.ranks == ranks
             megabytes, error = factor_bytes(layers, ranks) / 1e6, predicted_error(layers, ranks)
             assert f"{megabytes:.1f} MB" in explorer.status.value and f"error {error:.4f}" in explorer.status.value
+            assert all(f"error {error:.4f}" in one.value.partition("src=")[0] for one in (explorer.curve, explorer.map))
             seen.add(pictures(explorer.curve, explorer.map))
             given.add(tuple(ranks.values()))
     assert len(seen) == len(given) >= 4  # a picture for each choice of ranks

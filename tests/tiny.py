@@ -56,6 +56,14 @@ def tiny_model(kind: str, seed: int = 0) -> transformers.PreTrainedModel:
     return model
 
 
+def deep_model(blocks: int) -> transformers.PreTrainedModel:
+    """A `tiny_model` of so many blocks."""
+    config = tiny_model("llama").config
+    config.num_hidden_layers = blocks
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
 def tiny_tokens(n: int = 6, seqlen: int = 32, seed: int = 0) -> torch.Tensor:
     """Random token ids (n, seqlen) without the special ones."""
     return torch.randint(3, 97, (n, seqlen), generator=torch.Generator().manual_seed(seed))

@@ -35,6 +35,9 @@ class _Handed(NamedTuple):
     number: int
 
 
+PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.Size)  # nothing that a block could change
+
+
 class _AllBlocksSeen(Exception):
     pass
 
@@ -48,6 +51,7 @@ class BlockCalls:
 
     blocks: name -> block, in the order they run.
     rest:   name -> what a block returns after the hidden states, for models that unpack it.
+    alone:  whether blocks hand each other hidden states and nothing else, so far as was seen.
     """
 
     def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], rest: Mapping[str, tuple | list]):
@@ -58,6 +62,7 @@ class BlockCalls:
         self._places = {id(t): _Handed(name, i) for name, one in self.rest.items() for i, t in enumerate(_tensors(one))}
         self._handed: list[dict[str, list[Tensor]]] = []  # a mini-batch: giver -> what it returned last
         self._givers: set[str] = set()
+        self.alone = True
         self._calls: list[dict[str, Call]] = []
         self._before: list[Tensor] = []  # tensors of the mini-batch before, in the order they were met
 
@@ -135,9 +140,11 @@ class BlockCalls:
 
         def keep(leaf: Any) -> Any:
             if not isinstance(leaf, Tensor):
+                self.alone = self.alone and (leaf is None or isinstance(leaf, PLAIN))
                 return leaf
             if place := self._places.get(id(leaf)):
                 self._givers.add(place.giver)
+                self.alone = False
                 return place
             known = before[len(met)] if len(met) < len(before) else None
             if known is not None and same(known, leaf):

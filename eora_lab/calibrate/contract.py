@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from eora_lab.calibrate.calls import BlockCalls, hidden_states
+from eora_lab.environment import step
 from eora_lab.errors import EoraLabError, one_line
 from eora_lab.model.structure import block_linears, decoder_blocks, linears
 
@@ -45,6 +46,7 @@ class Contract:
     shared: dict[str, str] = field(default_factory=dict)
 
 
+@step("checks")
 @torch.no_grad()
 def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Contract:
     """Try the blocks on the first tokens. The model is not changed.

@@ -7,13 +7,14 @@ GPTAQ, arXiv 2504.02692). One block's original linears, and one mini-batch's ori
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from eora_lab.calibrate.contract import Contract
 from eora_lab.calibrate.experts import experts_of
-from eora_lab.calibrate.stream import BlockStream, hooked
+from eora_lab.calibrate.stream import BlockStream
 from eora_lab.model.structure import linears
 
 
@@ -30,13 +31,24 @@ class DriftStream(BlockStream):
         tokens: Int[Tensor, "nsamples seqlen"],
         held_out: float = 0.0,
         contract: Contract | None = None,
+        folder: Path | None = None,
     ):
-        super().__init__(model, tokens, held_out, contract)
-        self._other = BlockStream(model, tokens, held_out, self.contract)
+        super().__init__(model, tokens, held_out, contract, folder)
+        self._other = BlockStream(model, tokens, held_out, self.contract, folder and folder / "original")
         self._linears: dict[str, nn.Linear] = {}
+
+    def kept(self) -> list[int]:
+        """See `BlockStream`; with those of the original, too."""
+        return [index for index in super().kept() if index in self._other.kept()]
+
+    def take(self, index: int) -> bool:
+        """See `BlockStream`; those of the original, too."""
+        return super().take(index) and self._other.take(index)
 
     def begin(self, index: int) -> None:
         """Remember block `index` as it is: uncompressed."""
+        super().begin(index)
+        self._other.begin(index)
         self._linears = linears(list(self.blocks.values())[index])
 
     def restore(self, index: int) -> None:
@@ -55,9 +67,9 @@ class DriftStream(BlockStream):
             put(block, now)
 
     def original_inputs(
-        self, index: int, mini_batch: int, measured: Mapping[str, nn.Linear]
+        self, index: int, mini_batch: int, measured: Mapping[str, nn.Linear], last: int = 0
     ) -> Mapping[str, Float[Tensor, "... in"]]:
-        """Full module name -> x, for linears that every token comes to."""
+        """Full module name -> x, for linears that every token comes to. last: as for `watch`."""
         prefix, block = list(self.blocks.items())[index]
         routed = {f"{prefix}.{name}" for names in experts_of(block) for name in names}
         found: dict[str, Tensor] = {}
@@ -65,8 +77,8 @@ class DriftStream(BlockStream):
         def note(name: str) -> Callable:
             return lambda _module, args: found.update({name: args[0]})
 
-        with self._original(index), hooked(measured, note):
-            self._other.run(index, mini_batch)
+        with self._original(index):
+            self._other.watch(index, mini_batch, measured, note, last)
         every = self.sizes[mini_batch]
         return {name: x for name, x in found.items() if name not in routed and x.numel() == every * x.shape[-1]}
 

@@ -38,7 +38,7 @@ class Halves:
 
     def __init__(self, whole: InputStatistics):
         self.whole = whole
-        self.parts = [InputStatistics(whole.in_features, whole.second_moment.device, whole.name) for _ in range(2)]
+        self.parts = [InputStatistics(whole.in_features, whole.device, whole.name) for _ in range(2)]
 
     def join(self) -> None:
         """Put both together."""
@@ -67,7 +67,7 @@ def pooled(members: Iterable[M]) -> M:
     """The statistics of all tokens that any of them saw, and of all that were held out."""
     members = list(members)
     total = sum(member.tokens for member in members)
-    layer = type(members[0])(members[0].features, members[0].second_moment.device, members[0].name)
+    layer = type(members[0])(members[0].features, members[0].device, members[0].name)
     layer.tokens = total
     for member in members:
         theirs = member.means()

@@ -5,7 +5,10 @@ from collections.abc import Callable, Container, Mapping
 from torch import Tensor, nn
 
 from eora_lab.calibrate.experts import Halves, draw_together, judged, too_large
+from eora_lab.calibrate.processes import ALONE, Processes
+from eora_lab.calibrate.shares import add_up, hand_out
 from eora_lab.calibrate.statistics import InputStatistics
+from eora_lab.environment import step
 
 
 class Inputs:
@@ -47,6 +50,7 @@ class Inputs:
     def hook(self, name: str) -> Callable:
         """A forward pre-hook for the linear of that name."""
 
+        @step("statistics")
         def watch(_module, args):
             x, apart = args[0], name in self._apart
             shared = next((statistics for tensor, statistics in self._seen if tensor is x and not apart), None)
@@ -74,22 +78,33 @@ class Inputs:
         """Where the tokens of this mini-batch belong."""
         if self._held_out:
             if one.held_out is None:
-                one.held_out = InputStatistics(one.in_features, one.second_moment.device, one.name)
+                one.held_out = InputStatistics(one.in_features, one.device, one.name)
             return one.held_out
         in_two = self._halves.get(id(one))
         return in_two.parts[self._mini_batch % 2] if in_two else one
 
-    def found(self) -> dict[str, InputStatistics]:
-        """Module name -> statistics, in the end; of 0 tokens where none came."""
-        for halves in self._halves.values():
-            halves.join()
+    @step("statistics")
+    def found(
+        self, processes: Processes = ALONE, owners: Mapping[str, int] | None = None
+    ) -> dict[str, InputStatistics]:
+        """Module name -> statistics, in the end; of 0 tokens where none came.
+
+        processes: that measured a share each. owners: module name -> the process that gets its statistics, of theirs.
+        """
         for name, linear in self._linears.items():
             if name not in self._found:
                 self._found[name] = InputStatistics(linear.in_features, linear.weight.device, name)
+        found, homes = self._found, dict[str, int]()
+        if processes.count > 1:
+            found = self._found = {name: found[name] for name in self._linears}
+            homes = add_up(found, self._halves, self._mixtures, owners or {}, processes)
+        for halves in self._halves.values():
+            halves.join()
         drawn: set[int] = set()
         for names in self._mixtures:
-            members = {id(self._found[name]): self._found[name] for name in names}
-            if len(members) > 1 and not drawn & members.keys():  # w1 and w3 of an expert share one
+            members = {id(found[name]): found[name] for name in names}
+            here = homes.get(names[0], processes.rank) == processes.rank
+            if here and len(members) > 1 and not drawn & members.keys():  # w1 and w3 of an expert share one
                 draw_together(members.values(), [self._halves[one] for one in members if one in self._halves])
                 drawn |= members.keys()
-        return self._found
+        return hand_out(found, homes, owners or {}, processes) if homes else found

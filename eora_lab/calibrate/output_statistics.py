@@ -31,6 +31,7 @@ class OutputStatistics(Moments):
     def __init__(self, out_features: int, device: torch.device | str = "cpu", name: str = "output"):
         super().__init__(out_features, device, name)
         self.damping = DAMPING
+        self._root: Tensor | None = None
 
     @classmethod
     def from_second_moment(
@@ -53,17 +54,28 @@ class OutputStatistics(Moments):
         """Channels of the output."""
         return self.features
 
+    def _add(self, v: Float[Tensor, "tokens out"]) -> None:
+        super()._add(v)
+        self.forget()
+
     def root(self) -> Float[Tensor, "out out"]:
         """L, lower triangular float64, with L Lᵀ = F + damping (tr F / out) I; of no gradient at all, of I.
 
-        Raises EoraLabError where the damping is too small for the roundings of F.
+        Kept until `forget`. Raises EoraLabError where the damping is too small for the roundings of F.
         """
+        if self._root is not None:
+            return self._root
         F = self.second_moment.double()
         damped = F + self.damping * F.diagonal().mean() * torch.eye(len(F), dtype=F.dtype, device=F.device)
         L, failed = torch.linalg.cholesky_ex(damped if F.any() else torch.eye(len(F)).to(F))
         if failed:
             raise EoraLabError(f"{self.name}: a damping of {self.damping} is too small for its F: take 0.01 or more")
+        self._root = L
         return L
+
+    def forget(self) -> None:
+        """Drop the root: statistics of all layers are held together, and it is larger than F."""
+        self._root = None
 
     def whitened(self, error: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Lᵀ D, float64: its output energy E|Lᵀ D x|² is what D costs with the damped F."""

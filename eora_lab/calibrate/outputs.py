@@ -6,7 +6,7 @@ runs once more, with gradients for its input alone. Whether that gives the gradi
 """
 
 import re
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal, get_args
 
@@ -18,7 +18,10 @@ from eora_lab.calibrate.calls import BlockCalls, split
 from eora_lab.calibrate.contract import TOKENS, Contract, check_blocks, in_one_line, relative_error
 from eora_lab.calibrate.experts import draw_together, experts_of, too_large
 from eora_lab.calibrate.output_statistics import OutputStatistics
+from eora_lab.calibrate.processes import ALONE, Processes
+from eora_lab.calibrate.shares import add_up, hand_out
 from eora_lab.calibrate.stream import in_mini_batches
+from eora_lab.environment import step
 from eora_lab.errors import EoraLabError, unknown
 from eora_lab.model.structure import block_linears, decoder_blocks
 from eora_lab.model.unfold import unfold
@@ -30,6 +33,7 @@ LOGITS = 2**24  # that are held at once
 ROUNDING = 8  # times the precision of the hidden states, or 1e-4, that gradients by block and of the model may differ
 
 
+@step("gradients")
 @fast_products()
 def collect_output_statistics(
     model: nn.Module,
@@ -41,6 +45,8 @@ def collect_output_statistics(
     only: str = "",
     contract: Contract | None = None,
     left: Container[str] = (),
+    processes: Processes = ALONE,
+    owners: Mapping[str, int] | None = None,
 ) -> dict[str, OutputStatistics]:
     """Statistics of the gradients at the output of every block linear; module name -> OutputStatistics.
 
@@ -54,6 +60,7 @@ def collect_output_statistics(
     only:     regular expression; layers whose name it does not match are not measured.
     contract: from `check_blocks`, where the blocks were tried before; else they are now.
     left:     names of layers that are not measured either.
+    processes, owners: see `collect_statistics`.
     Experts are drawn towards all of their mixture, as their inputs are (`eora_lab.calibrate.experts`). Holds the
     statistics of all layers, and what enters the blocks for one mini-batch. The model is as before afterwards.
     Raises EoraLabError when no layer matches, when these are no token ids of the model, with the name of a block whose
@@ -78,13 +85,13 @@ def collect_output_statistics(
     outputs = Outputs(linears, mixtures_of(model))
     tokens = tokens.to(next(model.parameters()).device)
     draws = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed)).to(tokens.device)
-    parts = list(zip(in_mini_batches(tokens, held_out), in_mini_batches(draws, held_out), strict=True))
+    parts = processes.share(list(zip(in_mini_batches(tokens, held_out), in_mini_batches(draws, held_out), strict=True)))
     first = next(prefix for prefix in decoder_blocks(model) if any(name.startswith(f"{prefix}.") for name in linears))
-    with frozen(model):
+    with processes.agree(), frozen(model):
         backward = BackwardPass(model, contract, tokens)
         handles = [linear.register_forward_hook(outputs.hook(name)) for name, linear in linears.items()]
         try:
-            for (part, held), (drawn, _) in tqdm(
+            for _, ((part, held), (drawn, _)) in tqdm(
                 parts, desc="gradients", unit="batch", disable=not progress, leave=False
             ):
                 outputs.held_out = held
@@ -94,7 +101,7 @@ def collect_output_statistics(
         finally:
             for handle in handles:
                 handle.remove()
-    return outputs.found()
+    return outputs.found(processes, owners)
 
 
 class Outputs:
@@ -136,16 +143,21 @@ class Outputs:
         if not self.held_out:
             return one
         if one.held_out is None:
-            one.held_out = OutputStatistics(one.out_features, one.second_moment.device, one.name)
+            one.held_out = OutputStatistics(one.out_features, one.device, one.name)
         return one.held_out
 
-    def found(self) -> dict[str, OutputStatistics]:
-        """Module name -> statistics, in the end; of 0 tokens where no gradient came."""
+    def found(
+        self, processes: Processes = ALONE, owners: Mapping[str, int] | None = None
+    ) -> dict[str, OutputStatistics]:
+        """Module name -> statistics, in the end; of 0 tokens where no gradient came. The rest as of `Inputs`."""
+        found, homes = self._found, dict[str, int]()
+        if processes.count > 1:
+            homes = add_up(found, {}, self._mixtures, owners or {}, processes)
         for names in self._mixtures:
-            members = {id(self._found[name]): self._found[name] for name in names}
-            if len(members) > 1:
+            members = {id(found[name]): found[name] for name in names}
+            if homes.get(names[0], processes.rank) == processes.rank and len(members) > 1:
                 draw_together(members.values(), [])
-        return self._found
+        return hand_out(found, homes, owners or {}, processes) if homes else found
 
 
 class BackwardPass:

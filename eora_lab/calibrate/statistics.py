@@ -17,7 +17,7 @@ CHANNELS_A_TOKEN = 32  # below in_features / 32 tokens, GPTQ no longer beats rou
 
 
 class InputStatistics(Moments):
-    """Running means over tokens of one input.
+    """Means over tokens of one input.
 
     second_moment: S = E[x xᵀ], (in_features, in_features) float32, not centred. Raises EoraLabError where only its
                    diagonal is known (`from_power`).
@@ -33,12 +33,11 @@ class InputStatistics(Moments):
     held_out: "InputStatistics | None"
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu", name: str = "input"):
-        self._second_moment: Tensor | None = None
+        super().__init__(in_features, device, name)
+        self._mean_abs = torch.zeros(in_features, device=device)
         self._power: Tensor | None = None
         self.drift: Tensor | None = None
         self._root: Tensor | None = None
-        super().__init__(in_features, device, name)
-        self.mean_abs = torch.zeros(in_features, device=device)
 
     @classmethod
     def from_second_moment(cls, second_moment: Float[Tensor, "rows columns"]) -> "InputStatistics":
@@ -53,8 +52,8 @@ class InputStatistics(Moments):
     @classmethod
     def from_power(cls, power: Float[Tensor, " in"], tokens: int = 1, name: str = "input") -> "InputStatistics":
         """Wrap E[x²] of every channel, the diagonal of S, of which nothing else is known. E|x| is as above."""
-        statistics = cls(0, name=name)
-        statistics._second_moment, statistics._power = None, power.float()
+        statistics = cls(len(power), power.device, name)
+        statistics._power = power.float()
         statistics.mean_abs = (statistics._power * (2 / torch.pi)).sqrt()
         statistics.tokens = tokens
         return statistics
@@ -62,21 +61,33 @@ class InputStatistics(Moments):
     @property
     def second_moment(self) -> Float[Tensor, "in in"]:
         """S, as said above."""
-        if self._second_moment is None:
+        if self.diagonal:
             raise EoraLabError(
                 "only E[x²] of every input channel is known here (an imatrix), and this needs E[x xᵀ]: take a method "
                 "that needs no more, such as qera_approx, or measure the inputs"
             )
-        return self._second_moment
+        return super().second_moment
 
     @second_moment.setter
     def second_moment(self, second_moment: Float[Tensor, "in in"]) -> None:
-        self._second_moment, self._power, self._root = second_moment, None, None
+        self._power = self._root = None
+        self._set(second_moment)
+
+    @property
+    def mean_abs(self) -> Float[Tensor, " in"]:
+        """E|x|, as said above."""
+        if self._sums:
+            self._settle()
+        return self._mean_abs
+
+    @mean_abs.setter
+    def mean_abs(self, mean_abs: Float[Tensor, " in"]) -> None:
+        self._mean_abs = mean_abs
 
     @property
     def diagonal(self) -> bool:
         """Whether no more than the diagonal of S is known."""
-        return self._second_moment is None
+        return self._power is not None
 
     @property
     def power(self) -> Float[Tensor, " in"]:
@@ -100,22 +111,30 @@ class InputStatistics(Moments):
             return self
         if self.diagonal:
             return InputStatistics.from_power(torch.ones_like(self.power))
-        identity = InputStatistics.from_second_moment(torch.eye(self.in_features, device=self.second_moment.device))
+        identity = InputStatistics.from_second_moment(torch.eye(self.in_features, device=self.device))
         identity.held_out = identity if held_out else None
         return identity
 
     @property
     def in_features(self) -> int:
         """Channels of the input."""
-        return len(self.mean_abs)
+        return self.features
 
     def means(self) -> dict[str, Float[Tensor, "..."]]:
         """S (in, in) and E|x| (in,)."""
         return super().means() | {"mean_abs": self.mean_abs}
 
-    def _add(self, v: Float[Tensor, "tokens in"], kept: float, added: float) -> None:
-        super()._add(v, kept, added)
-        self.mean_abs.mul_(kept).add_(v.abs().sum(0), alpha=added)
+    def _open(self) -> None:
+        super()._open()
+        self._sums.append(self._mean_abs.double() * self.tokens)
+
+    def _settle(self) -> None:
+        self._mean_abs = (self._sums.pop() / max(self.tokens, 1)).float()
+        super()._settle()
+
+    def _add(self, v: Float[Tensor, "tokens in"]) -> None:
+        super()._add(v)
+        self.sums()[-1].add_(v.abs().sum(0))
         self._root = None
 
     @torch.no_grad()
@@ -129,7 +148,7 @@ class InputStatistics(Moments):
         if original is None or not known or not self.tokens:
             self.drift = None
             return
-        before = torch.zeros_like(self.second_moment) if self.drift is None else self.drift
+        before = torch.zeros(2 * [self.features], device=self.device) if self.drift is None else self.drift
         off, added = original.reshape(x.shape).float() - x, 1 / self.tokens
         self.drift = before.addmm_(off.T, x, beta=1 - len(x) * added, alpha=added)
 

@@ -6,8 +6,10 @@ exactly are refused (`eora_lab.calibrate.contract`).
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int, Shaped
@@ -16,8 +18,11 @@ from torch import Tensor, nn
 from eora_lab.calibrate.calls import BlockCalls
 from eora_lab.calibrate.contract import Contract, check_blocks
 from eora_lab.calibrate.experts import experts_of
+from eora_lab.calibrate.hidden import HiddenFiles, HiddenStates
 from eora_lab.calibrate.inputs import Inputs
+from eora_lab.calibrate.processes import ALONE, Processes
 from eora_lab.calibrate.statistics import InputStatistics
+from eora_lab.environment import step
 from eora_lab.errors import EoraLabError
 from eora_lab.model.structure import block_linears, decoder_blocks, linears
 from eora_lab.model.unfold import unfold
@@ -25,6 +30,10 @@ from eora_lab.products import fast_products
 from eora_lab.text.batches import Batches, as_tokens
 
 BATCH = 4  # sequences that run through a block at once
+
+
+class _Enough(Exception):
+    pass
 
 
 def in_mini_batches(
@@ -47,7 +56,10 @@ class BlockStream:
     tokens:     (nsamples, seqlen) token ids; they travel in mini-batches of BATCH.
     held_out:   share of the samples, the last ones, that is measured apart.
     contract:   from `check_blocks`, where the blocks were tried before; else they are now.
+    folder:     where hidden states are kept, in files that another stream may take up; None: in memory.
+    processes:  that share the mini-batches: each streams its own.
     hidden:     the input of the next block, (..., batch, seqlen, hidden_size), one a mini-batch.
+    numbers:    of these mini-batches among all.
     sizes:      how many tokens each has.
     apart:      whether it is of the held-out ones.
     Raises EoraLabError when the held-out share leaves no sample on one of its sides, and with the name of a block that
@@ -60,22 +72,93 @@ class BlockStream:
         tokens: Int[Tensor, "nsamples seqlen"],
         held_out: float = 0.0,
         contract: Contract | None = None,
+        folder: Path | None = None,
+        processes: Processes = ALONE,
     ):
-        self.blocks = decoder_blocks(model)
-        mini_batches = in_mini_batches(tokens.to(next(model.parameters()).device), held_out)
+        self.blocks, self.processes = decoder_blocks(model), processes
+        mini_batches = processes.share(in_mini_batches(tokens.to(next(model.parameters()).device), held_out))
         self.contract = contract = contract or check_blocks(model, tokens)
-        self.sizes = [part.numel() for part, _ in mini_batches]
-        self.apart = [held for _, held in mini_batches]
+        self.numbers = [number for number, _ in mini_batches]
+        self.sizes = [part.numel() for _, (part, _) in mini_batches]
+        self.apart = [held for _, (_, held) in mini_batches]
         self._calls = BlockCalls(model, self.blocks, contract.rest)
-        self.hidden: list[Tensor] = [self._calls.enter(part) for part, _ in mini_batches]
+        self._order: tuple[int, list[list[str]], Counter[str]] = (-1, [], Counter())  # block, `groups`, runs of linears
+        self.hidden = HiddenFiles(folder) if folder else HiddenStates()
+        for _, (part, _) in mini_batches:
+            with step("forward"):
+                entered = self._calls.enter(part)
+            self.hidden.append(entered)
+
+    def resume(self, first: int) -> int:
+        """Go on from kept hidden states, of block `first` or of the last one before. Returns the block that is next.
+
+        That is the first one where none are kept, or blocks hand each other more than hidden states. Raises
+        EoraLabError where files cannot be read back that were just written.
+        """
+        kept = self.kept() if self.hidden else list(range(first + 1))  # without texts there is nothing to keep
+        kept = [index for index in kept if index <= first] if self._calls.alone else []
+        every = self.processes.gather(kept)
+        common = sorted((index for index in kept if all(index in one for one in every)), reverse=True)
+        for index in common:
+            with self.processes.agree():
+                whole = self.take(index)
+            if self.processes.all(whole):
+                return index
+        if common:  # even those of the first block: what is there now may be of any
+            raise EoraLabError("hidden states do not come back from the disk as they were written: keep them in memory")
+        return 0
+
+    def kept(self) -> list[int]:
+        """Blocks whose inputs lie in files, all of them."""
+        return self.hidden.kept()
+
+    def take(self, index: int) -> bool:
+        """Let kept hidden states be the inputs of block `index`. Returns whether they are whole."""
+        return self.hidden.take(index)
 
     def begin(self, index: int) -> None:
         """Block `index` is next; none of its linears is replaced yet."""
+        self.hidden.begin(index)
 
+    @step("forward")
     @torch.no_grad()
     def run(self, index: int, mini_batch: int) -> Float[Tensor, "... hidden"]:
         """Block `index`, as it is now, on the current hidden states of that mini-batch."""
         return self._calls.run(mini_batch, list(self.blocks)[index], self.hidden[mini_batch])
+
+    @torch.no_grad()
+    def watch(
+        self,
+        index: int,
+        mini_batch: int,
+        measured: Mapping[str, nn.Linear],
+        hook: Callable[[str], Callable],
+        last: int = 0,
+    ) -> tuple[Float[Tensor, "... hidden"] | None, int]:
+        """Run block `index` with a forward pre-hook for each of its linears that are measured.
+
+        last: the run ends with this one of their calls; 0: with the block.
+        Returns what the block does, None where it was stopped before; and how many calls there were.
+        """
+        calls = 0
+
+        def counted(name: str) -> Callable:
+            inner = hook(name)
+
+            def watching(module, args):
+                nonlocal calls
+                inner(module, args)
+                calls += 1
+                if calls == last:
+                    raise _Enough
+
+            return watching
+
+        with hooked(measured, counted):
+            try:
+                return self.run(index, mini_batch), calls
+            except _Enough:
+                return None, calls
 
     def outputs(self, index: int) -> Iterator[Float[Tensor, "... hidden"]]:
         """Run block `index` on the current hidden states, a mini-batch at a time."""
@@ -87,6 +170,7 @@ class BlockStream:
         index: int,  # noqa: ARG002
         mini_batch: int,  # noqa: ARG002
         measured: Mapping[str, nn.Linear],  # noqa: ARG002
+        last: int = 0,  # noqa: ARG002
     ) -> Mapping[str, Float[Tensor, "... in"]]:
         """Full module name -> what the original model hands that linear, where this is known; see `DriftStream`."""
         return {}
@@ -97,12 +181,16 @@ class BlockStream:
         So are those that the experts of a mixture have in common. Seen on the first mini-batch; what does not run there
         comes last, each alone.
         """
+        if self._order[0] == index:
+            return self._order[1]
         block = list(self.blocks.values())[index]
         seen: list[tuple[Tensor, list[str]]] = []
+        runs: Counter[str] = Counter()
         common = {name: names for names in experts_of(block) for name in names}
 
         def watch(name: str):
             def hook(_module, args):
+                runs[name] += 1
                 if any(name in names for _, names in seen):  # it runs once more
                     return
                 for x, names in seen:
@@ -113,20 +201,32 @@ class BlockStream:
 
             return hook
 
-        with hooked(linears(block), watch):
-            next(self.outputs(index))
-        groups = [names for _, names in seen]
+        def ran() -> tuple[list[list[str]], Counter[str]]:
+            with hooked(linears(block), watch):
+                next(self.outputs(index))
+            return [names for _, names in seen], runs
+
+        groups, runs = self.processes.first(ran)
         rest = [name for name in linears(block) if not any(name in group for group in groups)]
-        return groups + [list(group) for group in dict.fromkeys(tuple(common.get(name, [name])) for name in rest)]
+        groups += [list(group) for group in dict.fromkeys(tuple(common.get(name, [name])) for name in rest)]
+        self._order = index, groups, runs
+        return groups
 
     def statistics(
-        self, index: int, keep_outputs: bool, only: Sequence[str] | None = None
+        self,
+        index: int,
+        keep_outputs: bool,
+        only: Sequence[str] | None = None,
+        drift: bool = True,
+        owners: Mapping[str, int] | None = None,
     ) -> dict[str, InputStatistics]:
         """Run block `index` and measure the input of each of its linears; full module name -> statistics.
 
         Linears that are handed the same tensor (q, k and v; gate and up) share one object; see `Inputs`.
         only: names within the block; others are left out.
         keep_outputs: let the outputs be the next block's input, as when the block is used uncompressed.
+        drift: measure it too, where there is a stream that can.
+        owners: full module name -> the process that gets its statistics, where there are several.
         Raises EoraLabError on NaN or Inf, naming the layer.
         """
         prefix = list(self.blocks)[index]
@@ -136,18 +236,26 @@ class BlockStream:
         needed = wanted.union(*(names for names in mixtures if wanted & set(names)))
         measured = {f"{prefix}.{name}": linear for name, linear in linears(block).items() if name in needed}
         inputs = Inputs(measured, [[f"{prefix}.{name}" for name in names] for names in mixtures], self.contract.apart)
-        for i, held_out in enumerate(self.apart):
-            inputs.begin(i, held_out, self.original_inputs(index, i, measured))
-            with hooked(measured, inputs.hook):
-                output = self.run(index, i)
-            if keep_outputs:
-                self.hidden[i] = output
-        return {name: found for name, found in inputs.found().items() if name.removeprefix(f"{prefix}.") in wanted}
+        may_stop = not keep_outputs and not mixtures  # which experts run depends on the tokens
+        known, _, runs = self._order
+        last = sum(runs[name] for name in needed) if may_stop and known == index else 0  # of the calls that matter
+        with self.processes.agree():
+            for i, held_out in enumerate(self.apart):
+                inputs.begin(self.numbers[i], held_out, self.original_inputs(index, i, measured, last) if drift else {})
+                output, calls = self.watch(index, i, measured, inputs.hook, last)
+                if keep_outputs:
+                    assert output is not None
+                    self.hidden[i] = output
+                elif may_stop:
+                    last = calls
+        found = inputs.found(self.processes, owners)
+        return {name: one for name, one in found.items() if name.removeprefix(f"{prefix}.") in wanted}
 
     def advance(self, index: int) -> None:
         """Let the outputs of block `index`, as it is now, be the next block's input."""
-        for i, output in enumerate(self.outputs(index)):
-            self.hidden[i] = output
+        with self.processes.agree():
+            for i, output in enumerate(self.outputs(index)):
+                self.hidden[i] = output
 
 
 @contextmanager
@@ -168,6 +276,8 @@ def collect_statistics(
     held_out: float = 0.0,
     progress: bool = True,
     only: str = "",
+    processes: Processes = ALONE,
+    owners: Mapping[str, int] | None = None,
 ) -> dict[str, InputStatistics]:
     """Statistics of every block linear of the model as it is; module name -> InputStatistics.
 
@@ -177,6 +287,8 @@ def collect_statistics(
     held_out: share of the samples, the last ones, that is measured apart (`.held_out`).
     only:     regular expression; layers whose name it does not match are not measured, and the pass ends after the last
               that is.
+    processes: that share the batches, each with the same model.
+    owners:   module name -> the one of them that gets its statistics.
     Shared inputs share one object. Holds the statistics of all blocks; `compress_model` needs one block's at a time.
     Raises EoraLabError when no layer matches, when these are no token ids of the model, and with the name of a block
     that cannot be run by itself.
@@ -185,7 +297,7 @@ def collect_statistics(
 
     unfold(model)
     decoder_blocks(model)  # is it such a model at all
-    stream = BlockStream(model, as_tokens(model, batches), held_out)
+    stream = BlockStream(model, as_tokens(model, batches), held_out, processes=processes)
     wanted = [
         [
             name
@@ -200,7 +312,7 @@ def collect_statistics(
     found: dict[str, InputStatistics] = {}
     for index in tqdm(range(last + 1), desc="statistics", unit="block", disable=not progress, leave=False):
         if wanted[index]:
-            found |= stream.statistics(index, keep_outputs=True, only=wanted[index])
+            found |= stream.statistics(index, True, wanted[index], owners=owners)
         else:
             stream.advance(index)
     return found

@@ -1,6 +1,8 @@
 """All commands: the arguments are parsed into one of them, which then runs."""
 
+import os
 import sys
+import warnings
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
@@ -22,8 +24,9 @@ from eora_lab.cli.mend import Mend
 from eora_lab.cli.models import Models
 from eora_lab.cli.paper import Paper
 from eora_lab.cli.sweep import Sweep
-from eora_lab.errors import EoraLabError, machine_error
+from eora_lab.errors import EoraLabError, ToldElsewhere, machine_error
 
+DEFAULT = warnings.formatwarning
 PLUGINS = "eora_lab.plugins"  # the entry points of installed ones
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": Demo,
@@ -46,6 +49,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 def run(arguments: list[str]) -> int:
     """Run a command, and print what is wrong in one line. Returns the exit code."""
+    warnings.formatwarning = in_one_line
     try:
         command = tyro.extras.subcommand_cli_from_dict(
             COMMANDS,
@@ -57,7 +61,12 @@ def run(arguments: list[str]) -> int:
             "3 cells of a sweep failed, 130 stopped.",
             args=with_plugins(arguments),
         )
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(command, Compress | Mend):
+            said = ToldElsewhere if os.environ.get("RANK", "0") != "0" else EoraLabError
+            raise said("only compress and mend run in several processes: start this one without torchrun")
         return command.run() or 0
+    except ToldElsewhere:
+        return 1
     except EoraLabError as error:
         print(f"eora-lab: {error}", file=sys.stderr)
         return 1
@@ -68,6 +77,11 @@ def run(arguments: list[str]) -> int:
             raise
         print(f"eora-lab: {failure}", file=sys.stderr)
         return 1
+
+
+def in_one_line(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
+    """A warning of ours without the place in the code that it comes from."""
+    return f"warning: {message}\n" if category is UserWarning else DEFAULT(message, category, *where, **line)
 
 
 def with_plugins(arguments: list[str]) -> list[str]:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -33,6 +33,9 @@ class Compress:
     Not all linears need to be compressed: `eora-lab compress runs/part --skip "o_proj|down_proj" --keep-first 1` leaves
     two linears of every block and the whole first block as they are, `--only mlp` all outside the MLPs. The report says
     what was left, and why.
+
+    `torchrun --nproc-per-node 4 -m eora_lab.cli compress runs/first` shares the pass among four processes, each with a
+    GPU of its own where --device is cuda; the files are those of one process.
     """
 
     output: Annotated[Path, tyro.conf.Positional]
@@ -50,21 +53,30 @@ class Compress:
     compressor and method have to be such that look at channels alone, such as rtn and qera_approx"""
     dtype: Dtype = "float32"
     """type that the model is held in; in that of its files, mostly bfloat16, the model may be larger than memory"""
+    hidden_states: Literal["memory", "disk"] = "memory"
+    """where the hidden states of the calibration texts are between two blocks: memory, or disk, which is for more texts
+    than memory holds; they then lie in the run folder until the run is finished, and an interrupted run goes on from
+    them without running its finished blocks again"""
     device: str = "cpu"
     """cpu or cuda"""
 
     def run(self) -> None:
-        run_pass(
-            self.model,
-            self.recipe,
-            self.output,
-            budget=self.budget,
-            calibration=self.calibration,
-            evaluation=self.evaluation if self.evaluate else None,
-            imatrix=self.imatrix,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        from eora_lab.calibrate.processes import group
+        from eora_lab.environment import timed
+
+        with timed(), group(self.device) as device:
+            run_pass(
+                self.model,
+                self.recipe,
+                self.output,
+                budget=self.budget,
+                calibration=self.calibration,
+                evaluation=self.evaluation if self.evaluate else None,
+                imatrix=self.imatrix,
+                dtype=self.dtype,
+                device=device,
+                hidden_states=self.hidden_states,
+            )
 
 
 def with_imatrix(recipe: Recipe, imatrix: Path | None, given: bool) -> Recipe:
@@ -91,6 +103,7 @@ def run_pass(
     imatrix: Path | None,
     dtype: Dtype,
     device: str,
+    hidden_states: Literal["memory", "disk"] = "memory",
     weights: Mapping | None = None,
     reround: bool = False,
 ) -> None:
@@ -98,6 +111,7 @@ def run_pass(
 
     imatrix: in place of texts to calibrate on. weights, reround: as of `compress_model`.
     """
+    from eora_lab.calibrate.processes import Processes
     from eora_lab.files import file_digest
     from eora_lab.formats.imatrix import read_imatrix
     from eora_lab.measure.evaluate import window_losses
@@ -105,33 +119,42 @@ def run_pass(
     from eora_lab.model.start import start_text
     from eora_lab.run.pipeline import compress_model
 
-    check_run_folder(output)
-    recipe = with_imatrix(recipe, imatrix, given=weights is not None)
-    check_inputs(name, (*(() if imatrix else (calibration.text,)), *(evaluation.perplexity if evaluation else ())))
-    if weights is None:
-        check_selection(name, recipe)
-    model, tokenizer = load_model(name, dtype=dtype, device=device)
-    statistics = read_imatrix(imatrix, model) if imatrix else None
-    begun = start_text(tokenizer)
-    say_start(begun)
-    windows = evaluation.tokens(tokenizer) if evaluation else {}
+    processes = Processes.of_group()
+    with processes.agree():
+        check_run_folder(output)
+        recipe = with_imatrix(recipe, imatrix, given=weights is not None)
+        check_inputs(name, (*(() if imatrix else (calibration.text,)), *(evaluation.perplexity if evaluation else ())))
+        if weights is None:
+            check_selection(name, recipe)
+        model, tokenizer = load_model(name, dtype=dtype, device=device)
+        statistics = read_imatrix(imatrix, model) if imatrix else None
+        begun = start_text(tokenizer)
+        if not processes.rank:
+            say_start(begun)
+        windows = evaluation.tokens(tokenizer) if evaluation else {}
+        batches = None if imatrix else calibration.batches(model, tokenizer)
 
     def judge(one) -> dict[str, list[float]]:
-        return {text: window_losses(one, tokens, progress=True).tolist() for text, tokens in windows.items()}
+        return {
+            text: window_losses(one, tokens, not processes.rank, processes).tolist() for text, tokens in windows.items()
+        }
 
     measured = {"imatrix": imatrix.name, "imatrix_sha256": file_digest(imatrix)} if imatrix else asdict(calibration)
     report = compress_model(
         model,
-        None if imatrix else calibration.batches(model, tokenizer),
+        batches,
         recipe,
         ranks=budget,
         folder=output,
+        hidden_states=hidden_states,
         notes=measured | ({"bos": begun} if begun else {}),
         statistics=statistics,
         weights=weights,
         reround=reround,
         judge=judge if evaluation else None,
     )
+    if processes.rank:
+        return
     print(report)
     if report.overlooked_share > OVERLOOKED:
         print(f"warning: only {report.coverage_line()}", file=sys.stderr)

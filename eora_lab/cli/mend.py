@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -47,27 +47,36 @@ class Mend:
     method has to be one that looks at channels alone, such as qera_approx"""
     dtype: Dtype = "float32"
     """type that the model is held in; in that of its files, mostly bfloat16, the model may be larger than memory"""
+    hidden_states: Literal["memory", "disk"] = "memory"
+    """where the hidden states of the calibration texts are between two blocks: memory, or disk, which is for more texts
+    than memory holds; they then lie in the run folder until the run is finished, and an interrupted run goes on from
+    them without running its finished blocks again"""
     device: str = "cpu"
     """cpu or cuda"""
 
     def run(self) -> None:
+        from eora_lab.calibrate.processes import Processes, group
+        from eora_lab.environment import timed
         from eora_lab.errors import EoraLabError
         from eora_lab.formats import read_checkpoint
 
-        checkpoint = read_checkpoint(self.checkpoint, self.format)
-        if self.rounds > 1 and not self.reround:
-            raise EoraLabError("--rounds is of --reround: without it the weights stay as they are")
-        recipe = Recipe(**asdict(self.path), **asdict(self.measured), rounds=self.rounds)
-        run_pass(
-            self.model,
-            recipe,
-            self.output,
-            budget=self.budget,
-            calibration=self.calibration,
-            evaluation=self.evaluation if self.evaluate else None,
-            imatrix=self.imatrix,
-            dtype=self.dtype,
-            device=self.device,
-            weights=checkpoint,
-            reround=self.reround,
-        )
+        with timed(), group(self.device) as device:
+            with Processes.of_group().agree():
+                checkpoint = read_checkpoint(self.checkpoint, self.format)
+                if self.rounds > 1 and not self.reround:
+                    raise EoraLabError("--rounds is of --reround: without it the weights stay as they are")
+                recipe = Recipe(**asdict(self.path), **asdict(self.measured), rounds=self.rounds)
+            run_pass(
+                self.model,
+                recipe,
+                self.output,
+                budget=self.budget,
+                calibration=self.calibration,
+                evaluation=self.evaluation if self.evaluate else None,
+                imatrix=self.imatrix,
+                dtype=self.dtype,
+                device=device,
+                hidden_states=self.hidden_states,
+                weights=checkpoint,
+                reround=self.reround,
+            )

@@ -35,7 +35,7 @@ def gptq(
     group_size = check_grid(in_features, chosen.bits, chosen.group_size)
     order = power.argsort(descending=True, stable=True) if desc_act else torch.arange(in_features, device=power.device)
     group = (order // group_size).tolist()
-    factor = inverse_factor(statistics.second_moment[order][:, order], damp_percent)
+    factor = inverse_factor(statistics.second_moment, damp_percent, order)
     columns = weight.T[order].clone()  # (in, out)
     codes = torch.empty_like(columns, dtype=torch.uint8)
     fitted = [part.T.contiguous() for part in chosen.fit(weight, power)]  # (groups, out)

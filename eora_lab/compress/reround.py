@@ -71,7 +71,7 @@ class _Columns:
     def swept(self, S: Float[Tensor, "in in"]) -> Float[Tensor, "in out"]:
         """By GPTQ, the columns with the largest inputs first."""
         order = S.diagonal().argsort(descending=True, stable=True)
-        factor = inverse_factor(S[order][:, order], DAMP_PERCENT)
+        factor = inverse_factor(S, DAMP_PERCENT, order)
         columns, place = self.target[order].clone(), order.tolist()
         column_sweep(columns, factor, lambda i: self.nearest(place[i], columns[i]))
         found = torch.empty_like(columns)

@@ -26,7 +26,7 @@ def run_on_ray(
     try:
         import ray
     except ImportError as error:
-        raise EoraLabError('the Ray engine needs ray: pip install "eora-lab[ray]"') from error
+        raise EoraLabError('the Ray engine needs ray: make ray, or pip install "eora-lab[ray]"') from error
     ours = not ray.is_initialized()
     if ours:
         try:

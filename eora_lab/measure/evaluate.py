@@ -5,6 +5,7 @@ dense for one block at a time. So is an original that is larger than the memory 
 its files anew for every window. That the numbers are the same is tried on some tokens first.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from eora_lab.calibrate.calls import BlockCalls
 from eora_lab.calibrate.contract import TOKENS, check_blocks, in_one_line, relative_error, returned
+from eora_lab.calibrate.processes import ALONE, Processes
 from eora_lab.environment import free_memory
 from eora_lab.errors import EoraLabError
 from eora_lab.layer.linear import compensated, unpacked
@@ -37,25 +39,39 @@ def perplexity(model: nn.Module, token_windows: Batches, progress: bool = False)
 
 @fast_products()
 @torch.no_grad()
-def window_losses(model: nn.Module, token_windows: Batches, progress: bool = False) -> Float[Tensor, " n"]:
+def window_losses(
+    model: nn.Module, token_windows: Batches, progress: bool = False, processes: Processes = ALONE
+) -> Float[Tensor, " n"]:
     """Mean negative log-likelihood a token (nats) of every window, float64. Perplexity is the exp of their mean.
 
+    processes: that share the windows, each with the same model, and all get the losses of all.
     Raises EoraLabError as `perplexity` does.
     """
     tokens = as_tokens(model, token_windows, "windows")
     if tokens.shape[1] < 2:
         raise EoraLabError(f"perplexity needs (n, seqlen >= 2) tokens, not {tuple(tokens.shape)}")
     tokens = tokens.to(next(model.parameters()).device)
+    with processes.agree():
+        own = _losses(model, tokens[processes.rank :: processes.count], progress)
+    found = torch.empty(len(tokens), dtype=torch.float64)
+    for rank, losses in enumerate(processes.gather(own)):
+        found[rank :: processes.count] = torch.tensor(losses, dtype=torch.float64)
+    return found
+
+
+def _losses(model: nn.Module, tokens: Int[Tensor, "n seqlen"], progress: bool) -> list[float]:
+    """Of every window, one by one. Raises EoraLabError where they are not finite."""
+    if not len(tokens):
+        return []
     rest = _rest(model, tokens)
     made = _whole(model, tokens, progress) if rest is None else by_block(model, tokens, rest, progress)
     losses = []
     for window, logits in zip(tokens, made, strict=True):
         every = F.cross_entropy(logits[:-1].float(), window[1:], reduction="sum")
         losses.append(every.item() / (len(window) - 1))
-    found = torch.tensor(losses, dtype=torch.float64)
-    if not torch.isfinite(found).all():
+    if not all(map(math.isfinite, losses)):
         raise EoraLabError("the model's logits are not finite")
-    return found
+    return losses
 
 
 def _rest(model: nn.Module, tokens: Int[Tensor, "n seqlen"]) -> dict[str, tuple | list] | None:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from eora_lab.environment import step
 from eora_lab.errors import EoraLabError, as_setting
 from eora_lab.files import digest, file_digest, read_json, write_json
 from eora_lab.model.embedded import cache_folder
@@ -38,6 +39,7 @@ class Origin(NamedTuple):
     tokenizer: str = ""
 
 
+@step("checks")
 def model_digest(model: nn.Module) -> str:
     """A hash of all weights and of the configuration: of the files if the model is as they are, else of its tensors."""
     tensors, known = tensors_digest(model), origin(model)
@@ -49,6 +51,7 @@ def origin(model: nn.Module) -> Origin:
     return getattr(model, "eora_lab_origin", Origin())
 
 
+@step("checks")
 def note_origin(model: nn.Module, path: Path) -> None:
     """Note on a model, just loaded, which files it is from. `path`: its folder, or its GGUF file."""
     import transformers

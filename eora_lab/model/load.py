@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 import torch
 
+from eora_lab.environment import step
 from eora_lab.errors import EoraLabError, MachineError, naming, one_line
 from eora_lab.files import read_json
 from eora_lab.model import Dtype
@@ -26,6 +27,7 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 
 
+@step("loading")
 def load_model(
     name: str | Path = "smollm2-135m", dtype: torch.dtype | str = torch.float32, device: str = "cpu"
 ) -> tuple[torch.nn.Module, Any]:

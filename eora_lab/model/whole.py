@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from eora_lab.environment import free_memory
+from eora_lab.environment import free_memory, step
 from eora_lab.errors import EoraLabError, one_line
 
 Headers = dict[str, tuple[str, tuple[int, ...]]]  # name -> type and shape, as safetensors files tell them
@@ -146,6 +146,7 @@ def check_whole(name: str, model: nn.Module, found: dict, headers: Headers) -> N
             )
 
 
+@step("checks")
 def check_finite(model: nn.Module) -> None:
     """Raise EoraLabError, with the name of the tensor, when a weight is NaN or Inf."""
     for name, weight in model.named_parameters():

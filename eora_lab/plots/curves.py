@@ -2,12 +2,14 @@
 
 import numpy as np
 import pandas
-from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eora_lab.errors import EoraLabError
-from eora_lab.experiment.cells import DENSE, LATER, Cell
+from eora_lab.experiment.cells import DENSE
+from eora_lab.plots.findings import finding, touched, varied
+from eora_lab.plots.labels import End, label_ends
+from eora_lab.plots.looks import INK, LOOKS, Look, looks, method_name
 from eora_lab.plots.scales import (
     AXES,
     ERRORS,
@@ -19,24 +21,11 @@ from eora_lab.plots.scales import (
     spread_metric,
     value_name,
 )
-from eora_lab.plots.style import BAND, LOOKS, Look, looks, method_name, panels, styled
+from eora_lab.plots.style import BAND, WIDTH, panels, styled
+from eora_lab.plots.words import read_out, tell
 
-MEASURING = ("perplexity", "windows", "window_length")
-LEGEND = 1.9  # inches
+HEIGHT = 3.0  # inches of a panel
 APART = 0.12  # methods on a categorical axis
-SETTINGS = tuple(name for name in (*Cell().config(), *LATER) if name not in MEASURING)
-OF_THE_PATH = ("rank", "factor_bits", "refit", "shrink", "rank_only")  # a base alone has none of it
-
-
-def touched(frame: pandas.DataFrame, setting: str) -> pandas.Series:
-    """Which rows depend on a setting: the dense model on none, a base alone on none of the low-rank path."""
-    compressed = frame["compressor"] != DENSE
-    return compressed & (frame["method"] != "none") if setting in OF_THE_PATH else compressed
-
-
-def varied(frame: pandas.DataFrame) -> list[str]:
-    """The settings that differ among the rows that depend on them."""
-    return [name for name in SETTINGS if name in frame and frame.loc[touched(frame, name), name].map(str).nunique() > 1]
 
 
 def plot_setting(frame: pandas.DataFrame, setting: str, only: list[str] | None = None) -> Figure:
@@ -57,10 +46,10 @@ def plot_setting(frame: pandas.DataFrame, setting: str, only: list[str] | None =
     key = "method" if "method" in others or not others else others[0]
     facets = _facets(frame, [name for name in others if name != key])
     look, places = looks(_values(frame, key)), _places(frame, setting)
-    width = max(4.8 if len(facets) == 1 else 3.6, 0 if numeric(places) else _width(_names(setting, places)))
+    width = max(WIDTH, 0 if numeric(places) else len(facets) * _width(_names(setting, places)))
     with styled():
         shared = "all" if all(metric.partition(".")[0] in ERRORS for metric in wanted) else "row"
-        figure, grid = panels(len(wanted), len(facets), width, 3.0, sharey=shared)
+        figure, grid = panels(len(wanted), len(facets), HEIGHT, width, sharey=shared)
         for metric, line in zip(wanted, grid, strict=True):
             for (title, part), axes in zip(facets, line, strict=True):
                 _lines_across(axes, part[~touched(part, setting)].dropna(subset=metric), metric)
@@ -79,8 +68,9 @@ def plot_setting(frame: pandas.DataFrame, setting: str, only: list[str] | None =
                 axes.set_title(title)
                 axes.set_ylabel(metric_name(frame, metric) if axes is line[0] else "")
             spread_metric(line[0], metric, figures(frame, metric)[0])
-        _head(figure, grid, frame)
-    return figure
+        _name_series(figure, grid)
+    said = [_read(frame[touched(frame, setting)], setting, key, metric) for metric in wanted]
+    return tell(figure, finding(frame, wanted[0]), ". ".join(said) + ".", _common(frame))
 
 
 def _values(frame: pandas.DataFrame, setting: str) -> list:
@@ -131,7 +121,7 @@ def _lines_across(axes: Axes, rows: pandas.DataFrame, metric: str) -> None:
     for compressor, value in zip(rows["compressor"], figures(rows, metric)[0], strict=True):
         colour, line, name = LOOKS["none"].colour, LOOKS["none"].line, method_name("none")
         if compressor == DENSE:
-            colour, line, name = "black", "--", "dense"
+            colour, line, name = INK, "--", "dense"
         axes.axhline(value, color=colour, linestyle=line, label=name)
 
 
@@ -161,14 +151,40 @@ def _setting_axis(axes: Axes, setting: str, places: dict[object, float]) -> None
         axes.set_xticks(points, names)
 
 
-def _head(figure: Figure, grid: list[list[Axes]], frame: pandas.DataFrame) -> None:
-    """Every series once, and what all cells have in common."""
-    series: dict[str, Artist] = {}
-    for axes in (axes for line in grid for axes in line):
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            series.setdefault(label, handle)
-    figure.legend(list(series.values()), list(series), loc="outside right upper")
-    figure.set_figwidth(figure.get_figwidth() + LEGEND)
+def _name_series(figure: Figure, grid: list[list[Axes]]) -> None:
+    """Every series once: at the ends of its lines where the last panel of a row has all of them, else in a legend."""
+    found = [[axes.get_legend_handles_labels() for axes in line] for line in grid]
+    names = {name for line in found for _, labels in line for name in labels}
+    if all(set(line[-1][1]) == names and all(hasattr(one, "get_xdata") for one in line[-1][0]) for line in found):
+        for axes, line in zip(grid, found, strict=True):
+            label_ends(axes[-1], _ends(axes[-1], *line[-1]), HEIGHT)
+        return
+    series = {name: handle for line in found for pair in line for handle, name in zip(*pair, strict=True)}
+    figure.legend(list(series.values()), list(series), loc="outside lower left", ncols=4)
+
+
+def _ends(axes: Axes, handles: list, names: list[str]) -> list[End]:
+    """Where lines end on the right: those across the panel at its edge."""
+    edge = axes.get_xlim()[1]
+    across = [handle.get_transform() != axes.transData for handle in handles]
+    x = [edge if whole else handle.get_xdata()[-1] for handle, whole in zip(handles, across, strict=True)]
+    seen = dict(zip(names, zip(x, handles, strict=True), strict=True))  # a line for a model in each of several panels
+    return [End(x, line.get_ydata()[-1], name, line.get_color()) for name, (x, line) in seen.items()]
+
+
+def _common(frame: pandas.DataFrame) -> str:
+    """What all compressed cells have in common."""
     cells = frame[frame["compressor"] != DENSE]
     common = {name: cells[name].iloc[0] for name in ("model", "compressor", "bits") if cells[name].nunique() == 1}
-    figure.suptitle(", ".join(setting_name(name, value) for name, value in common.items()), x=0.01, ha="left", size=11)
+    return ", ".join(setting_name(name, value) for name, value in common.items())
+
+
+def _read(frame: pandas.DataFrame, setting: str, key: str, metric: str) -> str:
+    """A metric against the setting in words, a series after the other."""
+    rows, parts = frame.dropna(subset=metric), []
+    for series, one in rows.groupby(key, sort=False):
+        name = method_name(series) if key == "method" else setting_name(key, series)
+        x = [value_name(setting, value) for value in one[setting]]
+        parts.append(f"{name} {read_out(x, figures(one, metric)[0].tolist())}")
+    what = " ".join(metric_name(frame, metric).split())
+    return f"{what}, against {AXES.get(setting, setting.replace('_', ' '))}: {'; '.join(parts)}"

@@ -7,11 +7,14 @@ from matplotlib.figure import Figure
 
 from eora_lab.errors import EoraLabError
 from eora_lab.experiment.cells import DENSE
-from eora_lab.plots.curves import plot_setting, touched, varied
-from eora_lab.plots.scales import AXES, figures, metric_name, metrics, plain_log_axis, setting_name
-from eora_lab.plots.style import LOOKS, looks, method_name, panels, styled
+from eora_lab.plots.curves import plot_setting
+from eora_lab.plots.findings import cell_names, touched, varied
+from eora_lab.plots.labels import LINE, End, label_ends
+from eora_lab.plots.looks import INK, looks, method_name
+from eora_lab.plots.scales import AXES, figures, metric_name, metrics, plain_log_axis
+from eora_lab.plots.style import panels, styled
+from eora_lab.plots.words import number, tell
 
-LINE = 0.21  # inches between labels
 LABELLED = 16  # cells that all have room for one; of more, those on the line do
 
 
@@ -33,10 +36,11 @@ def plot_front(frame: pandas.DataFrame, metric: str = "") -> Figure:
     best = pareto(bits, value if lower else -value)
     named = best if len(frame) > LABELLED else list(range(len(frame)))
     look = looks(list(dict.fromkeys(frame["method"])))
+    names = cell_names(frame)
     with styled():
-        height = max(3.2, LINE * (len(named) + 3))
-        figure, [[axes]] = panels(1, 1, 7.4, height)
-        axes.plot(bits[best], value[best], color=LOOKS["none"].colour, linewidth=1, zorder=1)
+        height = max(3.4, LINE * (len(named) + 4))
+        figure, [[axes]] = panels(1, 1, height)
+        axes.plot(bits[best], value[best], color=INK, linewidth=0.8, zorder=1)
         for method, one in look.items():
             here = (frame["method"] == method).to_numpy()
             axes.plot(bits[here], value[here], one.marker, color=one.colour, label=method_name(method))
@@ -45,32 +49,17 @@ def plot_front(frame: pandas.DataFrame, metric: str = "") -> Figure:
             plain_log_axis(axes, "y")
         axes.set_xlabel(AXES["bits_per_weight"])
         axes.set_ylabel(metric_name(frame, metric))
-        axes.set_title("on the line: no other cell is better with fewer bits")
-        low, high = axes.get_ylim()
-        scale = np.log if axes.get_yscale() == "log" else np.asarray
-        at = (scale(value) - scale(low)) / (scale(high) - scale(low))  # (cells,) share of the axis
-        labels = _labels(frame)
-        for cell, place in zip(named, spread(at[named], LINE / height), strict=True):
-            line = {
-                "arrowstyle": "-",
-                "color": "#BBBBBB",
-                "linewidth": 0.6,
-                "shrinkA": 0,
-                "shrinkB": 4,
-                "relpos": (0, 0.5),
-            }
-            axes.annotate(
-                labels[cell],
-                (bits[cell], value[cell]),
-                (1.03, place),
-                textcoords="axes fraction",
-                va="center",
-                fontsize=8,
-                arrowprops=line,
-            )
-        axes.set_ylim(low, high)
-        figure.legend(loc="outside upper left", ncols=5)
-    return figure
+        colours = [look[method].colour for method in frame["method"]]
+        label_ends(axes, [End(bits[i], value[i], names[i], colours[i]) for i in named], height)
+        figure.legend(loc="outside lower left", ncols=5)
+    points = "; ".join(f"{names[i]} {number(value[i])} at {bits[i]:.2f} bits" for i in best)
+    alt = f"{' '.join(metric_name(frame, metric).split())}, against {AXES['bits_per_weight']}; {len(frame)} cells. "
+    ends = [f"{number(value[i])} at {bits[i]:.2f} bits" for i in best]
+    span = f"from {ends[0]} to {ends[-1]}" if len(best) > 1 else ends[0]
+    what = metric_name(frame, metric).split("\n")[0]
+    headline = f"{len(best)} of {len(frame)} cells are unbeaten: {what} {span}"
+    alt += f"No other cell is better with fewer bits than: {points}."
+    return tell(figure, headline, alt, "on the line: no other cell is better with fewer bits")
 
 
 def pareto(cost: Float[np.ndarray, " n"], loss: Float[np.ndarray, " n"]) -> list[int]:
@@ -80,28 +69,6 @@ def pareto(cost: Float[np.ndarray, " n"], loss: Float[np.ndarray, " n"]) -> list
         if not found or loss[i] < loss[found[-1]]:
             found.append(i)
     return found
-
-
-def spread(places: Float[np.ndarray, " n"], gap: float) -> Float[np.ndarray, " n"]:
-    """Places of labels near the given ones, in the same order, none closer than `gap` to the next."""
-    order = np.argsort(places, kind="stable")
-    steps = gap * np.arange(len(places))
-    moved = places[order] - steps  # rising where labels have room
-    up, down = np.maximum.accumulate(moved), np.minimum.accumulate(moved[::-1])[::-1]
-    result = np.empty_like(places)
-    result[order] = (up + down) / 2 + steps
-    return result
-
-
-def _labels(frame: pandas.DataFrame) -> list[str]:
-    """What tells each cell from the others."""
-    named = [name for name in varied(frame) if name != "method"]
-    parts = {name: touched(frame, name).to_numpy() for name in named}
-    methods = [method_name(method) for method in frame["method"]]
-    return [
-        ", ".join([methods[i], *(setting_name(name, frame[name].iloc[i]) for name in named if parts[name][i])])
-        for i in range(len(frame))
-    ]
 
 
 def plot_sweep(frame: pandas.DataFrame) -> Figure:

@@ -33,7 +33,12 @@ AXES = {
 WORDS = {("rank_only", ""): "all", ("group_size", -1): "whole row", ("base_source", ""): "as for the path"}
 WORDS |= {("only", ""): "all", ("skip", ""): "none", ("sparsity", ""): "not pruned"}
 SHORT = {"model": "{}", "compressor": "{}", "grid": "{}", "bits": "{}-bit", "sparsity": "{}"}
-SHORT |= {"rank": "rank {}", "factor_bits": "{}-bit factors", "group_size": "groups of {}"}
+SHORT |= {
+    "source": "calibrated on {}",
+    "rank": "rank {}",
+    "factor_bits": "{}-bit factors",
+    "group_size": "groups of {}",
+}
 ERRORS = {"output_error": "error on calibration tokens", "held_out_error": "error on held-out tokens"}
 PERCENT = ("acc", "exact_match")
 

@@ -5,10 +5,16 @@ import pandas
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from eora_lab.plots.labels import End, label_ends
+from eora_lab.plots.looks import looks, method_name
 from eora_lab.plots.scales import plain_log_axis
-from eora_lab.plots.style import BAND, looks, method_name, panels, styled
+from eora_lab.plots.style import BAND, panels, styled
+from eora_lab.plots.words import listed, number, tell
 
-PUBLISHED = "#F4F1EA"  # background
+PUBLISHED = "#8a7a4a26"  # background: a tint of white and of dark pages alike
+HEIGHT = 2.7  # inches of a panel
+PAPER = "SVD is the paper's ZeroQuant-V2; where EoRA is best by less than the intervals, nothing is decided"
+PLACE = ["source", "task", "base", "rank", "extra"]  # where methods are rivals
 
 
 def plot_table(frame: pandas.DataFrame) -> Figure:
@@ -24,40 +30,69 @@ def plot_table(frame: pandas.DataFrame) -> Figure:
     ranks = frame.loc[frame["method"] != "none", ["source", "rank"]].drop_duplicates()
     curves = frame["base"].nunique() == 1 and len(ranks) > 2 * len(sides) and not frame["extra"].any()
     with styled():
-        figure, grid = panels(len(sides), columns, 3.1, 2.9)
+        figure, grid = panels(len(sides), columns, HEIGHT)
         for side, line in zip(sides, grid, strict=True):
             for axes in line[side["task"].nunique() :]:
                 axes.remove()
             for (task, part), axes in zip(side.groupby("task", sort=False), line, strict=False):
                 (_against_rank if curves else _against_base)(axes, part, look)
-                axes.set_ylabel(f"{task} ({part['unit'].iloc[0]})")
+                axes.set_title(task)
+                axes.set_ylabel(part["unit"].iloc[0])
                 if side["source"].iloc[0] == "published":
                     axes.set_facecolor(PUBLISHED)
-                if part["unit"].iloc[0] == "perplexity" and part["value"].max() > 3 * part["value"].min():
+                if part["unit"].iloc[0] == "perplexity" and part["value"].max() > 2 * part["value"].min():
                     plain_log_axis(axes, "y")
+            if curves:
+                label_ends(axes, [_end(method, rows, look) for method, rows in part.groupby("method")], HEIGHT)
             base = f", {side['base'].iloc[0]}" if curves else ""
-            line[0].set_title(f"{side['source'].iloc[0]}: {side['model'].iloc[0]}{base}")
-        handles, labels = grid[0][0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=6)
-    return figure
+            first = line[0].get_title("left")
+            line[0].set_title(f"{side['source'].iloc[0]}: {side['model'].iloc[0]}{base}\n{first}")
+        if not curves:
+            handles, labels = grid[0][0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside lower left", ncols=6)
+    return tell(figure, f"EoRA is best {listed(map(_wins, sides))} comparisons", " ".join(map(_read, sides)), PAPER)
+
+
+def _wins(side: pandas.DataFrame) -> str:
+    """In how many places EoRA beats every rival, by the numbers alone."""
+    loss = side["value"].where(side["unit"] == "perplexity", -side["value"])
+    places = [part for _, part in side.assign(loss=loss).groupby(PLACE) if set(part["method"]) > {"eora"}]
+    wins = [part.loc[part["loss"] == part["loss"].min(), "method"].tolist() == ["eora"] for part in places]
+    return f"in {sum(wins)} of {len(wins)} {side['source'].iloc[0]}"
+
+
+def _read(side: pandas.DataFrame) -> str:
+    """Every number of one side."""
+    parts = []
+    for (task, unit), part in side.groupby(["task", "unit"], sort=False):
+        said = [
+            f"{_place(row, True)} {method_name(row['method'])} {number(row['value'])}" for _, row in part.iterrows()
+        ]
+        parts.append(f"{task}, {unit}: {', '.join(said)}")
+    return f"{side['source'].iloc[0].capitalize()}, {side['model'].iloc[0]}. {'. '.join(parts)}."
+
+
+def _place(row: pandas.Series, several: bool, between: str = " ") -> str:
+    """A base, with the rank of its path if that differs from place to place."""
+    rank = f"rank {row['rank']}" if several and row["rank"] else ""
+    return between.join(filter(None, (row["base"], rank, row["extra"])))
+
+
+def _end(method: str, rows: pandas.DataFrame, look: dict) -> End:
+    last = rows.loc[rows["rank"].idxmax()]
+    return End(last["rank"], last["value"], method_name(method), look[method].colour)
 
 
 def _against_rank(axes: Axes, part: pandas.DataFrame, look: dict) -> None:
     ranks = sorted(set(part.loc[part["method"] != "none", "rank"]))
     for method, rows in part.groupby("method", sort=False):
         one = look[method]
+        style = {"color": one.colour, "linestyle": one.line, "label": method_name(method)}
         if method == "none":
-            axes.axhline(rows["value"].iloc[0], color=one.colour, linestyle=one.line, label=paper_name(method))
+            axes.axhline(rows["value"].iloc[0], **style)
             continue
         rows = rows.sort_values("rank")
-        axes.plot(
-            rows["rank"],
-            rows["value"],
-            color=one.colour,
-            marker=one.marker,
-            linestyle=one.line,
-            label=paper_name(method),
-        )
+        axes.plot(rows["rank"], rows["value"], marker=one.marker, **style)
         if rows["low"].notna().any():
             axes.fill_between(rows["rank"], rows["low"], rows["high"], color=one.colour, alpha=BAND, linewidth=0)
     plain_log_axis(axes, "x", ranks, base=2)
@@ -67,12 +102,7 @@ def _against_rank(axes: Axes, part: pandas.DataFrame, look: dict) -> None:
 def _against_base(axes: Axes, part: pandas.DataFrame, look: dict) -> None:
     ranks = sorted(set(part.loc[part["method"] != "none", "rank"]))
     several = len(ranks) > 1
-
-    def place_name(row) -> str:
-        rank = f"rank {row['rank']}" if several and row["rank"] else ""
-        return "\n".join(filter(None, (row["base"], rank, row["extra"])))
-
-    names = part.apply(place_name, axis=1)
+    names = part.apply(lambda row: _place(row, several, "\n"), axis=1)
     places = {name: i for i, name in enumerate(dict.fromkeys(names))}
     methods = list(dict.fromkeys(part["method"]))
     for i, method in enumerate(methods):
@@ -81,20 +111,8 @@ def _against_base(axes: Axes, part: pandas.DataFrame, look: dict) -> None:
         x = names[here].map(places).to_numpy() + 0.6 / len(methods) * (i - (len(methods) - 1) / 2)
         errors = np.array([rows["value"] - rows["low"], rows["high"] - rows["value"]])  # (2, rows)
         known = errors if np.isfinite(errors).any() else None
-        axes.errorbar(
-            x,
-            rows["value"],
-            known,
-            fmt=one.marker,
-            color=one.colour,
-            linewidth=1,
-            label=paper_name(method),
-        )
-    axes.set_xticks(range(len(places)), places, fontsize=8 if len(places) > 3 else 9)
+        style = {"color": one.colour, "linewidth": 1, "label": method_name(method)}
+        axes.errorbar(x, rows["value"], known, fmt=one.marker, **style)
+    axes.set_xticks(range(len(places)), [name.replace(" ", "\n", 1) for name in places])
     axes.set_xlim(-0.5, len(places) - 0.5)
-    axes.set_xlabel(f"base (paths of rank {ranks[0]})" if len(ranks) == 1 else "base")
-
-
-def paper_name(method: str) -> str:
-    """What the paper calls a method."""
-    return "SVD (ZeroQuant-V2)" if method == "svd" else method_name(method)
+    axes.set_xlabel(f"base (rank {ranks[0]})" if len(ranks) == 1 else "base")

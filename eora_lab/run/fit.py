@@ -14,6 +14,7 @@ from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.compensate import LowRank, StoredFactors, needs_outputs, solve, store_factors
 from eora_lab.compensate.shrinkage import solve_shrunk
 from eora_lab.compress import COMPRESSORS, Compressed, Grid, reround, residual
+from eora_lab.environment import step as timing
 from eora_lab.errors import EoraLabError
 from eora_lab.run.recipe import Recipe
 
@@ -170,14 +171,17 @@ def fit_layer(
     outputs = steps.outputs.get(name) if needs_outputs(recipe.method) else None
     for _ in range(recipe.rounds if rank else 1):
         start = time.perf_counter()
-        if best is None:
-            compressed = steps.compress(name, aim, statistics)
-        else:
-            compressed = steps.again(name, aim - best.path, statistics, best.compressed)
+        with timing("compress"):
+            if best is None:
+                compressed = steps.compress(name, aim, statistics)
+            else:
+                compressed = steps.again(name, aim - best.path, statistics, best.compressed)
         compressed_at = time.perf_counter()
-        error = residual(weight, compressed) if step is None else residual(weight, compressed) + step
-        low_rank, shrinkage = steps.compensate(name, error, statistics, rank)
-        factors = store_factors(low_rank, recipe.factor_bits, (error, statistics) if recipe.refit else None, outputs)
+        with timing("solve"):
+            error = residual(weight, compressed) if step is None else residual(weight, compressed) + step
+            low_rank, shrinkage = steps.compensate(name, error, statistics, rank)
+            refit = (error, statistics) if recipe.refit else None
+            factors = store_factors(low_rank, recipe.factor_bits, refit, outputs)
         seconds[0] += compressed_at - start
         seconds[1] += time.perf_counter() - compressed_at
         fit = Fit(compressed, error, low_rank, factors, shrinkage)

@@ -2,37 +2,39 @@
 
 config.json                  settings, versions, seed: what the run is
 ranks.json                   rank of every layer, where a budget was spread over them
-blocks/000.safetensors ...   packed compressed weights of one decoder block, with its part of the report
+blocks/000.safetensors ...   packed compressed weights of one decoder block, with its part of the report and a checksum
+hidden/                      until the run is finished: the hidden states that it resumes from, if they are on disk
 adapter/                     the low-rank path as a PEFT adapter, each layer at its own rank, with a card
 report.json                  written last: a folder with a report is complete
 .lock                        held by the process that works here
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
-from eora_lab.environment import versions
-from eora_lab.errors import EoraLabError, as_setting, naming, one_line
-from eora_lab.files import LOCK, PARTIAL, add_tensor, locked, read_json, write_json, write_safetensors
+from eora_lab.environment import seconds_by_step, step, versions
+from eora_lab.errors import EoraLabError, as_setting
+from eora_lab.files import LOCK, PARTIAL, DamagedError, locked, read_json, set_aside, write_json
 from eora_lab.formats import peft
 from eora_lab.layer.backends import AUTO
 from eora_lab.layer.linear import CompensatedLinear, compensated, use_backend
 from eora_lab.model.digest import TENSORS, files_digest, tensors_digest, tokenizer_digest
 from eora_lab.model.load import as_dtype, load_model, local_path
-from eora_lab.model.structure import decoder_blocks, linear_at
+from eora_lab.model.structure import decoder_blocks
 from eora_lab.run.adapters import made_for
+from eora_lab.run.blocks import AGAIN, install_block, load_block, write_block
 from eora_lab.run.card import write_peft_card
 from eora_lab.run.recipe import Selection
-from eora_lab.run.report import LayerReport, Report, layer_report
+from eora_lab.run.report import LayerReport, Report
 
 CONFIG = "config.json"
 LATER = ("tokenizer",)  # settings that older runs do not have
@@ -40,33 +42,49 @@ SINCE = {field.name: field.default for field in fields(Selection)} | {
     "grid": "integer",
     "labels": "model",
 }  # nor these; they did the same
-DAMAGED = "incomplete, corrupt, or of another model; delete it, and start the run again to make it anew"
+NAMED = 4  # settings that differ
+BLOCKS, HIDDEN = "blocks/*.safetensors", "hidden"
 
 
 @contextmanager
-def open_folder(path: Path | str, settings: dict) -> Iterator["RunFolder"]:
+def open_folder(path: Path | str, settings: dict, keeps_hidden: bool = False) -> Iterator["RunFolder"]:
     """The `RunFolder` of a run that nobody else works on meanwhile. Raises EoraLabError as that, and while one does."""
     is_free(Path(path))  # before a lock is put in a stranger's folder
     with locked(Path(path)):
-        yield RunFolder(path, settings)
+        yield RunFolder(path, settings, keeps_hidden)
 
 
 class RunFolder:
     """A folder that belongs to one run. Opening it again with the same settings resumes the run.
 
+    The files of finished blocks are read: one that is damaged is set aside, with a warning, and the block is not there.
+    hidden: where the hidden states of its calibration texts are kept until it is finished; None: nowhere.
     Raises EoraLabError when the folder holds a run with other settings, or something else.
     """
 
-    def __init__(self, path: Path | str, settings: dict):
+    @step("files")
+    def __init__(self, path: Path | str, settings: dict, keeps_hidden: bool = False):
         self.path = Path(path)
+        self.hidden = self.path / HIDDEN if keeps_hidden else None
         self.settings = claim_folder(self.path, settings)
-        for left in self.path.rglob(PARTIAL):
+        for left in (left for pattern in PARTIAL for left in self.path.rglob(pattern)):
             left.unlink(missing_ok=True)
+        for block in sorted(self.path.glob(BLOCKS)):
+            try:
+                load_block(block)
+            except DamagedError as error:
+                set_aside(block, self.path / "aside")
+                warnings.warn(f"{error}: it was moved to {self.path / 'aside'}, and is made again", stacklevel=2)
+
+    @property
+    def has_plan(self) -> bool:
+        """Whether ranks were planned before."""
+        return (self.path / "ranks.json").exists()
 
     def planned(self, plan: Callable[[], dict[str, int]]) -> dict[str, int]:
         """Module name -> rank: as planned before it was interrupted, or by `plan` now."""
         path = self.path / "ranks.json"
-        if not path.exists():
+        if not self.has_plan:
             write_json(path, plan())
         try:
             return as_setting(dict[str, int], read_json(path), "ranks")
@@ -80,12 +98,16 @@ class RunFolder:
         """Whether block `index` was finished before."""
         return self._block(index).exists()
 
+    @step("files")
     def save_block(self, index: int, modules: dict[str, CompensatedLinear], layers: list[LayerReport]) -> None:
         """Store a finished block."""
-        tensors = {f"{name}.{key}": t for name, m in modules.items() for key, t in m.stored().items()}
-        about = json.dumps([asdict(layer) for layer in layers])
-        write_safetensors(self._block(index), tensors, {"layers": about, "sha256": block_digest(about, tensors)})
+        write_block(self._block(index), modules, layers)
 
+    def drop_hidden(self) -> None:
+        """Hidden states are not needed any more."""
+        shutil.rmtree(self.path / HIDDEN, ignore_errors=True)
+
+    @step("files")
     def load_block(self, index: int, model: nn.Module) -> list[LayerReport]:
         """Put a finished block's modules into the model and return its part of the report."""
         return install_block(model, self._block(index))
@@ -95,6 +117,7 @@ class RunFolder:
         for index in range(len(decoder_blocks(model))):
             self.load_block(index, model)
 
+    @step("files")
     def finish(self, report: Report, model: nn.Module) -> None:
         """Write the adapter, ragged where ranks differ, and the report. No adapter where every rank is 0."""
         layers = compensated(model)
@@ -104,6 +127,7 @@ class RunFolder:
             name = str(self.settings["model"])
             peft.write_adapter(self.path / "adapter", factors, name, made_for=belongs, model=model)
             write_peft_card(self.path / "adapter", self.settings, report, belongs, model)
+        report.steps = seconds_by_step()
         write_report(self.path, report)
 
 
@@ -116,19 +140,23 @@ def claim_folder(path: Path | str, settings: dict, file: str = CONFIG) -> dict:
     if is_free(path, file):
         write_json(path / file, {"settings": settings, "versions": versions()})
     found = {key: value for key, value in SINCE.items() if key in settings} | read_config(path, file)["settings"]
-    for key in sorted((found.keys() | settings.keys()) - {key for key in LATER if key not in found}):
-        if found.get(key) != settings.get(key):
-            raise EoraLabError(
-                f"{path} holds another run ({key} was {found.get(key)!r}, now {settings.get(key)!r}): "
-                "choose another output folder or delete this one"
-            )
+    keys = sorted((found.keys() | settings.keys()) - {key for key in LATER if key not in found})
+    other = [
+        f"{key} was {found.get(key)!r}, now {settings.get(key)!r}"
+        for key in keys
+        if found.get(key) != settings.get(key)
+    ]
+    if other:
+        more = f"; and {len(other) - NAMED} more" if len(other) > NAMED else ""
+        what = "; ".join(other[:NAMED]) + more
+        raise EoraLabError(f"{path} holds another run ({what}): choose another output folder or delete this one")
     return settings
 
 
 def is_free(path: Path, file: str = CONFIG) -> bool:
     """Whether a folder is empty or not there. Raises EoraLabError when it holds anything but a run."""
     try:
-        if not path.exists() or all(entry.name == LOCK or entry.match(PARTIAL) for entry in path.iterdir()):
+        if not path.exists() or all(entry.name == LOCK or any(map(entry.match, PARTIAL)) for entry in path.iterdir()):
             return True
     except OSError as error:
         raise EoraLabError(f"cannot use {path}: {error.strerror}; choose another output folder") from error
@@ -163,49 +191,6 @@ def is_run(path: Path | str, file: str = CONFIG) -> bool:
         return False
 
 
-def block_digest(layers: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of what the file of a block holds."""
-    found = hashlib.sha256(layers.encode())
-    for name in sorted(tensors):
-        add_tensor(found, name, tensors[name])
-    return found.hexdigest()
-
-
-def read_block(path: Path) -> tuple[list[LayerReport], dict[str, Tensor]]:
-    """What the file of a block holds: its part of the report, and the tensors of its layers by full name.
-
-    Raises EoraLabError when the file is damaged.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = file.metadata()
-            layers = [layer_report(data) for data in json.loads(about["layers"])]
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        if about.get("sha256", "") not in ("", block_digest(about["layers"], tensors)):  # older runs have none
-            raise ValueError("its checksum does not agree")
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError, EoraLabError) as error:
-        raise EoraLabError(f"{path}: {DAMAGED} ({one_line(error)})") from error
-    return layers, tensors
-
-
-def install_block(model: nn.Module, path: Path) -> list[LayerReport]:
-    """Replace the linears of one block by what a file holds. Returns the block's part of the report.
-
-    Raises EoraLabError when the file is damaged, or of another model.
-    """
-    layers, tensors = read_block(path)
-    try:
-        for layer in layers:
-            prefix = layer.name + "."
-            stored = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-            with naming(str(path)):  # such as a storage kind that no plugin here brings
-                old = linear_at(model, layer.name)
-                model.set_submodule(layer.name, CompensatedLinear.from_stored(stored, old))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise EoraLabError(f"{path}: {DAMAGED} ({one_line(error)})") from error
-    return layers
-
-
 def load_run(
     path: Path | str,
     dtype: torch.dtype | str = torch.float32,
@@ -224,7 +209,7 @@ def load_run(
     report = read_report(path)
     base, tokenizer = _load_base(path, dtype, device, model)
     installed = set()
-    for block in sorted((path / "blocks").glob("*.safetensors")):
+    for block in sorted(path.glob(BLOCKS)):
         installed |= {layer.name for layer in install_block(base, block)}
     for layer in report.layers:
         if layer.name not in installed:
@@ -274,8 +259,7 @@ def read_report(path: Path | str) -> Report:
     try:
         return Report.from_data(read_json(file))
     except EoraLabError as error:
-        hint = "start the run again with the same settings to write it anew"
-        raise EoraLabError(f"{file} cannot be used: {error}; {hint}") from error
+        raise EoraLabError(f"{file} cannot be used: {error}; {AGAIN}") from error
 
 
 def load_model_or_run(

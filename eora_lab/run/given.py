@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from eora_lab.compress import CodebookWeight, Compressed, GgufWeight, GridWeight, HqqWeight, residual, tagged_state_dict
+from eora_lab.environment import step
 from eora_lab.errors import EoraLabError
 from eora_lab.formats.checkpoint import Checkpoint
 from eora_lab.model.structure import block_linears
@@ -29,6 +30,7 @@ def origin_of(weights: Mapping | None) -> dict[str, str]:
     return {"base": weights.base} | place
 
 
+@step("checks")
 def check_given(model: nn.Module, weights: Mapping, source: str = "", progress: bool = True) -> str:
     """A digest of weights that came compressed, by the model's names.
 

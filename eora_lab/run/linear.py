@@ -9,6 +9,7 @@ from eora_lab.compensate.drift import drift_step
 from eora_lab.compensate.eora import eora
 from eora_lab.compensate.eora_fisher import eora_fisher
 from eora_lab.compress import residual
+from eora_lab.environment import step as timing
 from eora_lab.errors import naming
 from eora_lab.layer.linear import CompensatedLinear
 from eora_lab.model.structure import linear_at
@@ -16,6 +17,7 @@ from eora_lab.run.fit import Steps, fit_layer
 from eora_lab.run.report import LayerReport
 
 
+@timing("errors")
 def compress_linear(
     model: nn.Module, name: str, statistics: InputStatistics, steps: Steps, rank: int, share: float = 1.0
 ) -> tuple[CompensatedLinear, LayerReport]:
@@ -49,6 +51,8 @@ def compress_linear(
     outputs = steps.outputs.get(name) if needs_outputs(recipe.method) else None
     errors = (fit.residual, fit.residual - B @ A) if outputs else ()
     nats = [outputs.cost(error, statistics.metric) / 2 for error in errors] if outputs else [None, None]
+    if outputs:
+        outputs.forget()
     return module, LayerReport(
         name=name,
         out_features=weight.shape[0],

@@ -23,13 +23,14 @@ MATRICES = 5  # of a layer's size, in float32: W, R, what is left of it, a produ
 CHOLESKY = 6  # of S's size, in float64, that GPTQ's factor passes through
 ITERATIVE = ("gptq", "sparsegpt")  # compressors that need it
 EIGEN = 4  # of the smaller side's size squared, in float64: a matrix, its eigenvectors, LAPACK's workspace
-WIDTHS = 6  # activations of a mini-batch in a block, in its widest layer's outputs
+WIDTHS = 8  # activations of a mini-batch in a block, in its widest layer's outputs
 SLACK = 2**28  # bytes: what libraries and the allocator keep
 ADVICE = {
     "statistics of all blocks": "leave the budget out, which is planned on all of them",
     "statistics of a block": "measure one input at a time (--true-sequential), or hold out no samples",
     "statistics of gradients": "take a method that needs none (--method eora)",
-    "hidden states": "take fewer calibration tokens (--calibration.nsamples, --calibration.seqlen)",
+    "hidden states": "keep them on disk (--hidden-states disk), or take fewer calibration tokens "
+    "(--calibration.nsamples, --calibration.seqlen)",
     "activations": "take shorter sequences (--calibration.seqlen)",
     "work on a layer": "compress with rtn, which needs no factor of S, or take a machine with more memory",
 }
@@ -43,11 +44,14 @@ def needed(
     left: Container[str] = (),
     given: bool = False,
     spread: bool = False,
+    on_disk: bool = False,
 ) -> dict[str, int]:
     """Bytes that a pass takes beside what the process holds, by what they are for; roughly, for the largest block.
 
-    tokens: (nsamples, seqlen), or None where statistics are given. left: linears that stay as they are. given: W^ is.
+    tokens: (nsamples, seqlen) that this process streams, or None where statistics are given.
+    left: linears that stay as they are. given: W^ is.
     spread: a budget is spread over the layers first, for which the statistics of all blocks are held.
+    on_disk: hidden states are, all but those of a mini-batch.
     """
     itemsize = next(model.parameters()).dtype.itemsize
     held = FLOAT * (2 if recipe.held_out else 1)
@@ -69,7 +73,9 @@ def needed(
         chosen = [linear for name, linear in own.items() if name not in left]
         gradients += held * sum(linear.out_features**2 for linear in chosen)
         kept = sum(stored(linear, recipe, given) for linear in chosen)
-        work = max(work, kept + max((of_layer(linear, recipe, given) for linear in chosen), default=0))
+        layers = [of_layer(linear, recipe, given) for linear in chosen]
+        dense = sum(linear.weight.nbytes for linear in chosen)  # as the compressed block runs on
+        work = max([work, kept + dense, *(kept + needs for needs in layers)])
         widest = max([widest, *(linear.out_features for linear in own.values())])
     parts = {"statistics of all blocks": every} if spread else {"statistics of a block": statistics}
     if needs_outputs(recipe.method):
@@ -77,7 +83,8 @@ def needed(
     if tokens is not None:
         config = getattr(model, "config", None)
         hidden = getattr(config.get_text_config(), "hidden_size", widest) if config is not None else widest
-        parts["hidden states"] = tokens[0] * tokens[1] * hidden * itemsize
+        streams, samples = 2 if recipe.inputs == "drift" else 1, min(BATCH, tokens[0]) if on_disk else tokens[0]
+        parts["hidden states"] = streams * samples * tokens[1] * hidden * itemsize
         parts["activations"] = WIDTHS * min(BATCH, tokens[0]) * tokens[1] * widest * itemsize
     return parts | {"work on a layer": work + SLACK}
 
@@ -100,17 +107,23 @@ def of_layer(linear: nn.Linear, recipe: Recipe, given: bool) -> int:
     return max(judged, compressed, solved)
 
 
-def check_room(parts: Mapping[str, int], device: torch.device) -> int:
+def check_room(parts: Mapping[str, int], device: torch.device, sharing: int = 1) -> int:
     """The bytes that the process will hold at the most, as predicted: what it holds now, and `needed`.
 
-    Raises EoraLabError where that is more than there is, naming what would make it fit.
+    sharing: processes that need as much of this machine's memory; each has its own GPU.
+
+    Raises EoraLabError where that is more than there is, naming what would make it fit: each of what alone would, or
+    what is largest.
     """
     wanted, free = sum(parts.values()), free_memory(device)
+    if free is not None and device.type == "cpu":
+        free //= sharing
     if free is not None and wanted > free:
-        largest = max(parts, key=parts.__getitem__)
+        largest = sorted(parts, key=parts.__getitem__, reverse=True)
+        enough = [part for part in largest if wanted - parts[part] <= free] or largest[:1]
         raise EoraLabError(
             f"this pass needs about {wanted / 1e9:.1f} GB more and {free / 1e9:.1f} GB are free, most of it for "
-            f"{largest} ({parts[largest] / 1e9:.1f} GB): {ADVICE[largest]}"
+            f"{largest[0]} ({parts[largest[0]] / 1e9:.1f} GB): {'; or '.join(ADVICE[part] for part in enough)}"
         )
     held = own_memory() if device.type == "cpu" else torch.cuda.memory_allocated(device)
     return held + wanted

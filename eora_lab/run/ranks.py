@@ -7,9 +7,11 @@ from torch import nn
 
 from eora_lab.calibrate.contract import SEQUENCES, TOKENS, check_blocks
 from eora_lab.calibrate.output_statistics import OutputStatistics
+from eora_lab.calibrate.processes import ALONE, Processes
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.compensate import needs_outputs, solve
 from eora_lab.compress import residual
+from eora_lab.environment import step
 from eora_lab.errors import EoraLabError, as_setting, naming
 from eora_lab.model.structure import block_linears, linear_at
 from eora_lab.run.budget import Budget, LayerSpectrum, allocate_ranks
@@ -58,6 +60,7 @@ def plan_ranks(
     return spread(model, statistics, Steps(recipe, weights, outputs=outputs), budget, progress, left)
 
 
+@step("budget")
 def spread(
     model: nn.Module,
     statistics: Mapping[str, InputStatistics],
@@ -65,11 +68,21 @@ def spread(
     budget: Budget,
     progress: bool = True,
     left: Container[str] = (),
+    processes: Processes = ALONE,
+    owners: Mapping[str, int] | None = None,
 ) -> dict[str, int]:
-    """`plan_ranks` of settings that were checked, with the steps of a pass. left: layers that stay as they are."""
-    nats = budget.objective == "nats"
-    layers = layer_spectra(model, statistics, steps.recipe, budget.maximum, progress, steps, left, nats)
-    return allocate_ranks(layers, steps.recipe.rank, budget)
+    """`plan_ranks` of settings that were checked, with the steps of a pass. left: layers that stay as they are.
+
+    processes: that look at the layers that they own each.
+    """
+    recipe, nats, owners = steps.recipe, budget.objective == "nats", owners or {}
+    names = block_linears(model)
+    not_here = {name for name in names if name in left or owners.get(name, 0) != processes.rank}
+    with processes.agree():
+        own = layer_spectra(model, statistics, recipe, budget.maximum, progress, steps, not_here, nats)
+    found = {name: layer for part in processes.gather(own) for name, layer in part.items()}
+    layers = {name: found[name] for name in names if name in found}
+    return allocate_ranks(layers, recipe.rank, budget)
 
 
 @torch.no_grad()
@@ -105,10 +118,12 @@ def layer_spectra(
         with naming(name):
             error = residual(weight, steps.compress(name, weight.float(), usable))
             if nats:  # as measured: few tokens are no reason to count an input as if it were of size one
-                found = solve("eora_fisher", error, statistics[name], highest, steps.outputs.get(name))
-                spectrum = found.spectrum / 2
+                outputs = steps.outputs.get(name)
+                spectrum = solve("eora_fisher", error, statistics[name], highest, outputs).spectrum / 2
+                if outputs:
+                    outputs.forget()
             else:
                 spectrum = solve("qera_approx" if usable.diagonal else "eora", error, usable, highest).spectrum
         signal = output_energy(weight.float(), usable.metric)
-        layers[name] = LayerSpectrum(spectrum, signal, *weight.shape)
+        layers[name] = LayerSpectrum(spectrum.cpu(), signal, *weight.shape)
     return layers

@@ -8,6 +8,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from statistics import fmean
 from typing import Any, get_type_hints
 
+from eora_lab.environment import OTHER
 from eora_lab.errors import EoraLabError, as_setting, one_line
 from eora_lab.run.intervals import paired_bootstrap
 
@@ -73,6 +74,7 @@ class Report:
     peak_memory: int = 0  # bytes: of the process, or of the GPU when the model is there
     own_memory: int = 0  # of it on the CPU, bytes that are no pages of files, which the system takes back as it likes
     needed_memory: int = 0  # as predicted before: of `own_memory`, or of the GPU
+    steps: dict[str, float] = field(default_factory=dict)  # step -> seconds: loading, checks, forward, statistics, ...
     backends: dict[str, int] = field(default_factory=dict)  # who multiplies one row of input -> how many layers
     losses: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # text -> one of `STATES` -> nats by window
     left: dict[str, int] | None = None  # matrices of the decoder that stayed as they are -> weights; None: not counted
@@ -139,6 +141,13 @@ class Report:
     def bits_per_weight(self) -> float:
         """Bits stored for a compressed weight, grids and factors included."""
         return 8 * self.nbytes / max(self.weights, 1)
+
+    def steps_line(self) -> str:
+        """Where the time went, the longest steps first; those of less than 1 % together."""
+        shown = {name: seconds for name, seconds in self.steps.items() if seconds >= sum(self.steps.values()) / 100}
+        rest = shown.pop(OTHER, 0.0) + sum(self.steps[name] for name in self.steps.keys() - shown.keys() - {OTHER})
+        parts = [*sorted(shown.items(), key=lambda one: -one[1]), (OTHER, rest)]
+        return ", ".join(f"{name} {seconds:.1f}" for name, seconds in parts)
 
     def to_json(self) -> str:
         """The report and its totals."""
@@ -213,6 +222,8 @@ class Report:
             before, after = (sum(getattr(one, f"nats_{when}") or 0.0 for one in self.layers) for when in WHEN)
             lines.append(f"predicted loss {before:.4f} -> {after:.4f} nats a token, to second order, all layers added")
         lines.append(f"{self.seconds:.1f} s, peak memory {self.peak_memory / 1e9:.2f} GB")
+        if self.steps:
+            lines.append(f"{sum(self.steps.values()):.1f} s in all: {self.steps_line()}")
         if self.own_memory:
             own, needed = self.own_memory / 1e9, self.needed_memory / 1e9
             lines.append(f"{own:.2f} GB of it are no pages of files; {needed:.2f} GB were predicted")

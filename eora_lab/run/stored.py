@@ -17,7 +17,8 @@ from eora_lab.model.digest import TENSORS, files_digest
 from eora_lab.model.load import load_skeleton, local_path
 from eora_lab.model.structure import block_linears
 from eora_lab.run.adapters import stored_digest
-from eora_lab.run.folder import is_run, read_block, read_config, read_report
+from eora_lab.run.blocks import read_block
+from eora_lab.run.folder import is_run, read_config, read_report
 
 OWN = ("adapter", "blocks")  # folders of a run
 EXPERT = re.compile(r"\.\d+\..*\.\d+\.")  # a linear in a list within a block

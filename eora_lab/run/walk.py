@@ -12,17 +12,18 @@ from torch import Tensor, nn
 
 from eora_lab.calibrate.contract import Contract
 from eora_lab.calibrate.drift import DriftStream, put
+from eora_lab.calibrate.processes import ALONE, Processes
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.calibrate.stream import BlockStream
 from eora_lab.errors import EoraLabError
-from eora_lab.layer.linear import CompensatedLinear
-from eora_lab.model.structure import decoder_blocks, linears
+from eora_lab.layer.linear import CompensatedLinear, unpacked
+from eora_lab.model.structure import decoder_blocks, linear_at, linears
 from eora_lab.run.fit import Steps
 from eora_lab.run.folder import RunFolder
 from eora_lab.run.linear import compress_linear
 from eora_lab.run.report import LayerReport
 
-SHARES = (1.0, 0.0)  # of the step towards the original's outputs: a block is made with each, and the better one kept
+SHARES = (1.0, 0.0)  # of the step towards the original's outputs, that a block is made with; the better one is kept
 
 
 def walk(
@@ -35,44 +36,57 @@ def walk(
     contract: Contract,
     left: Container[str],
     progress: bool,
+    processes: Processes = ALONE,
+    owners: Mapping[str, int] | None = None,
 ) -> list[LayerReport]:
     """Compress all blocks, and put their layers in place; what the run folder holds already, from there.
 
     With a run folder the original linears come back once a block is done, and all blocks are put in place from their
     files in the end. Both may be files that the system maps into memory, so that no more than one block takes any.
+    Finished blocks are run again to get to the others, unless the folder keeps hidden states.
 
     The arguments are those of `compress_model`, checked. ranks: module name -> rank; None: those of the recipe.
     contract: of the model. left: linears that stay as they are.
+    processes: that share the work, by the owners of linears.
     """
     from tqdm.auto import tqdm
 
     recipe, blocks = steps.recipe, decoder_blocks(model)
-    stream = None
-    if tokens is not None and statistics is None:
-        kind = DriftStream if recipe.inputs == "drift" else BlockStream
-        stream = kind(model, tokens, recipe.held_out, contract)
+    todo = [index for index in range(len(blocks)) if not (run and run.has_block(index))]
+    stream: BlockStream | None = None
+    start, hidden = 0, run.hidden if run else None
+    if tokens is not None and statistics is None and todo:
+        with processes.agree():
+            if recipe.inputs == "drift":
+                stream = DriftStream(model, tokens, recipe.held_out, contract, hidden)
+            else:
+                stream = BlockStream(model, tokens, recipe.held_out, contract, hidden, processes)
+        start = stream.resume(todo[0])
     ranks = recipe.ranks(model, left) if ranks is None else ranks
-    one = _Blocks(model, blocks, steps, ranks, left, stream, statistics or {})
+    one = _Blocks(model, blocks, steps, ranks, left, stream, statistics or {}, processes, owners or {})
     reports: list[LayerReport] = []
     bar = tqdm(blocks.values(), desc="compress", unit="block", disable=not progress, leave=False)
     for index, block in enumerate(bar):
         originals = linears(block)
-        if stream:
-            stream.begin(index)
-        if run and run.has_block(index):
-            if stream and recipe.inputs == "original":
-                stream.advance(index)
+        moving = stream if stream and start <= index <= todo[-1] else None
+        if moving:
+            moving.begin(index)
+        if run and index not in todo:
+            if moving and recipe.inputs == "original":
+                moving.advance(index)
             reports += run.load_block(index, model)
         else:
             made = one.with_drift(index, stream) if isinstance(stream, DriftStream) else one.compress(index)
             if run:
                 run.save_block(index, made.modules, made.layers)
             reports += made.layers
-        if stream and recipe.inputs != "original" and index + 1 < len(blocks):
-            stream.advance(index)
+        if moving and recipe.inputs != "original" and index < todo[-1]:
+            with unpacked(block):
+                moving.advance(index)
         if run:
             put(block, originals)
     if run:
+        run.drop_hidden()
         run.load_blocks(model)
     return reports
 
@@ -96,6 +110,8 @@ class _Blocks:
     left: Container[str]
     stream: BlockStream | None
     known: Mapping[str, InputStatistics]
+    processes: Processes
+    owners: Mapping[str, int]
 
     def compress(self, index: int, share: float = 1.0, known: Mapping[str, InputStatistics] | None = None) -> _Made:
         """Compress block `index`. share: of its drift. known: its statistics, where they were measured before."""
@@ -106,17 +122,44 @@ class _Blocks:
             chosen = [local for local in locals_ if f"{prefix}.{local}" not in self.left]
             if not chosen and not original:
                 continue
-            found = stream.statistics(index, original, chosen) if stream else known or self.known
-            for name in (f"{prefix}.{local}" for local in chosen):
-                if name not in found:
-                    raise EoraLabError(f"{name}: no statistics")
-                rank = self.ranks.get(name, 0)
-                made.modules[name], layer = compress_linear(self.model, name, found[name], self.steps, rank, share)
-                made.layers.append(layer)
+            found = (
+                stream.statistics(index, original, chosen, share > 0, self.owners) if stream else known or self.known
+            )
+            names = [f"{prefix}.{local}" for local in chosen]
+            own = _Made({}, [])
+            with self.processes.agree():
+                for name in names:
+                    if self.owners.get(name, 0) != self.processes.rank:
+                        continue
+                    if name not in found:
+                        raise EoraLabError(f"{name}: no statistics")
+                    rank = self.ranks.get(name, 0)
+                    own.modules[name], layer = compress_linear(self.model, name, found[name], self.steps, rank, share)
+                    own.layers.append(layer)
+            del found
+            self._exchange(own)
+            made.modules |= {name: own.modules[name] for name in names}
+            made.layers += sorted(own.layers, key=lambda layer: names.index(layer.name))
         return made
 
+    def _exchange(self, own: _Made) -> None:
+        """Put in place, and add, what the other processes made of the linears that they own."""
+        if self.processes.count == 1:
+            return
+        packed = {name: {key: t.cpu() for key, t in m.stored().items()} for name, m in own.modules.items()}
+        for rank, (tensors, layers) in enumerate(self.processes.gather((packed, own.layers))):
+            if rank == self.processes.rank:
+                continue
+            own.layers += layers
+            for name, stored in tensors.items():
+                own.modules[name] = CompensatedLinear.from_stored(stored, linear_at(self.model, name))
+        put(self.model, own.modules)
+
     def with_drift(self, index: int, stream: DriftStream) -> _Made:
-        """Compress block `index` with the share of the drift that leaves least of it on held-out tokens."""
+        """Compress block `index` with the share of the drift that leaves least of it on held-out tokens.
+
+        No share at all is not tried where the step leaves less than even the uncompressed block would without it.
+        """
         prefix, block = list(self.blocks.items())[index]
         known = None
         if not self.steps.recipe.true_sequential:  # the same for all shares
@@ -127,10 +170,13 @@ class _Blocks:
             made = self.compress(index, share, known)
             if not any(layer.drift for layer in made.layers) and best is None:
                 return made  # there is none, as in the first block
-            loss = stream.loss(index)
+            with unpacked(block):
+                loss = stream.loss(index)
             if best is None or loss < lowest:
                 best, lowest = made, loss
             stream.restore(index)
+            if share and lowest < stream.loss(index):
+                break
         assert best is not None
         put(self.model, best.modules)
         return best

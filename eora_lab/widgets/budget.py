@@ -61,22 +61,22 @@ class BudgetExplorer(ipywidgets.VBox):
     def _draw(self, highest: int) -> None:
         points = {one: [self._point(share * highest, one) for share in SHARES] for one in OBJECTIVES}
         curves = {one: ([x for x, _ in found], [y for _, y in found]) for one, found in points.items()}
-        figure = plot_budget(curves, self._point(self.average.value, self.objective.value), size=(5.0, 3.5))
+        figure = plot_budget(curves, self._point(self.average.value, self.objective.value), size=(5.6, 3.5))
         self._marker = figure.axes[0].lines[-1]
-        self.curve.show(figure, [self._marker])
+        self.curve.show(figure, [self._marker], "")
         most = max(max(self._allocate(highest, objective).values()) for objective in OBJECTIVES)
         figure = plot_ranks(dict.fromkeys(self._layers, 0), highest=most, size=(5.4, 3.5))
         self._cells = figure.axes[0].images[0]
-        self.map.show(figure, [self._cells])
+        self.map.show(figure, [self._cells], "")
 
     def _show(self, _=None) -> None:
         self.ranks = self._allocate(self.average.value, self.objective.value)
         megabytes, error = self._point(self.average.value, self.objective.value)
-        self._marker.set_data([megabytes], [error])
-        self.curve.redraw()
-        self._cells.set_data(rank_grid(self.ranks)[1])
-        self.map.redraw()
         uniform = self._point(self.average.value, "uniform")[1]
         text = f"{megabytes:.1f} MB of factors, predicted output error {error:.4f} (mean of layers)"
         text += f"; uniform ranks: {uniform:.4f}" if self.objective.value != "uniform" else ""
+        self._marker.set_data([megabytes], [error])
+        self.curve.redraw(text)
+        self._cells.set_data(rank_grid(self.ranks)[1])
+        self.map.redraw(text)
         self.status.value = f"<div role='status'>{text}</div>"

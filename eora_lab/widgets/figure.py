@@ -15,17 +15,20 @@ class LiveFigure(ipywidgets.HTML):
 
     An `ipywidgets.Image` has no text for those who cannot see it, and breaks when it is given a tooltip.
 
+    A headline would be of one moment; the text for the blind has the numbers of now.
+
     says: what it shows. png: the picture as it is now.
     """
 
     def __init__(self, says: str):
         super().__init__(layout={"max_width": "100%"})
-        self._says = html.escape(says, quote=True)
+        self._says = says
 
-    def show(self, figure, moving: Iterable) -> None:
+    def show(self, figure, moving: Iterable, numbers: str) -> None:
         """Take a Figure and draw it; of its artists, those that move are drawn again by every `redraw`."""
         from matplotlib.backends.backend_agg import FigureCanvasAgg
 
+        figure.suptitle("")
         self._moving = list(moving)
         for artist in self._moving:
             artist.set_animated(True)  # left out when the figure as a whole is drawn
@@ -33,10 +36,10 @@ class LiveFigure(ipywidgets.HTML):
         self._canvas = FigureCanvasAgg(figure)
         self._canvas.draw()
         self._still = self._canvas.copy_from_bbox(figure.bbox)
-        self.redraw()
+        self.redraw(numbers)
 
-    def redraw(self) -> None:
-        """Show the moving artists as they are now. Takes a few milliseconds."""
+    def redraw(self, numbers: str) -> None:
+        """Show the moving artists as they are now, and say their numbers. Takes a few milliseconds."""
         from matplotlib.image import imsave
 
         self._canvas.restore_region(self._still)
@@ -46,4 +49,5 @@ class LiveFigure(ipywidgets.HTML):
         imsave(out, self._canvas.buffer_rgba(), format="png", pil_kwargs={"compress_level": 1})
         self.png = out.getvalue()
         source = f"data:image/png;base64,{base64.b64encode(self.png).decode()}"
-        self.value = f'<img alt="{self._says}" title="{self._says}" src="{source}">'
+        said = html.escape(f"{self._says}. {numbers}", quote=True)
+        self.value = f'<img alt="{said}" title="{said}" src="{source}">'

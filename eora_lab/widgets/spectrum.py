@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import ipywidgets
 
 from eora_lab.measure.explore import Exploration
-from eora_lab.plots import method_name, plot_error_map, plot_spectra
+from eora_lab.plots import method_name, plot_error_map, plot_losses
 from eora_lab.widgets.figure import LiveFigure
 
 METHODS = ("svd", "act_s", "qera_approx", "eora")
@@ -47,26 +47,28 @@ class SpectrumExplorer(ipywidgets.VBox):
         self._show_method()
 
     def _show_method(self, _=None) -> None:
-        method, rank = self.method.value, self.rank.value
-        curves = plot_spectra(self._losses, "relative output error", first=0, rank=rank, chosen=method, size=(5.2, 3.5))
+        method, rank, told = self.method.value, self.rank.value, self._told()
+        curves = plot_losses(self._losses, "relative output error", rank, chosen=method, size=(5.8, 3.5))
         self._line = curves.axes[0].lines[-1]
-        self.curves.show(curves, [self._line])
+        self.curves.show(curves, [self._line], told)
         map = plot_error_map({method: self._exploration.error_map(self.layer.value, method, rank)}, size=(4.6, 3.5))
         self._image = map.axes[0].images[0]
-        self.map.show(map, [self._image])
-        self._tell()
+        self.map.show(map, [self._image], told)
+        self.status.value = f"<div role='status'>{told}</div>"
 
     def _show_rank(self, _=None) -> None:
         if self._shown != self.layer.value:
             return  # it is about to be shown as a whole
+        told = self._told()
         self._line.set_xdata([self.rank.value] * 2)
-        self.curves.redraw()
+        self.curves.redraw(told)
         left = self._exploration.error_map(self.layer.value, self.method.value, self.rank.value)
         self._image.set_data(left.clamp_min(1e-4).numpy())
-        self.map.redraw()
-        self._tell()
+        self.map.redraw(told)
+        self.status.value = f"<div role='status'>{told}</div>"
 
-    def _tell(self) -> None:
+    def _told(self) -> str:
+        """What this rank of this method gives, in words."""
         rank, method = self.rank.value, self.method.value
         before, left = self._losses[method][0], self._losses[method][rank]
         best = self._losses.get("eora", self._losses[method])
@@ -75,4 +77,4 @@ class SpectrumExplorer(ipywidgets.VBox):
         text += f" ({1 - left / before:.1%} removed)" if before else ""
         if method != "eora" and "eora" in self._losses:
             text += f"; EoRA needs rank {same} for this"
-        self.status.value = f"<div role='status'>{text}</div>"
+        return text
