@@ -181,7 +181,7 @@ def test_the_spectrum_explorer_follows_the_arrow_keys(lab):
     page.changes(image_in(".eora-rank", 1), lambda: page.page.keyboard.press("Enter"))
     page.picture("explorer", ".jp-OutputArea-output:has(.eora-rank)")
     for index, what in enumerate(("spectra", "two-spectra", "losses", "maps")):
-        page.picture(what, f":nth-match(.jp-RenderedImage, {index + 1})")
+        page.picture(what, f":nth-match(img.eora-figure, {index + 1})")
     assert page.complaints == []
 
 
