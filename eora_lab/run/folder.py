@@ -3,6 +3,7 @@
 config.json                  settings, versions, seed: what the run is
 ranks.json                   rank of every layer, where a budget was spread over them
 blocks/000.safetensors ...   packed compressed weights of one decoder block, with its part of the report
+distilled.safetensors        low-rank paths in place of those in blocks/, where a step of distillation followed the pass
 adapter/                     the low-rank path as a PEFT adapter, each layer at its own rank, with a card
 report.json                  written last: a folder with a report is complete
 .lock                        held by the process that works here
@@ -31,6 +32,7 @@ from eora_lab.model.load import as_dtype, load_model, local_path
 from eora_lab.model.structure import decoder_blocks, linear_at
 from eora_lab.run.adapters import made_for
 from eora_lab.run.card import write_peft_card
+from eora_lab.run.distilled import DISTILLED, install_distilled, write_distilled
 from eora_lab.run.recipe import Selection
 from eora_lab.run.report import LayerReport, Report, layer_report
 
@@ -39,6 +41,8 @@ LATER = ("tokenizer",)  # settings that older runs do not have
 SINCE = {field.name: field.default for field in fields(Selection)} | {
     "grid": "integer",
     "labels": "model",
+    "fit_held_out": False,
+    "distil": False,
 }  # nor these; they did the same
 DAMAGED = "incomplete, corrupt, or of another model; delete it, and start the run again to make it anew"
 
@@ -94,6 +98,17 @@ class RunFolder:
         """Put all blocks' modules into the model; all are finished."""
         for index in range(len(decoder_blocks(model))):
             self.load_block(index, model)
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether a step of distillation is done."""
+        return (self.path / DISTILLED).exists()
+
+    def distilled(self, model: nn.Module, distil: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Put the paths in place that a step of distillation gave before, or gives now. Returns what came of it."""
+        if not self.is_distilled:
+            write_distilled(self.path / DISTILLED, compensated(model), distil())
+        return install_distilled(self.path / DISTILLED, compensated(model))
 
     def finish(self, report: Report, model: nn.Module) -> None:
         """Write the adapter, ragged where ranks differ, and the report. No adapter where every rank is 0."""
@@ -229,6 +244,8 @@ def load_run(
     for layer in report.layers:
         if layer.name not in installed:
             raise EoraLabError(f"{path}: the file in blocks/ that holds {layer.name} is missing")
+    if report.distilled:
+        install_distilled(path / DISTILLED, compensated(base))
     use_backend(base, backend)
     return base, tokenizer, report
 

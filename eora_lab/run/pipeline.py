@@ -12,6 +12,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from eora_lab.calibrate.contract import Contract, check_blocks
+from eora_lab.calibrate.distillation import Targets
 from eora_lab.calibrate.output_statistics import OutputStatistics
 from eora_lab.calibrate.outputs import collect_output_statistics
 from eora_lab.calibrate.statistics import InputStatistics
@@ -28,6 +29,7 @@ from eora_lab.model.whole import check_finite
 from eora_lab.products import fast_products
 from eora_lab.run.adapters import OWN, Adapters
 from eora_lab.run.budget import Budget
+from eora_lab.run.distil import distil
 from eora_lab.run.fit import Steps, check_statistics
 from eora_lab.run.folder import RunFolder, open_folder
 from eora_lab.run.given import check_given, named_for, origin_of
@@ -35,6 +37,7 @@ from eora_lab.run.memory import check_room, needed
 from eora_lab.run.ranks import check_budget, given_ranks, spread
 from eora_lab.run.recipe import Recipe
 from eora_lab.run.report import Report
+from eora_lab.run.tiers import tier
 from eora_lab.run.walk import walk
 from eora_lab.text.batches import Batches, as_tokens
 
@@ -143,8 +146,9 @@ def compress_model(
             asked = run.planned(plan) if run else plan()
             recipe.check_fit(model, asked, given=weights)  # they may come from a file
         part = decoder(model)
-        report = Report(walk(model, tokens, steps, asked, statistics, run, contract, left, progress))
+        report = _passed(model, tokens, steps, asked, statistics, run, contract, left, progress)
         report.base = came.get("base", recipe.base)
+        report.tier = tier(recipe, budget not in (None, Budget()), weights is not None, reround)
         report.seconds = time.perf_counter() - started
         report.peak_memory = peak_memory(device)
         report.needed_memory = predicted
@@ -160,6 +164,31 @@ def compress_model(
             report.own_memory = own.peak
         if run:
             run.finish(report, model)
+    return report
+
+
+def _passed(
+    model: nn.Module,
+    tokens: Tensor | None,
+    steps: Steps,
+    ranks: dict[str, int] | None,
+    statistics: Mapping[str, InputStatistics] | None,
+    run: RunFolder | None,
+    contract: Contract,
+    left: set[str],
+    progress: bool,
+) -> Report:
+    """`walk`, and a step of distillation after it where the recipe asks for one."""
+    recipe, targets = steps.recipe, None
+    if recipe.distil and tokens is not None and not (run and run.is_distilled):
+        targets = Targets(model, tokens, recipe.held_out, contract)
+    report = Report(walk(model, tokens, steps, ranks, statistics, run, contract, left, progress))
+
+    def step() -> dict[str, float]:
+        return distil(model, targets, recipe, progress) if targets else {}
+
+    if recipe.distil:
+        report.distilled = run.distilled(model, step) if run else step()
     return report
 
 

@@ -91,6 +91,9 @@ class PassSettings:
     fit_held_out: bool = False
     """drift: once held-out samples have said how much of it to make good, fit on them as well; the report then has no
     held-out errors"""
+    distil: bool = False
+    """after all that, let every low-rank path make one bounded step that brings the predictions of the whole model
+    closer to the original's, as far as that holds on held-out samples; needs two backward passes"""
 
 
 @settings
@@ -120,6 +123,10 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
                 "only what drift may ask for is chosen before a layer is fitted: to fit on held-out samples too, use "
                 'inputs="drift" without shrinkage'
             )
+        if self.distil and (self.method == "none" or not self.rank):
+            raise EoraLabError("only a low-rank path can be distilled: take a method and a rank, or leave distil out")
+        if self.distil and not self.held_out:
+            raise EoraLabError("how far to distil is found on held-out samples: hold out a share, such as 0.125")
         if self.true_sequential and self.inputs == "original":
             raise EoraLabError(
                 'inputs measured within a block are those of the compressed one: use inputs="compensated"'

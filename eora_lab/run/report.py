@@ -69,12 +69,17 @@ class Report:
 
     layers: list[LayerReport] = field(default_factory=list)
     base: str = ""  # how the weights were compressed, in short
+    tier: str = ""  # what was needed for it beside the weights, one of `eora_lab.run.tiers.TIERS`
     seconds: float = 0.0
     peak_memory: int = 0  # bytes: of the process, or of the GPU when the model is there
     own_memory: int = 0  # of it on the CPU, bytes that are no pages of files, which the system takes back as it likes
     needed_memory: int = 0  # as predicted before: of `own_memory`, or of the GPU
     backends: dict[str, int] = field(default_factory=dict)  # who multiplies one row of input -> how many layers
     losses: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # text -> one of `STATES` -> nats by window
+    distilled: dict[str, float] = field(
+        default_factory=dict
+    )  # if a step of distillation followed, which layers' errors
+    # do not know of: KL(original || model), nats a held-out token, "before" and "after"; "share" of it taken; "seconds"
     left: dict[str, int] | None = None  # matrices of the decoder that stayed as they are -> weights; None: not counted
     by_choice: dict[str, dict[str, int]] = field(default_factory=dict)  # why -> those of `left` that were to stay
 
@@ -200,6 +205,8 @@ class Report:
         lines = [
             f"{what}{self.weights / 1e6:.1f} M weights at {self.bits_per_weight:.2f} bits = {self.nbytes / 1e6:.1f} MB"
         ]
+        if self.tier:
+            lines.append(f"tier {self.tier}")
         if self.left is not None:
             lines.append(self.coverage_line())
         before, after = mean("error_before"), mean("error_after")
@@ -218,6 +225,12 @@ class Report:
             lines.append(f"{own:.2f} GB of it are no pages of files; {needed:.2f} GB were predicted")
         if any(layer.drift for layer in self.layers):
             lines.append(f"towards the outputs of the original model: {mean('drift'):.0%} of the step, mean of layers")
+        if self.distilled:
+            found = self.distilled
+            lines.append(
+                f"distilled: KL(original || this) {found['before']:.4f} -> {found['after']:.4f} nats a held-out "
+                f"token, {found['share']:.0%} of the step, {found['seconds']:.1f} s; errors above are those before it"
+            )
         if any(layer.diagonal for layer in self.layers):
             lines.append("only mean squares were known (imatrix): output errors are as if channels were not correlated")
         if self.backends:
