@@ -12,6 +12,7 @@ import tyro
 from eora_lab.cli.early import check_inputs, check_run_folder, check_selection
 from eora_lab.cli.options import say_start
 from eora_lab.model import Dtype
+from eora_lab.run.best import Named
 from eora_lab.run.budget import Budget
 from eora_lab.run.recipe import Recipe
 from eora_lab.text.settings import Calibration, Evaluation
@@ -26,9 +27,10 @@ class Compress:
     The folder holds the packed weights, the low-rank path as a PEFT adapter, the configuration and the report. An
     interrupted run resumes when it is started again with the same settings.
 
-    `eora-lab compress runs/drift --inputs drift --held-out 0.125 --rounds 3` loses less in the same bytes: every layer
-    aims at the outputs of the original model, as far as that helps on the eighth of the samples that is held out, and
-    weights and path are made for each other in turn. `--true-sequential` measures within blocks too, and takes longer.
+    `eora-lab compress runs/best --recipe best` loses least in the same bytes, and takes longer: an output error counts
+    as what it costs the model, by gradients, ranks are spread by that, every layer aims at the outputs of the original
+    model, as far as that helps on the eighth of the samples that is held out, and weights and path are made for each
+    other in turn. Each of these has a setting of its own: --method, --budget.objective, --inputs, --rounds.
 
     Not all linears need to be compressed: `eora-lab compress runs/part --skip "o_proj|down_proj" --keep-first 1` leaves
     two linears of every block and the whole first block as they are, `--only mlp` all outside the MLPs. The report says
@@ -39,6 +41,9 @@ class Compress:
     """run folder to write"""
     model: str = "smollm2-135m"
     """embedded model, hub id, or folder"""
+    named: Annotated[Named, tyro.conf.arg(name="recipe")] = "given"
+    """given: the settings below; best: those of the combination that loses least in the same bytes, where no others are
+    given"""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]  # no default: to make one needs torch, and help does not
     budget: Budget = field(default_factory=Budget)
     calibration: Calibration = field(default_factory=Calibration)
@@ -54,17 +59,25 @@ class Compress:
     """cpu or cuda"""
 
     def run(self) -> None:
+        recipe, budget = of_name(self.named, self.recipe, self.budget)
         run_pass(
             self.model,
-            self.recipe,
+            recipe,
             self.output,
-            budget=self.budget,
+            budget=budget,
             calibration=self.calibration,
             evaluation=self.evaluation if self.evaluate else None,
             imatrix=self.imatrix,
             dtype=self.dtype,
             device=self.device,
         )
+
+
+def of_name(named: Named, recipe: Recipe, budget: Budget) -> tuple[Recipe, Budget]:
+    """Recipe and budget as `--recipe` fills them up."""
+    from eora_lab.run.best import best_recipe
+
+    return best_recipe(recipe, budget) if named == "best" else (recipe, budget)
 
 
 def with_imatrix(recipe: Recipe, imatrix: Path | None, given: bool) -> Recipe:
