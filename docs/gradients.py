@@ -1,19 +1,19 @@
-"""What the backward pass costs beside a forward pass: `python -m docs.gradients --nsamples 4 --seqlen 512`.
+"""What the backward pass costs beside forward passes: `python -m docs.gradients --nsamples 4 --seqlen 512`.
 
-Counted operations (products of matrices and attention, a multiplication and an addition each one) and seconds, both in
-one process, of the embedded model. Forward: the model as it is, logits included. Backward: `collect_output_statistics`.
+Counted operations (of products and attention; a multiplication and an addition are two) and seconds, all in one
+process, of the embedded model. Forward: the model as it is, logits included. Statistics: `collect_statistics`, a
+forward pass without logits that adds up S. Backward: `collect_output_statistics`, forward and back, which adds up F.
 """
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from eora_lab import collect_output_statistics, load_model
+from eora_lab import block_linears, collect_output_statistics, collect_statistics, load_model
 from eora_lab.calibrate.moments import PANEL
-from eora_lab.model.structure import block_linears
 from eora_lab.products import fast_products
 
 
@@ -26,13 +26,13 @@ def measured(run: Callable[[], object]) -> tuple[int, float]:
     return counter.get_total_flops(), time.perf_counter() - start
 
 
-def moments(features: int) -> int:
-    """Operations a token of a second moment, which are added in place and not counted."""
-    return sum(2 * min(PANEL, features - start) * (features - start) for start in range(0, features, PANEL))
+def moments(sizes: Iterable[int]) -> int:
+    """Operations a token of second moments of these sizes. They are added in place, which the counter does not see."""
+    return sum(2 * min(PANEL, size - start) * (size - start) for size in sizes for start in range(0, size, PANEL))
 
 
 def main() -> None:
-    """Print both, and their ratios."""
+    """Print all three, and their ratios to the backward pass."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--nsamples", type=int, default=4)
@@ -48,13 +48,22 @@ def main() -> None:
         for one in tokens:
             model(one[None], use_cache=False)
 
-    collect_output_statistics(model, tokens[:1], progress=False)  # warm
-    ahead, seconds = measured(forward)
-    back, longer = measured(lambda: collect_output_statistics(model, tokens, progress=False))
-    sums = tokens.numel() * sum(moments(one.out_features) for one in block_linears(model).values())
-    print(f"forward   {ahead / 1e12:.3f} T operations, {seconds:.1f} s")
-    print(f"backward  {back / 1e12:.3f} T, and {sums / 1e12:.3f} T of F, {longer:.1f} s")
-    print(f"          {(back + sums) / ahead:.2f} times the operations, {longer / seconds:.2f} times the seconds")
+    kept = collect_statistics(model, tokens[:1], progress=False)  # warm, too
+    inputs = {id(one): one.in_features for one in kept.values()}.values()
+    outputs = [one.out_features for one in block_linears(model).values()]
+    runs: dict[str, tuple[Callable[[], object], int]] = {
+        "backward": (lambda: collect_output_statistics(model, tokens, progress=False), moments(outputs)),
+        "statistics": (lambda: collect_statistics(model, tokens, progress=False), moments(inputs)),
+        "forward": (forward, 0),
+    }
+    found = {}
+    for name, (run, sums) in runs.items():
+        counted, seconds = measured(run)
+        found[name] = counted + sums * tokens.numel(), seconds
+        print(f"{name:10}  {found[name][0] / tokens.numel() / 1e6:6.0f} M operations a token, {seconds:6.2f} s")
+    for name in ("statistics", "forward"):
+        operations, seconds = (one / other for one, other in zip(found["backward"], found[name], strict=True))
+        print(f"backward / {name}: {operations:.2f} of operations, {seconds:.2f} of seconds")
 
 
 if __name__ == "__main__":
