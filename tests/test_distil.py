@@ -10,7 +10,7 @@ from eora_lab.calibrate.contract import check_blocks
 from eora_lab.calibrate.distillation import Targets
 from eora_lab.calibrate.outputs import collect_output_statistics
 from eora_lab.calibrate.stream import collect_statistics
-from eora_lab.compensate.distillation import distillation_step
+from eora_lab.compensate.distillation import DistillationStep
 from eora_lab.files import read_tensors
 from eora_lab.layer.linear import CompensatedLinear, compensated
 from eora_lab.run import distil as distil_module
@@ -94,19 +94,49 @@ def test_the_metric_is_that_of_the_model_as_it_is():
         assert pull.inputs.tokens == pull.outputs.tokens == 6 * 32
 
 
-def test_a_step_is_newtons_where_there_is_room_and_else_as_long_as_the_bound():
-    _, model, targets = pair()
-    pull = targets.pulls(model, compensated(model))[0]["model.layers.0.mlp.down_proj"]
-    G = pull.gradient.double()
-    L = pull.outputs.root()
+def test_a_step_is_newtons_as_far_as_the_path_can_take_it():
+    _, model, targets = pair(rank=16)
+    pulls = targets.pulls(model, compensated(model))[0]
+    pull, layer = pulls["model.layers.0.mlp.down_proj"], compensated(model)["model.layers.0.mlp.down_proj"]
+    A, B = layer.factors.dense()
+    L, S = pull.outputs.root(), pull.inputs.second_moment.double()
+    T = torch.linalg.cholesky(S + 0.1 * S.diagonal().mean() * torch.eye(len(S)))
+    newton = -torch.linalg.inv(L @ L.T) @ pull.gradient.double() @ torch.linalg.inv(T @ T.T)
+    M = L.T @ newton @ T
+    U, _, Vh = torch.linalg.svd(L.T @ (B @ A).double() @ T)
+    U, Vh = U[:, :16], Vh[:16]
+    wanted = M - (torch.eye(64) - U @ U.T) @ M @ (torch.eye(128) - Vh.T @ Vh)
+    step = DistillationStep(pull, A, B, 1e9)  # as if it cost nothing to move
+    assert step.length == pytest.approx(wanted.square().sum().item() / 2, rel=1e-6)
+
+    def moved(share: float) -> torch.Tensor:
+        path = step.taken(share)
+        assert path.A.shape == A.shape and path.B.shape == B.shape
+        return L.T @ (path.B.double() @ path.A.double() - (B @ A).double()) @ T
+
+    assert moved(0.0).norm() <= 1e-5 * (L.T @ (B @ A).double() @ T).norm()
+    small = 1e-3 * (L.T @ (B @ A).double() @ T).norm() / wanted.norm()  # to first order; float32 factors
+    assert (moved(float(small)) / small - wanted).norm() <= 0.02 * wanted.norm()
+
+
+def test_a_path_of_full_rank_takes_all_of_newtons_step_and_no_more_than_the_bound():
+    _, model, targets = pair(rank=64)
+    name = "model.layers.1.self_attn.o_proj"
+    pull, (A, B) = targets.pulls(model, [name])[0][name], compensated(model)[name].factors.dense()
+    F = pull.outputs.root() @ pull.outputs.root().T
     S = pull.inputs.second_moment.double()
     S += 0.1 * S.diagonal().mean() * torch.eye(len(S))
-    whole = distillation_step(pull, 1e9).double()
-    torch.testing.assert_close(L @ L.T @ whole @ S, -G, rtol=1e-4, atol=1e-4 * G.abs().max().item())
-    bounded = distillation_step(pull, 1e-6).double()
-    assert (L.T @ bounded @ S @ bounded.T @ L).trace().item() / 2 == pytest.approx(1e-6, rel=1e-4)
-    assert torch.nn.functional.cosine_similarity(bounded.flatten(), whole.flatten(), dim=0) > 1 - 1e-6
-    assert (G * bounded).sum() < 0  # downhill
+    free = DistillationStep(pull, A, B, 1e9)
+    taken = free.taken(1.0)
+    whole = taken.B.double() @ taken.A.double() - (B @ A).double()
+    G = pull.gradient.double()
+    assert (F @ whole @ S + G).norm() <= 1e-3 * G.norm()  # float32 factors
+    step = DistillationStep(pull, A, B, free.length / 4)
+    assert step.length == pytest.approx(free.length / 4, rel=1e-9)
+    bounded = step.taken(1.0)
+    change = bounded.B.double() @ bounded.A.double() - (B @ A).double()
+    assert ((F @ change @ S) * change).sum().item() / 2 == pytest.approx(free.length / 4, rel=0.05)
+    assert (G * change).sum() < 0  # downhill
 
 
 @pytest.mark.parametrize("settings", [{}, {"factor_bits": 4}, {"method": "eora_fisher"}, {"inputs": "drift"}])
@@ -128,7 +158,8 @@ def test_the_divergence_on_held_out_tokens_falls(settings):
 
 
 def test_where_no_share_of_the_step_helps_nothing_changes(monkeypatch):
-    monkeypatch.setattr(distil_module, "distillation_step", lambda pull, bound: 1e3 * pull.gradient)  # uphill
+    taken = DistillationStep.taken
+    monkeypatch.setattr(DistillationStep, "taken", lambda step, share: taken(step, -share))  # uphill
     _, plain, _ = pair()
     model = tiny_model("llama")
     found = compress(model, tiny_tokens(8), **DISTIL).distilled

@@ -12,15 +12,15 @@ from torch import nn
 
 from eora_lab.calibrate.distillation import Targets
 from eora_lab.calibrate.stream import BlockStream
-from eora_lab.compensate import StoredFactors
-from eora_lab.compensate.distillation import distillation_step, distilled
+from eora_lab.compensate import StoredFactors, store_factors
+from eora_lab.compensate.distillation import DistillationStep
 from eora_lab.errors import naming
 from eora_lab.layer.linear import CompensatedLinear, compensated, unpacked
 from eora_lab.model.structure import decoder_blocks
 from eora_lab.products import fast_products
 from eora_lab.run.recipe import Recipe
 
-SHARES = (1.0, 0.5, 0.25, 0.125)  # of the step, that are tried
+SHARES = tuple(2.0**-k for k in range(6))  # of the step, that are tried
 SUMS = 2**31  # bytes of what is measured at once; more blocks take another backward pass
 FLOAT = 4
 
@@ -45,11 +45,11 @@ def distil(model: nn.Module, targets: Targets, recipe: Recipe, progress: bool = 
             if pull.inputs.or_identity(held_out=False) is not pull.inputs or not pull.gradient.any():
                 continue
             with naming(name):
-                step = distillation_step(pull, far / len(layers))
-                A, B = layer.factors.dense()
+                step = DistillationStep(pull, *layer.factors.dense(), far / len(layers))
                 for share in SHARES:
-                    moved = distilled(B @ A, share * step, pull, layer.rank, recipe.factor_bits, recipe.refit)
-                    made[share][name] = moved
+                    path = step.taken(share)
+                    refit = (path.dense(), pull.inputs) if recipe.refit else None
+                    made[share][name] = store_factors(path, recipe.factor_bits, refit, pull.outputs)
     best, first = 0.0, held_out_divergence(model, targets)
     lowest = first
     for share in SHARES:
