@@ -228,7 +228,7 @@ class Report:
         if self.distilled:
             found = self.distilled
             lines.append(
-                f"distilled: KL(original || this) {found['before']:.4f} -> {found['after']:.4f} nats a held-out "
+                f"distilled: KL(original || this) {found['before']:.4g} -> {found['after']:.4g} nats a held-out "
                 f"token, {found['share']:.0%} of the step, {found['seconds']:.1f} s; errors above are those before it"
             )
         if any(layer.diagonal for layer in self.layers):
