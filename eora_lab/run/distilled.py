@@ -42,12 +42,14 @@ def read_distilled(path: Path) -> tuple[dict[str, float], dict[str, Tensor]]:
 
 def distilled_factors(path: Path, names: Iterable[str]) -> dict[str, StoredFactors]:
     """Full name of a layer -> its path. Raises EoraLabError when the file is damaged, or of another run."""
-    tensors = read_distilled(path)[1]
+    paths: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in read_distilled(path)[1].items():
+        owner, _, rest = key.partition(".lora_")
+        paths.setdefault(owner, {})[f"lora_{rest}"] = tensor
     found = {}
     for name in names:
-        own = {key.removeprefix(f"{name}."): one for key, one in tensors.items() if key.startswith(f"{name}.")}
         try:
-            found[name] = StoredFactors.from_state_dict(own)
+            found[name] = StoredFactors.from_state_dict(paths[name])
         except KeyError as error:
             raise EoraLabError(f"{path} has no path for {name}: it is of another run, so delete it") from error
     return found
