@@ -24,10 +24,15 @@ HELD = {**SMALL, "bits": 2, "held_out": 0.25}
 DISTIL = {**HELD, "distil": True}
 
 
-def pair(kind: str = "llama", tokens: torch.Tensor | None = None, **settings):
-    """The original, the compressed model, and the targets of the original."""
+def pair(kind: str = "llama", tokens: torch.Tensor | None = None, scale: float = 1, **settings):
+    """The original, the compressed model, and the targets of the original.
+
+    scale: of the last norm. With 6, models are nearly as sure as trained ones are: else their predictions hardly differ.
+    """
     tokens = tiny_tokens(8) if tokens is None else tokens
     original, model = tiny_model(kind), tiny_model(kind)
+    for one in (original, model):
+        one.model.norm.weight.data += scale - 1  # gemma's scale is 1 + weight
     targets = Targets(original, tokens, 0.25, check_blocks(original, tokens))
     compress(model, tokens, **HELD | settings)
     return original, model, targets
@@ -49,7 +54,7 @@ def test_gradients_are_those_of_autograd(kind, size, monkeypatch):
     for module in (backward, distillation):
         monkeypatch.setattr(module, "LOGITS", size)
     tokens = tiny_tokens(8)
-    original, model, targets = pair(kind, tokens)
+    original, model, targets = pair(kind, tokens, scale=6)
     pulls, found = targets.pulls(model, compensated(model))
     fitted = tokens[:6]
     assert found == pytest.approx(far(original, model, fitted), rel=1e-3)  # float32 logits
@@ -69,11 +74,12 @@ def test_gradients_are_those_of_autograd(kind, size, monkeypatch):
     kl_div(q, p, reduction="sum", log_target=True).backward()
     for handle in handles:
         handle.remove()
+    allowed = 1e-4 if kind == "gemma" else 1e-5  # this one predicts the token that it reads: its gradients cancel
     for name, (x, y) in seen.items():
         x, g = x.detach().flatten(0, 1), y.grad.flatten(0, 1)
         for ours, plain in ((pulls[name].gradient, g.T @ x), (pulls[name].inputs.second_moment, x.T @ x)):
             wanted = plain / fitted.numel()
-            assert (ours - wanted).norm() <= 1e-5 * wanted.norm(), name
+            assert (ours - wanted).norm() <= allowed * wanted.norm(), name
 
 
 def test_the_metric_is_that_of_the_model_as_it_is():

@@ -178,7 +178,8 @@ def test_drawn_labels_give_the_fisher_information(monkeypatch):
         J = torch.autograd.functional.jacobian(lambda one: model.lm_head(model.model.norm(one)), h)
         p = model.lm_head(model.model.norm(h)).softmax(-1).detach()
         exact += J.T @ (p.diag() - p.outer(p)) @ J / tokens.shape[1]
-    monkeypatch.setattr(stream, "BATCH", 500)
+    for module in (backward, stream):
+        monkeypatch.setattr(module, "BATCH", 500)
     found = collect_output_statistics(model, tokens.expand(2000, -1), only=name, progress=False)[name].second_moment
     assert (found - exact).norm() <= 0.1 * exact.norm()  # 24 000 draws
 
