@@ -27,7 +27,7 @@ DISTIL = {**HELD, "distil": True}
 def pair(kind: str = "llama", tokens: torch.Tensor | None = None, scale: float = 1, **settings):
     """The original, the compressed model, and the targets of the original.
 
-    scale: of the last norm. With 6, models are nearly as sure as trained ones are: else their predictions hardly differ.
+    scale: of the last norm. With 6, models are nearly as sure as trained ones: else predictions hardly differ.
     """
     tokens = tiny_tokens(8) if tokens is None else tokens
     original, model = tiny_model(kind), tiny_model(kind)

@@ -27,8 +27,8 @@ class Compress:
     The folder holds the packed weights, the low-rank path as a PEFT adapter, the configuration and the report. An
     interrupted run resumes when it is started again with the same settings.
 
-    `eora-lab compress runs/best --recipe best` loses least in the same bytes, and takes longer: an output error counts
-    as what it costs the model, by gradients, ranks are spread by that, every layer aims at the outputs of the original
+    `eora-lab compress runs/best --recipe best` is there to lose less in the same bytes, and takes longer: errors count
+    as what they cost the model, by gradients, ranks are spread by that, every layer aims at the outputs of the original
     model, as far as that helps on the eighth of the samples that is held out, and weights and path are made for each
     other in turn. Each of these has a setting of its own: --method, --budget.objective, --inputs, --rounds.
 
@@ -42,8 +42,8 @@ class Compress:
     model: str = "smollm2-135m"
     """embedded model, hub id, or folder"""
     named: Annotated[Named, tyro.conf.arg(name="recipe")] = "given"
-    """given: the settings below; best: those of the combination that loses least in the same bytes, where no others are
-    given"""
+    """given: the settings below; best: those of all parts together that lose less in the same bytes, where no others
+    are given"""
     recipe: Annotated[Recipe, tyro.conf.arg(name="")]  # no default: to make one needs torch, and help does not
     budget: Budget = field(default_factory=Budget)
     calibration: Calibration = field(default_factory=Calibration)

@@ -1,4 +1,4 @@
-"""The combination of settings that loses least in the same bytes (`eora-lab compress --recipe best`): the one place."""
+"""All parts together that lose less in the same bytes (`eora-lab compress --recipe best`): the one place."""
 
 from dataclasses import fields, replace
 from typing import Any, Literal, TypeVar
