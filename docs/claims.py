@@ -1,6 +1,7 @@
 """The measured numbers of README and guides: the words around them, and how they follow from what is recorded."""
 
 from collections.abc import Iterator
+from math import log
 
 import pandas
 
@@ -152,6 +153,7 @@ def of_round_to_nearest() -> Iterator[Claim]:
         "EoRA rank 64 on RTN 3-bit reaches {:.2f}", "rtn-compensated", lambda out: [compared(out, method="eora")]
     )
     yield Claim("--true-sequential`), it reaches {:.2f}", "drift", lambda out: [compared(out, method="eora")])
+    yield from of_all_parts()
     yield Claim(
         "uniform {:.2f}, relative output error minimised {:.2f}, absolute output error minimised {:.2f}",
         "budget",
@@ -193,6 +195,42 @@ def percent(one: float, other: float) -> float:
     return 100 * (other / one - 1)
 
 
+def of_all_parts() -> Iterator[Claim]:
+    sized = ("perplexity", "arc", "MB")
+    dense = "| full precision | {:.2f} | {:.2f} | |"
+    eora, whole = (
+        "| EoRA rank 64 | {:.2f} | {:.2f} | {:.1f} |",
+        "| all parts, rank 64 on average | {:.2f} | {:.2f} | {:.1f} |",
+    )
+    yield Claim(dense, "together-eora", lambda out: said(out, r"dense +none +0 +([\d.]+) +([\d.]+)"))
+    for text, record, method in (
+        ("| no path | {:.2f} | {:.2f} | {:.1f} |", "together-eora", "none"),
+        (eora, "together-eora", "eora"),
+        (whole, "together", "eora_fisher"),
+    ):
+        yield Claim(
+            text,
+            record,
+            lambda out, method=method: [compared(out, name, method=method, base="rtn 3-bit g64") for name in sized],
+        )
+    yield Claim(
+        "{:.0f} % stay on WikiText-2 and {:.0f} % on ARC",
+        "arithmetic",
+        lambda text: [
+            100 * log(w / d) / log(e / d) for w, e, d in zip(text(whole), text(eora), text(dense), strict=False)
+        ],
+    )
+    yield Claim(
+        "It takes {:.0f} minutes on one thread",
+        "together",
+        lambda out: [compared(out, "seconds", method="eora_fisher") / 60],
+    )
+    yield Claim(
+        "WikiText-2 is at {:.2f}, where EoRA", "together-wanda", lambda out: [compared(out, method="eora_fisher")]
+    )
+    yield Claim("on a frozen base is at {:.2f}", "wanda", lambda out: [compared(out, method="eora")])
+
+
 def of_bases() -> Iterator[Claim]:
     words = ("GPTQ 4-bit", "GPTQ 3-bit, integer zero points, 16-bit scales ({:.2f} bits a weight, as on disk)")
     for name, base in zip(BASES, (*words, "Wanda 2:4", "SparseGPT 2:4", "SparseGPT 2:4 + 4-bit"), strict=True):
@@ -229,6 +267,11 @@ def of_passes() -> Iterator[Claim]:
         text,
         "arithmetic",
         lambda known: (None, known(text)[0] / known("| full precision | | | {:.2f} |")[0], None, None),
+    )
+    yield Claim(
+        "memory was {:.1f} GB at the most, {:.1f} GB predicted, in {:.0f} minutes",
+        "scale",
+        lambda found: (found["anonymous"] / 1e9, found["predicted"] / 1e9, None),
     )
     for shape in ("4096 x 4096", "14336 x 4096", "4096 x 14336"):
         words = f"| {shape} | {{:.2f}} s | {{:.2f}} s | {{:.0f}} | {{:.9f}} |"

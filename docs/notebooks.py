@@ -58,10 +58,11 @@ def workplace(folder: Path) -> Path:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """For kernels and servers: this checkout's package, and nobody's Jupyter settings."""
+    """For kernels and servers: this package, nobody's Jupyter settings, and figures where kernels put them."""
     own = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_DATA_DIR": "data", "JUPYTER_RUNTIME_DIR": "runtime"}
     own |= {"JUPYTERLAB_SETTINGS_DIR": "settings", "JUPYTERLAB_WORKSPACES_DIR": "workspaces", "IPYTHONDIR": "ipython"}
     folders = {name: str(folder / "jupyter" / place) for name, place in own.items()}
     (folder / "jupyter").mkdir(parents=True, exist_ok=True)
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, **folders, "PYTHONPATH": path}
+    around = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}
+    return {**around, **folders, "PYTHONPATH": path}

@@ -71,7 +71,14 @@ def gguf_speed() -> dict[tuple, float]:
     return {(one.type, one.rank, one.factors): one.tokens_per_second for one in frame.itertuples()}
 
 
+def scale() -> dict:
+    """What `docs.scale` printed of the 7B-shaped file."""
+    (found,) = pandas.read_csv(MEASURED / "scale.csv").to_dict("records")
+    return found
+
+
 READERS: dict[str, Callable[[], Any]] = {
+    "scale": scale,
     "formats": formats,
     "gguf": gguf,
     "gguf-speed": gguf_speed,
@@ -93,6 +100,8 @@ BASES = {
     "sparsegpt-4": "--compressor sparsegpt --sparsity 2:4 --bits 4 --mse",
 }
 RTN = "eora-lab compare --compressor rtn --bits 4 3"
+PARTS = "--inputs drift --held-out 0.125 --true-sequential --method eora_fisher --budget nats"
+WHOLE = f"eora-lab compare --compressor rtn --bits 3 {PARTS}"
 PRINTED: dict[str, tuple] = {
     "rtn": (RTN,),
     "rtn-compensated": (RTN, ("--bits 4 3 --rank 32 64", "--bits 3 --method eora"), ("original", "compensated")),
@@ -101,6 +110,9 @@ PRINTED: dict[str, tuple] = {
         ("--bits 4 3 --rank 32 64", "--bits 3 --method eora"),
         ("--inputs original", "--inputs drift --held-out 0.125 --true-sequential"),
     ),
+    "together": (WHOLE,),
+    "together-eora": (WHOLE, (PARTS, "--inputs original --method none eora")),
+    "together-wanda": (WHOLE, ("--compressor rtn --bits 3", BASES["wanda"] + " --rounds 2")),
     **{name: ("eora-lab compare BASE", ("BASE", base)) for name, base in BASES.items()},
     **{f"{name}-rounds": ("eora-lab compare BASE", ("BASE", BASES[name]), THREE) for name in BASES if name[-1] in "4t"},
     "compress": ("eora-lab compress runs/g4",),
@@ -112,7 +124,8 @@ PRINTED: dict[str, tuple] = {
 }
 LINE = re.compile(
     r"^(?P<base>\S.*?)\s+(?P<method>none|svd|act_s|qera_approx|eora_fisher|eora)\s+(?P<rank>\d+)(?:\s+(?P<budget>[a-z]+)\s+"
-    r"(?P<factors>\d+)-bit)?\s+(?P<perplexity>[\d.]+)(?:\s+[\d.]+)?\s+(?P<MB>[\d.]+)\s+(?P<bits>[\d.]+)\s+[\d.]+$",
+    r"(?P<factors>\d+)-bit)?\s+(?P<perplexity>[\d.]+)(?:\s+(?P<arc>[\d.]+)(?=(?:\s+[\d.]+){4}$))?(?:\s+[\d.]+)?"
+    r"\s+(?P<MB>[\d.]+)\s+(?P<bits>[\d.]+)\s+(?P<seconds>[\d.]+)$",
     re.M,
 )
 

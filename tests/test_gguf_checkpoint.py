@@ -243,7 +243,7 @@ def test_mend_evaluate_and_export_on_the_command_line(tmp_path, capsys, monkeypa
     assert all(np.array_equal(one.data, other.data) for one, other in zip(exported, own, strict=True))
     write_gguf(tmp_path / "base.gguf", tiny_model("llama"), in_blocks("Q8_0"))
     assert main(mend) == 1
-    assert "holds another run (base was 'GGUF Q4_0', now 'GGUF Q8_0')" in capsys.readouterr().err
+    assert "holds another run (base was 'GGUF Q4_0', now 'GGUF Q8_0'" in capsys.readouterr().err
     assert main(["mend", "base.gguf", "other", "--model", "model", "--format", "gptq", *TEXTS]) == 1
     assert "base.gguf: this is no GPTQ checkpoint" in capsys.readouterr().err
 

@@ -99,7 +99,7 @@ def _curves(
         plain_log_axis(axes, "x", ticks, base=2)
     else:
         axes.set_xscale("symlog", base=2, linthresh=1)
-        axes.set_xticks([0, *ticks], [str(tick) for tick in (0, *ticks)])
+        axes.set_xticks([0, *ticks], ["0", *map(str, ticks)])
     axes.set_xlim(first, last)
     if rank is not None:
         axes.axvline(rank, color=INK, linestyle="--", linewidth=1)
