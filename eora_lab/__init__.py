@@ -26,6 +26,7 @@ PLACES = {
     "Recipe": "run.recipe",
     "Report": "run.report",
     "SOURCES": "text.sources",
+    "best_recipe": "run.best",
     "block_linears": "model.structure",
     "calibration_batches": "text.tokens",
     "collect_output_statistics": "calibrate.outputs",

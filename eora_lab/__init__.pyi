@@ -17,6 +17,7 @@ from eora_lab.model.generate import generate as generate
 from eora_lab.model.load import load_model as load_model
 from eora_lab.model.structure import block_linears as block_linears
 from eora_lab.run.adapters import Adapters as Adapters
+from eora_lab.run.best import best_recipe as best_recipe
 from eora_lab.run.budget import Budget as Budget
 from eora_lab.run.folder import load_run as load_run
 from eora_lab.run.pipeline import compress_model as compress_model

@@ -18,7 +18,7 @@ from eora_lab.cli import main
 from eora_lab.environment import OwnMemory, free_memory, own_memory
 from eora_lab.layer.linear import compensated, unpacked
 from eora_lab.measure.evaluate import by_block, window_losses
-from eora_lab.model.structure import decoder_blocks
+from eora_lab.model.structure import decoder_blocks, linears
 from eora_lab.run.folder import read_report
 from eora_lab.run.memory import check_room, needed
 from eora_lab.run.recipe import Recipe
@@ -174,6 +174,22 @@ def test_what_a_pass_needs_is_of_its_largest_block():
     assert needs(model, (60, 32), inputs="drift", held_out=0.5)["hidden states"] == 20 * found["hidden states"]
     kept = needs(model, (60, 32), on_disk=True)["hidden states"]  # those of a mini-batch
     assert kept == needs(model, (4, 32))["hidden states"] < found["hidden states"]
+
+
+def test_gradients_need_no_more_than_there_is_room_for(monkeypatch):
+    model = tiny_model("llama")
+    found = needs(model, method="eora_fisher", distil=True, held_out=0.5)
+    assert found["hidden states"] == needs(model)["hidden states"]
+    sizes = [linear.weight.shape for linear in linears(model.model.layers[0]).values()]
+    block = 4 * sum(out * size + out**2 + size**2 for out, size in sizes)  # G, F and S in float32
+    paths = 2 * 8 * sum(map(sum, sizes))  # in float16, those of the pass and with six shares of the step
+    others = found["hidden states"] + 7 * 2 * paths  # what leaves the original's last block
+    assert found["distillation"] == others + 2 * block
+    monkeypatch.setattr("eora_lab.run.memory.SUMS", 1)  # a block at a time
+    assert needs(model, method="eora_fisher", distil=True, held_out=0.5)["distillation"] == others + block
+    assert 0 < found["gradients"] < needs(model, (6, 64), method="eora_fisher")["gradients"]
+    deep, long = deep_model(8), {"method": "eora_fisher", "shape": (6, 10**7)}
+    assert needs(deep, **long)["gradients"] == needs(model, **long)["gradients"]
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from eora_lab import EoraLabError, collect_output_statistics
-from eora_lab.calibrate import experts, outputs, stream
+from eora_lab.calibrate import backward, experts, stream
 from eora_lab.calibrate.calls import BlockCalls
+from eora_lab.calibrate.contract import check_blocks
 from eora_lab.model.structure import block_linears
 from tests.test_experts import mixture
 from tests.test_stream import MODELS, SIZES, model_of
@@ -73,7 +74,7 @@ def assert_same(found, gradients, tolerance: float = 1e-5):
 @pytest.mark.parametrize("labels", ["model", "text"])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma", *HEADS, "gemma3", "bamba"])
 def test_statistics_are_those_of_a_backward_pass_of_the_whole_model(kind, labels, monkeypatch):
-    monkeypatch.setattr(outputs, "LOGITS", 97 * 4 * 5)  # logits of five places at once
+    monkeypatch.setattr(backward, "LOGITS", 97 * 4 * 5)  # logits of five places at once
     model, tokens = made(kind), tiny_tokens(5, 24)
     found = collect_output_statistics(model, tokens, labels=labels, progress=False)
     assert_same(found, plain(model, tokens, labels))
@@ -82,13 +83,33 @@ def test_statistics_are_those_of_a_backward_pass_of_the_whole_model(kind, labels
 @pytest.mark.parametrize("size", [1, 97, 97 * 4 * 7, 2**24])
 def test_how_many_logits_are_held_does_not_matter(size, monkeypatch):
     model, tokens = tiny_model("llama"), tiny_tokens(5, 24)
-    monkeypatch.setattr(outputs, "LOGITS", size)
+    monkeypatch.setattr(backward, "LOGITS", size)
     held = []
     leave = BlockCalls.leave
     monkeypatch.setattr(BlockCalls, "leave", lambda *args: held.append(leave(*args)) or held[-1])
     found = collect_output_statistics(model, tokens, seed=3, progress=False)
     assert max(one.numel() for one in held[2:]) <= max(size, 97 * 4)  # the first ones are those of the trial
     assert_same(found, plain(model, tokens, "model", seed=3))
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_blocks_run_once_where_what_their_gradients_need_fits_in_memory(blocks, monkeypatch):
+    tokens, runs = tiny_tokens(4, 32), []
+    whole = collect_output_statistics(tiny_model("llama"), tokens, progress=False)
+    model, run = tiny_model("llama"), BlockCalls.run
+    contract = check_blocks(model, tokens)
+    with backward.frozen(model):
+        one = backward.BackwardPass(model, contract, tokens)
+        room = blocks * tokens.numel() * max(one._graphs.values())
+        assert not blocks or room > tokens.numel() * (64 + 2 * 128) * 4  # at the least what the MLP's product needs
+        monkeypatch.setattr(backward, "GRAPHS", room)
+        monkeypatch.setattr(BlockCalls, "run", lambda *args: runs.append(args[2]) or run(*args))
+        assert len(list(one.gradients(tokens, backward.towards(tokens)))) == 2
+    assert len(runs) == 4 - blocks
+    found = collect_output_statistics(model, tokens, progress=False)
+    for name, statistics in whole.items():
+        F = statistics.second_moment
+        assert (found[name].second_moment - F).norm() <= 1e-5 * F.norm()  # fewer sequences go together
 
 
 def test_an_expert_is_measured_by_its_own_tokens_and_drawn_towards_those_of_its_mixture():
@@ -157,7 +178,8 @@ def test_drawn_labels_give_the_fisher_information(monkeypatch):
         J = torch.autograd.functional.jacobian(lambda one: model.lm_head(model.model.norm(one)), h)
         p = model.lm_head(model.model.norm(h)).softmax(-1).detach()
         exact += J.T @ (p.diag() - p.outer(p)) @ J / tokens.shape[1]
-    monkeypatch.setattr(stream, "BATCH", 500)
+    for module in (backward, stream):
+        monkeypatch.setattr(module, "BATCH", 500)
     found = collect_output_statistics(model, tokens.expand(2000, -1), only=name, progress=False)[name].second_moment
     assert (found - exact).norm() <= 0.1 * exact.norm()  # 24 000 draws
 
@@ -183,7 +205,7 @@ def test_gradients_that_are_not_finite_name_the_layer():
 
 def outputs_without_trial(model, tokens):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outputs.BackwardPass, "_check", lambda self, tokens: setattr(self, "_vocabulary", 97))
+        patch.setattr(backward.BackwardPass, "_check", lambda self, tokens: setattr(self, "_vocabulary", 97))
         return collect_output_statistics(model, tokens, progress=False)
 
 

@@ -197,9 +197,9 @@ def unlike(what: str) -> str:
         model = tiny_model("llama")
         before = [parameter.clone() for parameter in model.parameters()]
         seed = Processes.of_group().rank if what == "tokens" else 0
-        settings = {"inputs": "drift", "held_out": 0.25} if what == "drift" else {}
+        settings = {"drift": {"inputs": "drift", "held_out": 0.25}, "distil": {"distil": True, "held_out": 0.25}}
         try:
-            compress(model, tiny_tokens(18, seed=seed), **SMALL, **settings)
+            compress(model, tiny_tokens(18, seed=seed), **SMALL, **settings.get(what, {}))
         except EoraLabError as error:
             assert all(map(torch.equal, before, model.parameters()))
             return str(error)
@@ -211,6 +211,7 @@ def unlike(what: str) -> str:
     [
         ("tokens", "the processes were handed different things: tokens in process 1 is not that of 0"),
         ("drift", 'inputs="drift" runs in one process: take "compensated", or start it without torchrun'),
+        ("distil", "distil runs in one process: leave it out, or start it without torchrun"),
     ],
 )
 def test_what_cannot_be_shared_is_refused_before_anything_is_changed(what, message, tmp_path):

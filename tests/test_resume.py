@@ -163,6 +163,7 @@ OTHER = {  # setting -> another value, and what has to go with it
     "inputs": {"inputs": "original"},
     "true_sequential": {"true_sequential": True},
     "held_out": {"held_out": 0.34},
+    "distil": {"distil": True, "held_out": 0.34},
     "rounds": {"rounds": 2},
     "skip": {"skip": "o_proj"},
     "only": {"only": "o_proj"},

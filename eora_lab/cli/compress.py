@@ -12,11 +12,18 @@ import tyro
 from eora_lab.cli.early import check_inputs, check_run_folder, check_selection
 from eora_lab.cli.options import say_start
 from eora_lab.model import Dtype
+from eora_lab.run.best import Named, best_recipe
 from eora_lab.run.budget import Budget
 from eora_lab.run.recipe import Recipe
 from eora_lab.text.settings import Calibration, Evaluation
 
 OVERLOOKED = 0.05  # share of the decoder's weights; with more, the model is not as small as its bits say
+
+
+class Asked(Recipe):
+    """Settings of a recipe that are checked once `--recipe` has filled them up, by `of_name`."""
+
+    def check(self) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +33,10 @@ class Compress:
     The folder holds the packed weights, the low-rank path as a PEFT adapter, the configuration and the report. An
     interrupted run resumes when it is started again with the same settings.
 
-    `eora-lab compress runs/drift --inputs drift --held-out 0.125 --rounds 3` loses less in the same bytes: every layer
-    aims at the outputs of the original model, as far as that helps on the eighth of the samples that is held out, and
-    weights and path are made for each other in turn. `--true-sequential` measures within blocks too, and takes longer.
+    `eora-lab compress runs/best --recipe best` is there to lose less in the same bytes, and takes longer: errors count
+    as what they cost the model, by gradients, ranks are spread by that, and every layer aims at the outputs of the
+    original model, as far as that helps on the eighth of the samples that is held out. Each of these has a setting of
+    its own: --method, --budget.objective, --inputs with --true-sequential.
 
     Not all linears need to be compressed: `eora-lab compress runs/part --skip "o_proj|down_proj" --keep-first 1` leaves
     two linears of every block and the whole first block as they are, `--only mlp` all outside the MLPs. The report says
@@ -42,7 +50,10 @@ class Compress:
     """run folder to write"""
     model: str = "smollm2-135m"
     """embedded model, hub id, or folder"""
-    recipe: Annotated[Recipe, tyro.conf.arg(name="")]  # no default: to make one needs torch, and help does not
+    named: Annotated[Named, tyro.conf.arg(name="recipe")] = "given"
+    """given: the settings below; best: those of all parts together that lose less in the same bytes, where no others
+    are given"""
+    recipe: Annotated[Recipe, tyro.conf.arg(name="", constructor=Asked)] = field(default_factory=Asked)
     budget: Budget = field(default_factory=Budget)
     calibration: Calibration = field(default_factory=Calibration)
     evaluation: Evaluation = field(default_factory=Evaluation)
@@ -61,15 +72,17 @@ class Compress:
     """cpu or cuda"""
 
     def run(self) -> None:
-        from eora_lab.calibrate.processes import group
+        from eora_lab.calibrate.processes import Processes, group
         from eora_lab.environment import timed
 
         with timed(), group(self.device) as device:
+            with Processes.of_group().agree():
+                recipe, budget = of_name(self.named, asdict(self.recipe), self.budget)
             run_pass(
                 self.model,
-                self.recipe,
+                recipe,
                 self.output,
-                budget=self.budget,
+                budget=budget,
                 calibration=self.calibration,
                 evaluation=self.evaluation if self.evaluate else None,
                 imatrix=self.imatrix,
@@ -77,6 +90,11 @@ class Compress:
                 device=device,
                 hidden_states=self.hidden_states,
             )
+
+
+def of_name(named: Named, settings: Mapping, budget: Budget) -> tuple[Recipe, Budget]:
+    """Recipe of these settings, and budget, as `--recipe` fills them up."""
+    return best_recipe(settings, budget) if named == "best" else (Recipe(**settings), budget)
 
 
 def with_imatrix(recipe: Recipe, imatrix: Path | None, given: bool) -> Recipe:

@@ -6,10 +6,11 @@ from typing import Annotated, Literal
 
 import tyro
 
-from eora_lab.cli.compress import run_pass
+from eora_lab.cli.compress import of_name, run_pass
 from eora_lab.model import Dtype
+from eora_lab.run.best import Named
 from eora_lab.run.budget import Budget
-from eora_lab.run.recipe import PassSettings, PathSettings, Recipe
+from eora_lab.run.recipe import PassSettings, PathSettings
 from eora_lab.text.settings import Calibration, Evaluation
 
 
@@ -35,6 +36,9 @@ class Mend:
     runtimes that take no adapter: eora-lab export writes the result"""
     rounds: int = 1
     """with --reround: how often at most, in turn with the low-rank path; above 1 the weights need their path"""
+    named: Annotated[Named, tyro.conf.arg(name="recipe")] = "given"
+    """given: the settings below; best: those of all parts together that lose less in the same bytes, where no others
+    are given"""
     path: Annotated[PathSettings, tyro.conf.arg(name="")] = field(default_factory=PathSettings)
     measured: Annotated[PassSettings, tyro.conf.arg(name="")] = field(default_factory=PassSettings)
     budget: Budget = field(default_factory=Budget)
@@ -65,12 +69,13 @@ class Mend:
                 checkpoint = read_checkpoint(self.checkpoint, self.format)
                 if self.rounds > 1 and not self.reround:
                     raise EoraLabError("--rounds is of --reround: without it the weights stay as they are")
-                recipe = Recipe(**asdict(self.path), **asdict(self.measured), rounds=self.rounds)
+                settings = asdict(self.path) | asdict(self.measured) | {"rounds": self.rounds}
+                recipe, budget = of_name(self.named, settings, self.budget)
             run_pass(
                 self.model,
                 recipe,
                 self.output,
-                budget=self.budget,
+                budget=budget,
                 calibration=self.calibration,
                 evaluation=self.evaluation if self.evaluate else None,
                 imatrix=self.imatrix,

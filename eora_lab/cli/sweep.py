@@ -83,7 +83,7 @@ class Sweep:
             )
             done = 0 if frame.empty else sum(frame["status"] == "done")
             code = 0 if done == len(expand(grid)) else CELLS_FAILED
-            shown = ("perplexity", "bos")  # whether they vary or not
+            shown = ("perplexity", "bos", "tier")  # whether they vary or not
             varied = [name for name in frame if frame[name].map(str).nunique() > 1 or name.startswith(shown)]
             if varied:
                 print(frame[[name for name in varied if not name.startswith("cost")]].to_string(index=False))

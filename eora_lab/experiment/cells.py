@@ -34,7 +34,7 @@ from eora_lab.text.settings import Calibration, Evaluation
 DENSE = "dense"  # in place of a compressor: the model as it is
 LATER = {"skip": "", "keep_first": 0, "keep_last": 0, "rank_only": ""}  # named in a configuration where they differ
 GRID = {"grid": "integer"}
-LATER |= GRID | {"labels": "model"}
+LATER |= GRID | {"labels": "model", "distil": False}
 MEASURED = ("perplexity", "tasks")  # fields whose lists are measured together, and are no axis of a grid
 
 
@@ -231,6 +231,9 @@ def _outcome(report: Report, data_free: set[str], left: list[nn.Linear]) -> dict
     nbytes = report.nbytes + sum(linear.weight.nbytes for linear in left)
     result |= {"nbytes": nbytes, "bits_per_weight": 8 * nbytes / weights}
     result["layers"] = [[la.name, la.rank, la.error_before, la.error_after] for la in report.layers]
+    result["tier"] = report.tier
+    if report.distilled:
+        result["divergence"] = {one: report.distilled[one] for one in ("before", "after", "share")}
     result["data_free"] = [la.name for la in report.layers if la.data_free or la.name in data_free]
     return result
 

@@ -37,6 +37,8 @@ def check_statistics(
     """
     if needs_outputs(recipe.method) and not outputs and not batches:
         raise EoraLabError(f"{recipe.method} needs gradients: give token ids, or measure them before (outputs=)")
+    if recipe.distil and not batches:
+        raise EoraLabError("a step of distillation needs token ids: give them, or leave distil out")
     if statistics is None:
         if not batches:
             raise EoraLabError(

@@ -3,6 +3,7 @@
 config.json                  settings, versions, seed: what the run is
 ranks.json                   rank of every layer, where a budget was spread over them
 blocks/000.safetensors ...   packed compressed weights of one decoder block, with its part of the report and a checksum
+distilled.safetensors        low-rank paths in place of those in blocks/, where a step of distillation followed the pass
 hidden/                      until the run is finished: the hidden states that it resumes from, if they are on disk
 adapter/                     the low-rank path as a PEFT adapter, each layer at its own rank, with a card
 report.json                  written last: a folder with a report is complete
@@ -33,6 +34,7 @@ from eora_lab.model.structure import decoder_blocks
 from eora_lab.run.adapters import made_for
 from eora_lab.run.blocks import AGAIN, install_block, load_block, write_block
 from eora_lab.run.card import write_peft_card
+from eora_lab.run.distilled import DISTILLED, install_distilled, load_distilled, write_distilled
 from eora_lab.run.recipe import Selection
 from eora_lab.run.report import LayerReport, Report
 
@@ -41,6 +43,7 @@ LATER = ("tokenizer",)  # settings that older runs do not have
 SINCE = {field.name: field.default for field in fields(Selection)} | {
     "grid": "integer",
     "labels": "model",
+    "distil": False,
 }  # nor these; they did the same
 NAMED = 4  # settings that differ
 BLOCKS, HIDDEN = "blocks/*.safetensors", "hidden"
@@ -57,7 +60,8 @@ def open_folder(path: Path | str, settings: dict, keeps_hidden: bool = False) ->
 class RunFolder:
     """A folder that belongs to one run. Opening it again with the same settings resumes the run.
 
-    The files of finished blocks are read: one that is damaged is set aside, with a warning, and the block is not there.
+    The files of finished blocks and of distilled paths are read: one that is damaged is set aside, with a warning, and
+    is not there.
     hidden: where the hidden states of its calibration texts are kept until it is finished; None: nowhere.
     Raises EoraLabError when the folder holds a run with other settings, or something else.
     """
@@ -69,11 +73,12 @@ class RunFolder:
         self.settings = claim_folder(self.path, settings)
         for left in (left for pattern in PARTIAL for left in self.path.rglob(pattern)):
             left.unlink(missing_ok=True)
-        for block in sorted(self.path.glob(BLOCKS)):
+        made: list[tuple[Path, Callable]] = [(block, load_block) for block in sorted(self.path.glob(BLOCKS))]
+        for file, load in [*made, *([(self.path / DISTILLED, load_distilled)] if self.is_distilled else [])]:
             try:
-                load_block(block)
+                load(file)
             except DamagedError as error:
-                set_aside(block, self.path / "aside")
+                set_aside(file, self.path / "aside")
                 warnings.warn(f"{error}: it was moved to {self.path / 'aside'}, and is made again", stacklevel=2)
 
     @property
@@ -116,6 +121,21 @@ class RunFolder:
         """Put all blocks' modules into the model; all are finished."""
         for index in range(len(decoder_blocks(model))):
             self.load_block(index, model)
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether a step of distillation is done."""
+        return (self.path / DISTILLED).exists()
+
+    def distilled(self, model: nn.Module, distil: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Put the paths in place that a step of distillation gave before, or gives now. Returns what came of it."""
+        layers = compensated(model)
+        if not self.is_distilled:
+            found = distil()
+            with step("files"):
+                write_distilled(self.path / DISTILLED, layers, found)
+        with step("files"):
+            return install_distilled(self.path / DISTILLED, layers)
 
     @step("files")
     def finish(self, report: Report, model: nn.Module) -> None:
@@ -214,6 +234,8 @@ def load_run(
     for layer in report.layers:
         if layer.name not in installed:
             raise EoraLabError(f"{path}: the file in blocks/ that holds {layer.name} is missing")
+    if report.distilled:
+        install_distilled(path / DISTILLED, compensated(base))
     use_backend(base, backend)
     return base, tokenizer, report
 

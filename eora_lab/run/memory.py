@@ -9,6 +9,7 @@ from collections.abc import Container, Mapping
 import torch
 from torch import nn
 
+from eora_lab.calibrate.backward import GRAPHS, LOGITS
 from eora_lab.calibrate.contract import Contract
 from eora_lab.calibrate.experts import JUDGED, experts_of, too_large
 from eora_lab.calibrate.stream import BATCH
@@ -16,6 +17,7 @@ from eora_lab.compensate import needs_outputs
 from eora_lab.environment import free_memory, own_memory
 from eora_lab.errors import EoraLabError
 from eora_lab.model.structure import decoder_blocks, linears
+from eora_lab.run.distil import SHARES, SUMS, sums
 from eora_lab.run.recipe import Recipe
 
 FLOAT, DOUBLE = 4, 8
@@ -23,12 +25,16 @@ MATRICES = 5  # of a layer's size, in float32: W, R, what is left of it, a produ
 CHOLESKY = 6  # of S's size, in float64, that GPTQ's factor passes through
 ITERATIVE = ("gptq", "sparsegpt")  # compressors that need it
 EIGEN = 4  # of the smaller side's size squared, in float64: a matrix, its eigenvectors, LAPACK's workspace
+SCORES = 6  # copies of logits while a loss and its gradient are taken, in float32
+GRAPH = 1  # what gradients need of a block, in the inputs and outputs of its linears, in float32; 0.7 was measured
 WIDTHS = 8  # activations of a mini-batch in a block, in its widest layer's outputs
 SLACK = 2**28  # bytes: what libraries and the allocator keep
 ADVICE = {
     "statistics of all blocks": "leave the budget out, which is planned on all of them",
     "statistics of a block": "measure one input at a time (--true-sequential), or hold out no samples",
     "statistics of gradients": "take a method that needs none (--method eora)",
+    "gradients": "take shorter sequences (--calibration.seqlen), or a method that needs none (--method eora)",
+    "distillation": "leave the step of distillation out",
     "hidden states": "keep them on disk (--hidden-states disk), or take fewer calibration tokens "
     "(--calibration.nsamples, --calibration.seqlen)",
     "activations": "take shorter sequences (--calibration.seqlen)",
@@ -56,7 +62,7 @@ def needed(
     itemsize = next(model.parameters()).dtype.itemsize
     held = FLOAT * (2 if recipe.held_out else 1)
     each = held * (2 if recipe.inputs == "drift" else 1)  # S, and D
-    every, statistics, gradients, work, widest = 0, 0, 0, 0, 0
+    every, statistics, gradients, work, widest, wide, pulls, paths = 0, 0, 0, 0, 0, 0, [0], 0
     for prefix, block in decoder_blocks(model).items():
         own = {f"{prefix}.{local}": linear for local, linear in linears(block).items()}
         inputs = {contract.shared.get(name, name): linear.in_features for name, linear in own.items()}
@@ -77,15 +83,27 @@ def needed(
         dense = sum(linear.weight.nbytes for linear in chosen)  # as the compressed block runs on
         work = max([work, kept + dense, *(kept + needs for needs in layers)])
         widest = max([widest, *(linear.out_features for linear in own.values())])
+        wide += sum(linear.in_features + linear.out_features for linear in own.values())
+        pulls.append(sum(sums(linear.out_features, linear.in_features) for linear in chosen))
+        paths += sum(2 * recipe.rank * (linear.in_features + linear.out_features) for linear in chosen)
     parts = {"statistics of all blocks": every} if spread else {"statistics of a block": statistics}
     if needs_outputs(recipe.method):
         parts["statistics of gradients"] = gradients
     if tokens is not None:
         config = getattr(model, "config", None)
-        hidden = getattr(config.get_text_config(), "hidden_size", widest) if config is not None else widest
-        streams, samples = 2 if recipe.inputs == "drift" else 1, min(BATCH, tokens[0]) if on_disk else tokens[0]
-        parts["hidden states"] = streams * samples * tokens[1] * hidden * itemsize
-        parts["activations"] = WIDTHS * min(BATCH, tokens[0]) * tokens[1] * widest * itemsize
+        config = config.get_text_config() if config is not None else None
+        hidden = getattr(config, "hidden_size", widest) * itemsize
+        together = min(BATCH, tokens[0]) * tokens[1]
+        streams = 2 if recipe.inputs == "drift" else 1
+        parts["hidden states"] = streams * (together if on_disk else tokens[0] * tokens[1]) * hidden
+        if needs_outputs(recipe.method) or recipe.distil:
+            scores = min(LOGITS, together * getattr(config, "vocab_size", LOGITS))
+            parts["gradients"] = min(GRAPH * wide * together * FLOAT, GRAPHS) + SCORES * scores * FLOAT
+        if recipe.distil:
+            targets = tokens[0] * tokens[1] * hidden
+            measured = max(min(sum(pulls), SUMS), max(pulls))
+            parts["distillation"] = targets + measured + (1 + len(SHARES)) * paths
+        parts["activations"] = WIDTHS * together * widest * itemsize
     return parts | {"work on a layer": work + SLACK}
 
 

@@ -13,6 +13,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from eora_lab.calibrate.contract import Contract, check_blocks
+from eora_lab.calibrate.distillation import Targets
 from eora_lab.calibrate.output_statistics import OutputStatistics
 from eora_lab.calibrate.outputs import collect_output_statistics
 from eora_lab.calibrate.processes import Processes
@@ -30,6 +31,7 @@ from eora_lab.model.whole import check_finite
 from eora_lab.products import fast_products
 from eora_lab.run.adapters import OWN, Adapters
 from eora_lab.run.budget import Budget
+from eora_lab.run.distil import distil
 from eora_lab.run.fit import Steps, check_statistics
 from eora_lab.run.folder import RunFolder
 from eora_lab.run.given import check_given, named_for, origin_of
@@ -39,6 +41,7 @@ from eora_lab.run.ranks import check_budget, given_ranks, spread
 from eora_lab.run.recipe import Recipe
 from eora_lab.run.report import Report
 from eora_lab.run.shared import open_shared
+from eora_lab.run.tiers import tier
 from eora_lab.run.walk import walk
 from eora_lab.text.batches import Batches, as_tokens
 
@@ -167,8 +170,11 @@ def compress_model(
             asked = run.planned(plan) if run else plan()
             recipe.check_fit(model, asked, given=weights)  # they may come from a file
         part = decoder(model)
+        targets = _targets(model, tokens, recipe, run, contract)
         report = Report(walk(model, tokens, steps, asked, statistics, run, contract, left, progress, processes, owned))
+        report.distilled = _distilled(model, targets, recipe, run, progress)
         report.base = came.get("base", recipe.base)
+        report.tier = tier(recipe, budget not in (None, Budget()), weights is not None, reround)
         report.seconds = time.perf_counter() - started
         report.peak_memory = max(processes.gather(peak_memory(device)))
         report.needed_memory = predicted
@@ -198,8 +204,34 @@ def _on_disk(hidden_states: str, folder: Path | str | None) -> bool:
 
 def check_shareable(recipe: Recipe, processes: Processes) -> None:
     """Raise EoraLabError for what one process does alone."""
-    if processes.count > 1 and recipe.inputs == "drift":
+    if processes.count == 1:
+        return
+    if recipe.inputs == "drift":
         raise EoraLabError('inputs="drift" runs in one process: take "compensated", or start it without torchrun')
+    if recipe.distil:
+        raise EoraLabError("distil runs in one process: leave it out, or start it without torchrun")
+
+
+def _targets(
+    model: nn.Module, tokens: Tensor | None, recipe: Recipe, run: RunFolder | None, contract: Contract
+) -> Targets | None:
+    """Of a step of distillation that is still to be made, while the model is the original."""
+    if tokens is None or not recipe.distil or (run and run.is_distilled):
+        return None
+    return Targets(model, tokens, recipe.held_out, contract)
+
+
+def _distilled(
+    model: nn.Module, targets: Targets | None, recipe: Recipe, run: RunFolder | None, progress: bool
+) -> dict[str, float]:
+    """Make the step that the recipe asks for, or put in place what it gave before."""
+    if not recipe.distil:
+        return {}
+
+    def make() -> dict[str, float]:
+        return distil(model, targets, recipe, progress) if targets else {}
+
+    return run.distilled(model, make) if run else make()
 
 
 @step("judging")

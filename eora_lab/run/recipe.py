@@ -88,6 +88,9 @@ class PassSettings:
     """measure the inputs of o after q, k and v are compressed and compensated, and so on through each block"""
     held_out: float = 0.0
     """share of the calibration samples that is kept apart, for the report to judge by"""
+    distil: bool = False
+    """after all that, let every low-rank path make one bounded step that brings the predictions of the whole model
+    closer to the original's, as far as that holds on held-out samples; needs two backward passes"""
 
 
 @settings
@@ -112,6 +115,10 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
             raise EoraLabError(f"the held-out share must be at least 0 and below 1, not {self.held_out}")
         if self.inputs == "drift" and not self.held_out:
             raise EoraLabError("what drift may ask for is chosen on held-out samples: hold out a share, such as 0.125")
+        if self.distil and (self.method == "none" or not self.rank):
+            raise EoraLabError("only a low-rank path can be distilled: take a method and a rank, or leave distil out")
+        if self.distil and not self.held_out:
+            raise EoraLabError("how far to distil is found on held-out samples: hold out a share, such as 0.125")
         if self.true_sequential and self.inputs == "original":
             raise EoraLabError(
                 'inputs measured within a block are those of the compressed one: use inputs="compensated"'

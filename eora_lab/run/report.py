@@ -70,6 +70,7 @@ class Report:
 
     layers: list[LayerReport] = field(default_factory=list)
     base: str = ""  # how the weights were compressed, in short
+    tier: str = ""  # what was needed for it beside the weights, one of `eora_lab.run.tiers.TIERS`
     seconds: float = 0.0
     peak_memory: int = 0  # bytes: of the process, or of the GPU when the model is there
     own_memory: int = 0  # of it on the CPU, bytes that are no pages of files, which the system takes back as it likes
@@ -77,6 +78,9 @@ class Report:
     steps: dict[str, float] = field(default_factory=dict)  # step -> seconds: loading, checks, forward, statistics, ...
     backends: dict[str, int] = field(default_factory=dict)  # who multiplies one row of input -> how many layers
     losses: dict[str, dict[str, list[float]]] = field(default_factory=dict)  # text -> one of `STATES` -> nats by window
+    # of a step of distillation, if one followed, which layers' errors do not know of: KL(original || model), nats a
+    # held-out token, "before" and "after" it; "share" of it that was taken; "seconds"
+    distilled: dict[str, float] = field(default_factory=dict)
     left: dict[str, int] | None = None  # matrices of the decoder that stayed as they are -> weights; None: not counted
     by_choice: dict[str, dict[str, int]] = field(default_factory=dict)  # why -> those of `left` that were to stay
 
@@ -209,6 +213,8 @@ class Report:
         lines = [
             f"{what}{self.weights / 1e6:.1f} M weights at {self.bits_per_weight:.2f} bits = {self.nbytes / 1e6:.1f} MB"
         ]
+        if self.tier:
+            lines.append(f"tier {self.tier}")
         if self.left is not None:
             lines.append(self.coverage_line())
         before, after = mean("error_before"), mean("error_after")
@@ -221,19 +227,30 @@ class Report:
         if self.layers and self.layers[0].nats_before is not None:
             before, after = (sum(getattr(one, f"nats_{when}") or 0.0 for one in self.layers) for when in WHEN)
             lines.append(f"predicted loss {before:.4f} -> {after:.4f} nats a token, to second order, all layers added")
-        lines.append(f"{self.seconds:.1f} s, peak memory {self.peak_memory / 1e9:.2f} GB")
-        if self.steps:
-            lines.append(f"{sum(self.steps.values()):.1f} s in all: {self.steps_line()}")
-        if self.own_memory:
-            own, needed = self.own_memory / 1e9, self.needed_memory / 1e9
-            lines.append(f"{own:.2f} GB of it are no pages of files; {needed:.2f} GB were predicted")
+        lines += self._costs()
         if any(layer.drift for layer in self.layers):
             lines.append(f"towards the outputs of the original model: {mean('drift'):.0%} of the step, mean of layers")
+        if self.distilled:
+            found = self.distilled
+            lines.append(
+                f"distilled: KL(original || this) {found['before']:.4g} -> {found['after']:.4g} nats a held-out "
+                f"token, {found['share']:.0%} of the step, {found['seconds']:.1f} s; errors above are those before it"
+            )
         if any(layer.diagonal for layer in self.layers):
             lines.append("only mean squares were known (imatrix): output errors are as if channels were not correlated")
         if self.backends:
             lines.append(f"computed by {', '.join(f'{name} ({n} layers)' for name, n in self.backends.items())}")
         return "\n".join([*lines, *self._starved(), *self._perplexities()])
+
+    def _costs(self) -> list[str]:
+        """Of time and memory."""
+        lines = [f"{self.seconds:.1f} s, peak memory {self.peak_memory / 1e9:.2f} GB"]
+        if self.steps:
+            lines.append(f"{sum(self.steps.values()):.1f} s in all: {self.steps_line()}")
+        if self.own_memory:
+            own, needed = self.own_memory / 1e9, self.needed_memory / 1e9
+            lines.append(f"{own:.2f} GB of it are no pages of files; {needed:.2f} GB were predicted")
+        return lines
 
     def _starved(self) -> list[str]:
         """Of layers that few tokens came to."""

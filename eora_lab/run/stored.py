@@ -18,6 +18,7 @@ from eora_lab.model.load import load_skeleton, local_path
 from eora_lab.model.structure import block_linears
 from eora_lab.run.adapters import stored_digest
 from eora_lab.run.blocks import read_block
+from eora_lab.run.distilled import DISTILLED, distilled_factors
 from eora_lab.run.folder import is_run, read_config, read_report
 
 OWN = ("adapter", "blocks")  # folders of a run
@@ -30,8 +31,12 @@ def run_factors(path: Path | str) -> Factors:
 
     Raises EoraLabError when the folder is no run, is not finished, is damaged, or has no low-rank path at all.
     """
-    if not any(layer.rank for layer in read_report(path).layers):
+    report = read_report(path)
+    if not any(layer.rank for layer in report.layers):
         raise EoraLabError(f"{path} has no low-rank path: it was made with --method none or rank 0")
+    if report.distilled:
+        found = distilled_factors(Path(path) / DISTILLED, [layer.name for layer in report.layers])[1]
+        return {name: factors.dense() for name, factors in found.items()}
     try:
         return {name: StoredFactors.from_state_dict(tensors).dense() for name, tensors in _layers(path, factors=True)}
     except KeyError as error:
