@@ -300,7 +300,7 @@ def test_a_cell_that_leaves_nothing_is_called_as_before():
 def test_an_older_cell_in_which_only_chose_ranks_is_not_taken_for_one_that_leaves_layers():
     """Its configuration named `only` what is `rank_only` now: a store must not return its number."""
     older = Cell().config() | {"only": "q_proj"}
-    since = {"skip": "", "keep_first": 0, "keep_last": 0, "rank_only": "", "labels": "model"}
+    since = {"skip": "", "keep_first": 0, "keep_last": 0, "rank_only": "", "labels": "model", "distil": False}
     assert Cell.from_config(older).config() == older | since
     assert Cell.from_config(Cell.from_config(older).config()).config() == Cell.from_config(older).config()
 
