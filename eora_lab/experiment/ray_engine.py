@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from eora_lab.errors import EoraLabError, WriteError, one_line
 from eora_lab.experiment.cache import ContentCache
@@ -30,7 +31,7 @@ def run_on_ray(
     ours = not ray.is_initialized()
     if ours:
         try:
-            local = {} if address else {"num_cpus": workers, "include_dashboard": False}
+            local: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
             ray.init(address=address, log_to_driver=False, **local)
         except (ConnectionError, ValueError) as error:
             raise EoraLabError(f"no Ray cluster answers at {address}: {error}") from error
