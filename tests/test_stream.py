@@ -398,3 +398,18 @@ def test_the_command_line_warns_of_a_model_that_was_compressed_in_part(workplace
     older = {key: value for key, value in json.loads(whole.to_json()).items() if key not in ("coverage", "left")}
     assert Report.from_json(json.dumps(older)).coverage is None
     assert "of the decoder's" not in Report.from_json(json.dumps(older)).summary()
+
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_a_block_that_takes_its_sequences_one_by_one_is_measured_whole(ordered):
+    """How often its linears run depends on the mini-batch: none is ended before all its tokens have come."""
+    model, tokens = tiny_model("llama"), tiny_tokens(10)
+    for block in decoder_blocks(model).values():
+        whole = block.mlp.forward
+        block.mlp.forward = lambda x, whole=whole: torch.cat([whole(one[None]) for one in x])
+    stream = BlockStream(model, tokens, held_out=0.4)  # mini-batches of 4, 2 and 4 sequences
+    if ordered:
+        stream.groups(0)
+    found = stream.statistics(0, keep_outputs=False)
+    assert {one.tokens for one in found.values()} == {6 * tokens.shape[1]}
+    assert {one.held_out.tokens for one in found.values()} == {4 * tokens.shape[1]}

@@ -67,9 +67,13 @@ class DriftStream(BlockStream):
             put(block, now)
 
     def original_inputs(
-        self, index: int, mini_batch: int, measured: Mapping[str, nn.Linear], last: int = 0
+        self,
+        index: int,
+        mini_batch: int,
+        measured: Mapping[str, nn.Linear],
+        times: Mapping[str, int] | None = None,
     ) -> Mapping[str, Float[Tensor, "... in"]]:
-        """Full module name -> x, for linears that every token comes to. last: as for `watch`."""
+        """Full module name -> x, for linears that every token comes to. times: as for `watch`."""
         prefix, block = list(self.blocks.items())[index]
         routed = {f"{prefix}.{name}" for names in experts_of(block) for name in names}
         found: dict[str, Tensor] = {}
@@ -78,7 +82,7 @@ class DriftStream(BlockStream):
             return lambda _module, args: found.update({name: args[0]})
 
         with self._original(index):
-            self._other.watch(index, mini_batch, measured, note, last)
+            self._other.watch(index, mini_batch, measured, note, times)
         every = self.sizes[mini_batch]
         return {name: x for name, x in found.items() if name not in routed and x.numel() == every * x.shape[-1]}
 

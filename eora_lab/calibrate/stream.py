@@ -82,7 +82,7 @@ class BlockStream:
         self.sizes = [part.numel() for _, (part, _) in mini_batches]
         self.apart = [held for _, (_, held) in mini_batches]
         self._calls = BlockCalls(model, self.blocks, contract.rest)
-        self._order: tuple[int, list[list[str]], Counter[str]] = (-1, [], Counter())  # block, `groups`, runs of linears
+        self._order: tuple[int, list[list[str]], dict[str, int]] = (-1, [], {})  # block, its `groups`, `_times`
         self.hidden = HiddenFiles(folder) if folder else HiddenStates()
         for _, (part, _) in mini_batches:
             with step("forward"):
@@ -133,32 +133,33 @@ class BlockStream:
         mini_batch: int,
         measured: Mapping[str, nn.Linear],
         hook: Callable[[str], Callable],
-        last: int = 0,
-    ) -> tuple[Float[Tensor, "... hidden"] | None, int]:
+        times: Mapping[str, int] | None = None,
+    ) -> tuple[Float[Tensor, "... hidden"] | None, dict[str, int]]:
         """Run block `index` with a forward pre-hook for each of its linears that are measured.
 
-        last: the run ends with this one of their calls; 0: with the block.
-        Returns what the block does, None where it was stopped before; and how many calls there were.
+        times: name -> how often every token comes to it; the run ends once all have. None or empty: with the block.
+        Returns what the block does, None where it was stopped before; and these times, as `_times` tells them.
         """
-        calls = 0
+        came, size, waiting = Counter[str](), self.sizes[mini_batch], dict(times or {})
 
         def counted(name: str) -> Callable:
             inner = hook(name)
 
             def watching(module, args):
-                nonlocal calls
                 inner(module, args)
-                calls += 1
-                if calls == last:
-                    raise _Enough
+                came[name] += vectors(args[0])
+                if name in waiting and came[name] == waiting[name] * size:
+                    del waiting[name]
+                    if not waiting:
+                        raise _Enough
 
             return watching
 
         with hooked(measured, counted):
             try:
-                return self.run(index, mini_batch), calls
+                return self.run(index, mini_batch), _times(came, size)
             except _Enough:
-                return None, calls
+                return None, dict(times or {})
 
     def outputs(self, index: int) -> Iterator[Float[Tensor, "... hidden"]]:
         """Run block `index` on the current hidden states, a mini-batch at a time."""
@@ -170,7 +171,7 @@ class BlockStream:
         index: int,  # noqa: ARG002
         mini_batch: int,  # noqa: ARG002
         measured: Mapping[str, nn.Linear],  # noqa: ARG002
-        last: int = 0,  # noqa: ARG002
+        times: Mapping[str, int] | None = None,  # noqa: ARG002
     ) -> Mapping[str, Float[Tensor, "... in"]]:
         """Full module name -> what the original model hands that linear, where this is known; see `DriftStream`."""
         return {}
@@ -185,12 +186,12 @@ class BlockStream:
             return self._order[1]
         block = list(self.blocks.values())[index]
         seen: list[tuple[Tensor, list[str]]] = []
-        runs: Counter[str] = Counter()
+        came: Counter[str] = Counter()
         common = {name: names for names in experts_of(block) for name in names}
 
         def watch(name: str):
             def hook(_module, args):
-                runs[name] += 1
+                came[name] += vectors(args[0])
                 if any(name in names for _, names in seen):  # it runs once more
                     return
                 for x, names in seen:
@@ -201,15 +202,15 @@ class BlockStream:
 
             return hook
 
-        def ran() -> tuple[list[list[str]], Counter[str]]:
+        def ran() -> tuple[list[list[str]], dict[str, int]]:
             with hooked(linears(block), watch):
                 next(self.outputs(index))
-            return [names for _, names in seen], runs
+            return [names for _, names in seen], _times(came, self.sizes[0])
 
-        groups, runs = self.processes.first(ran)
+        groups, times = self.processes.first(ran)
         rest = [name for name in linears(block) if not any(name in group for group in groups)]
         groups += [list(group) for group in dict.fromkeys(tuple(common.get(name, [name])) for name in rest)]
-        self._order = index, groups, runs
+        self._order = index, groups, times
         return groups
 
     def statistics(
@@ -236,18 +237,20 @@ class BlockStream:
         needed = wanted.union(*(names for names in mixtures if wanted & set(names)))
         measured = {f"{prefix}.{name}": linear for name, linear in linears(block).items() if name in needed}
         inputs = Inputs(measured, [[f"{prefix}.{name}" for name in names] for names in mixtures], self.contract.apart)
-        may_stop = not keep_outputs and not mixtures  # which experts run depends on the tokens
-        known, _, runs = self._order
-        last = sum(runs[name] for name in needed) if may_stop and known == index else 0  # of the calls that matter
+        known, _, seen = self._order
+        times: dict[str, int] = {}
+        if known == index and not keep_outputs and needed <= seen.keys():
+            times = {f"{prefix}.{name}": seen[name] for name in needed}
         with self.processes.agree():
             for i, held_out in enumerate(self.apart):
-                inputs.begin(self.numbers[i], held_out, self.original_inputs(index, i, measured, last) if drift else {})
-                output, calls = self.watch(index, i, measured, inputs.hook, last)
+                original = self.original_inputs(index, i, measured, times) if drift else {}
+                inputs.begin(self.numbers[i], held_out, original)
+                output, seen = self.watch(index, i, measured, inputs.hook, times)
                 if keep_outputs:
                     assert output is not None
                     self.hidden[i] = output
-                elif may_stop:
-                    last = calls
+                else:
+                    times = seen if seen.keys() == measured.keys() else {}
         found = inputs.found(self.processes, owners)
         return {name: one for name, one in found.items() if name.removeprefix(f"{prefix}.") in wanted}
 
@@ -256,6 +259,16 @@ class BlockStream:
         with self.processes.agree():
             for i, output in enumerate(self.outputs(index)):
                 self.hidden[i] = output
+
+
+def vectors(x: Float[Tensor, "... in"]) -> int:
+    """How many there are."""
+    return x.numel() // x.shape[-1]
+
+
+def _times(came: Mapping[str, int], size: int) -> dict[str, int]:
+    """Name -> how often all `size` tokens came to a linear; without those, such as experts, that some did not come to."""
+    return {name: count // size for name, count in came.items() if not count % size}
 
 
 @contextmanager

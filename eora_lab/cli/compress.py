@@ -51,8 +51,8 @@ class Compress:
     model: str = "smollm2-135m"
     """embedded model, hub id, or folder"""
     named: Annotated[Named, tyro.conf.arg(name="recipe")] = "given"
-    """given: the settings below; best: those of all parts together that lose less in the same bytes, where no others
-    are given"""
+    """given: the settings below; best: those of all parts together that lose less in the same bytes, but for settings
+    that differ from their defaults, which stay"""
     recipe: Annotated[Recipe, tyro.conf.arg(name="", constructor=Asked)] = field(default_factory=Asked)
     budget: Budget = field(default_factory=Budget)
     calibration: Calibration = field(default_factory=Calibration)

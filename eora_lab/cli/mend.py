@@ -37,8 +37,8 @@ class Mend:
     rounds: int = 1
     """with --reround: how often at most, in turn with the low-rank path; above 1 the weights need their path"""
     named: Annotated[Named, tyro.conf.arg(name="recipe")] = "given"
-    """given: the settings below; best: those of all parts together that lose less in the same bytes, where no others
-    are given"""
+    """given: the settings below; best: those of all parts together that lose less in the same bytes, but for settings
+    that differ from their defaults, which stay"""
     path: Annotated[PathSettings, tyro.conf.arg(name="")] = field(default_factory=PathSettings)
     measured: Annotated[PassSettings, tyro.conf.arg(name="")] = field(default_factory=PassSettings)
     budget: Budget = field(default_factory=Budget)

@@ -8,13 +8,7 @@ from eora_lab.run.budget import Budget
 from eora_lab.run.recipe import Recipe
 
 Named = Literal["given", "best"]
-BEST: dict[str, Any] = {
-    "method": "eora_fisher",
-    "inputs": "drift",
-    "true_sequential": True,
-    "held_out": 0.125,
-    "rounds": 1,
-}
+BEST: dict[str, Any] = {"method": "eora_fisher", "inputs": "drift", "true_sequential": True, "held_out": 0.125}
 BEST_BUDGET: dict[str, Any] = {"objective": "nats"}
 
 
@@ -23,7 +17,8 @@ def best_recipe(
 ) -> tuple[Recipe, Budget]:
     """A recipe and a budget with the settings of the best combination, for `compress_model(..., recipe, ranks=budget)`.
 
-    What differs from its default in the given ones stays: such as compressor, bits and rank, or another held-out share.
+    What differs from its default in the given ones stays: such as compressor, bits and rank, or another held-out share;
+    a setting that is given as its default is not told from one that is not given.
     recipe: or its settings by name, which are checked once they are filled up: {"distil": True} needs held-out samples.
     Raises EoraLabError as `Recipe` does.
     """
