@@ -267,7 +267,7 @@ def vectors(x: Float[Tensor, "... in"]) -> int:
 
 
 def _times(came: Mapping[str, int], size: int) -> dict[str, int]:
-    """Name -> how often all `size` tokens came to a linear; without those, such as experts, that some did not come to."""
+    """Name -> how often all `size` tokens came to a linear; without those that some did not come to."""
     return {name: count // size for name, count in came.items() if not count % size}
 
 
