@@ -111,6 +111,7 @@ PRINTED: dict[str, tuple] = {
         ("--inputs original", "--inputs drift --held-out 0.125 --true-sequential"),
     ),
     "together": (WHOLE,),
+    "together-before": (WHOLE,),  # with the same sums in another order
     "together-eora": (WHOLE, (PARTS, "--inputs original --method none eora")),
     "together-wanda": (WHOLE, ("--compressor rtn --bits 3", BASES["wanda"] + " --rounds 2")),
     **{name: ("eora-lab compare BASE", ("BASE", base)) for name, base in BASES.items()},
