@@ -1,4 +1,4 @@
-"""Write down what the page "Seeing EoRA" shows: `python -m docs.explored`, about ten minutes on one core.
+"""Write down what the page "Seeing EoRA" shows: `python -m docs.explored`, about five minutes on one core.
 
 A model is compressed, and each layer solved once by every method. Kept are some layers at every rank (maps, spectra,
 losses), and the whole model at every rank: what it writes after some prompts, greedily, and its perplexity. It needs no
@@ -25,8 +25,8 @@ HELD_OUT, WINDOWS, LENGTH = "pydoc:heldout", 2, 256
 METHODS = ("svd", "act_s", "qera_approx", "eora")
 BLOCK, LINEARS = "model.layers.10.", ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 PROMPTS = (
-    "The best way to learn a new language is to",
     "Photosynthesis is the process by which",
+    "The best way to learn a new language is to",
     "Once upon a time, there was a little girl who",
     "The capital of France is",
 )

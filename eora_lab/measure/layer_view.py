@@ -61,10 +61,10 @@ def _shares(exploration: Exploration, layer: str, method: str) -> Float[Tensor, 
     return exploration.answer(layer, method).spectrum / (total or 1.0)
 
 
-def _points(shares: Float[Tensor, " directions"]) -> list[list[float]]:
-    """[direction, share] at even steps of the logarithm."""
+def _points(shares: Float[Tensor, " directions"]) -> list[tuple[int, float]]:
+    """(direction, share) at even steps of the logarithm."""
     places = sorted({round(len(shares) ** (k / POINTS)) for k in range(POINTS + 1)})
-    return [[place, _short(shares[place - 1].item())] for place in places]
+    return [(place, _short(shares[place - 1].item())) for place in places]
 
 
 def _as_bytes(energies: Float[Tensor, "rows columns"]) -> str:
