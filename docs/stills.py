@@ -7,6 +7,8 @@ import re
 
 from PIL import Image
 
+from eora_lab.plots.explorable import FIELDS, as_page
+
 VIEW = "application/vnd.jupyter.widget-view+json"
 PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=]+)")
 BAR = re.compile(r"\d+%\|")  # of tqdm
@@ -42,6 +44,8 @@ def still(state: dict, model: str) -> str:
     """A widget as it stands, as HTML: pictures and texts, and what its controls are set to."""
     one = state.get(model.removeprefix("IPY_MODEL_"), {}).get("state", {})
     kind = one.get("_model_name", "")
+    if all(name in one for name in FIELDS):
+        return as_page(one)  # the explorable needs no kernel
     children = [state.get(child.removeprefix("IPY_MODEL_"), {}) for child in one.get("children", [])]
     if any("Progress" in child.get("state", {}).get("_model_name", "") for child in children):
         return ""  # a bar of tqdm

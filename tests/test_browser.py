@@ -11,10 +11,15 @@ import time
 import urllib.request
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from docs.notebooks import ROOT, environment
 from tests.notebooks import smoke_copy
+
+pytest.importorskip("playwright", reason="playwright is the extra `dev`")
+
+from tests.explorable import Explorable
 
 pytestmark = pytest.mark.browser
 
@@ -135,16 +140,6 @@ def lab(server, browser, tmp_path):
     page.close()
 
 
-def text_of(selector: str) -> str:
-    return f"() => document.querySelector({json.dumps(selector)})?.textContent"
-
-
-def image_in(selector: str, index: int) -> str:
-    """The source of a figure in the output that holds `selector`, which is a picture that the page could draw."""
-    holder = json.dumps(f".jp-OutputArea-output:has({selector}) img")
-    return f"() => (image => image?.naturalWidth ? image.src : undefined)(document.querySelectorAll({holder})[{index}])"
-
-
 def test_the_quickstart_shows_before_and_after(lab):
     page = lab("00_quickstart.ipynb")
     page.run_all()
@@ -166,22 +161,72 @@ def test_the_quickstart_shows_before_and_after(lab):
     assert page.complaints == []
 
 
-def test_the_spectrum_explorer_follows_the_arrow_keys(lab):
+def test_the_rank_explorer_follows_the_arrow_keys(lab):
     page = lab("02_svd_vs_eora_error_analysis.ipynb")
     page.run_all()
-    handle = page.page.locator(".eora-rank .noUi-handle")
-    handle.scroll_into_view_if_needed()
-    handle.focus()
-    for figure in (0, 1):  # the curves, and the map
-        page.page.wait_for_function(image_in(".eora-rank", figure))
-        page.changes(image_in(".eora-rank", figure), lambda: page.page.keyboard.press("ArrowRight"))
-    page.changes(text_of(".eora-rank .widget-readout"), lambda: page.page.keyboard.press("ArrowLeft"))
-    tabs = page.page.locator(".jp-OutputArea-output:has(.eora-rank) .widget-toggle-button", has_text="SVD")
-    tabs.focus()
-    page.changes(image_in(".eora-rank", 1), lambda: page.page.keyboard.press("Enter"))
-    page.picture("explorer", ".jp-OutputArea-output:has(.eora-rank)")
+    shown = Explorable(page.page)
+    shown.slider.scroll_into_view_if_needed()
+    before = shown.maps
+    shown.slider.press("ArrowRight")
+    shown.shown("At rank 48 ")
+    assert shown.maps != before
     for index, what in enumerate(("spectra", "two-spectra", "losses", "maps")):
         page.picture(what, f":nth-match(img.eora-figure, {index + 1})")
+    assert page.complaints == []
+
+
+EXPLORED = """
+from eora_lab import Exploration, Recipe, calibration_batches, collect_statistics
+from eora_lab.widgets import RankExplorer
+from tests.tiny import TEXT, tiny_model, tiny_tokenizer
+open("text.txt", "w").write(TEXT)
+model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+statistics = collect_statistics(model, calibration_batches(tokenizer, "text.txt", 4, 32), progress=False)
+exploration = Exploration(model, statistics, Recipe("rtn", bits=2, group_size=32))
+explorer = RankExplorer(exploration, model, tokenizer, rank=8, tokens=12, prompt="Fox")
+explorer
+"""
+
+
+def test_the_rank_explorer_solves_and_writes_what_is_asked_for(lab, server):
+    name = "explorer.ipynb"
+    cells = [nbformat.v4.new_code_cell(EXPLORED.strip())]
+    about = nbformat.read(ROOT / "notebooks" / "00_quickstart.ipynb", as_version=4).metadata
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=about), server[2] / "notebooks" / name)
+    page = lab(name)
+    asked = []
+    page.page.on("request", lambda request: asked.append(request.url))
+    page.run_all()
+    shown = Explorable(page.page)
+    first = shown.texts
+    assert shown.rank == "8" and "writing ..." not in first
+    shown.drive([0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64])
+    shown.slider.press("End")
+    shown.shown("At rank 64 ")
+    shown.written()
+    assert shown.texts[0] == shown.texts[1] == first[2]  # nothing is left of the error
+    page.page.get_by_label("Prompt").fill("The dog")
+    page.page.get_by_label("Prompt").press("Enter")
+    page.page.wait_for_function(
+        "first => document.querySelectorAll('.eora-explorable .written')[2].innerText !== first", arg=first[2]
+    )
+    shown.written()
+    layers = page.page.get_by_label("Layer")
+    layers.select_option("model.layers.1.mlp.down_proj")
+    shown.shown("At rank 64 ")
+    page.picture("explorer", ".eora-explorable")
+    print(f"\n{shown.step()}")
+    page.page.get_by_label("Prompt").fill("")
+    page.page.get_by_label("Prompt").press("Enter")
+    page.page.get_by_role("alert").filter(has_text="the prompt is empty").wait_for()
+    page.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    page.page.wait_for_function("!window.jupyterapp.shell.currentWidget.context.model.dirty")
+    page.page.reload()
+    again = Explorable(page.page)
+    assert page.page.get_by_label("Layer").input_value() == "model.layers.1.mlp.down_proj"
+    again.slider.press("Home")
+    again.shown("At rank 0 ")
+    assert not [url for url in asked if not re.match(rf"{server[0]}|ws://127.0.0.1|data:|blob:", url)]
     assert page.complaints == []
 
 

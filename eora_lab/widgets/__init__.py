@@ -1,13 +1,13 @@
 """Notebook widgets, one a file. They hold no mathematics: each shows what the package computes, as controls move.
 
-Every widget is a box of ipywidgets controls, which are its public attributes: `explorer.rank.value = 32` does what the
-slider does. All can be used with the keyboard alone.
+Their controls are their public attributes: `explorer.rank = 32` and `form.dense.value = False` do what a slider and a
+checkbox do. All can be used with the keyboard alone.
 """
 
 from eora_lab.widgets.ablation import AblationForm
 from eora_lab.widgets.budget import BudgetExplorer
 from eora_lab.widgets.generator import SideBySide
+from eora_lab.widgets.rank_explorer import RankExplorer
 from eora_lab.widgets.runs import RunBrowser
-from eora_lab.widgets.spectrum import SpectrumExplorer
 
-__all__ = ["AblationForm", "BudgetExplorer", "RunBrowser", "SideBySide", "SpectrumExplorer"]
+__all__ = ["AblationForm", "BudgetExplorer", "RankExplorer", "RunBrowser", "SideBySide"]
