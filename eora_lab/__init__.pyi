@@ -9,9 +9,17 @@ from eora_lab.environment import versions as versions
 from eora_lab.errors import EoraLabError as EoraLabError
 from eora_lab.layer.linear import CompensatedLinear as CompensatedLinear
 from eora_lab.measure.evaluate import perplexity as perplexity
+from eora_lab.measure.evaluate import token_losses as token_losses
 from eora_lab.measure.evaluate import window_losses as window_losses
 from eora_lab.measure.explore import Exploration as Exploration
+from eora_lab.measure.heads import head_errors as head_errors
+from eora_lab.measure.heads import head_outputs as head_outputs
+from eora_lab.measure.lens import LensReading as LensReading
+from eora_lab.measure.lens import read_lens as read_lens
 from eora_lab.measure.llama_cpp import LlamaCpp as LlamaCpp
+from eora_lab.measure.residual_stream import ResidualStream as ResidualStream
+from eora_lab.measure.residual_stream import residual_stream as residual_stream
+from eora_lab.measure.residual_stream import stream_errors as stream_errors
 from eora_lab.model.embedded import embedded_gguf as embedded_gguf
 from eora_lab.model.generate import generate as generate
 from eora_lab.model.load import load_model as load_model

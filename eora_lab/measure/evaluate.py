@@ -5,7 +5,6 @@ dense for one block at a time. So is an original that is larger than the memory 
 its files anew for every window. That the numbers are the same is tried on some tokens first.
 """
 
-import math
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -47,31 +46,44 @@ def window_losses(
     processes: that share the windows, each with the same model, and all get the losses of all.
     Raises EoraLabError as `perplexity` does.
     """
-    tokens = as_tokens(model, token_windows, "windows")
-    if tokens.shape[1] < 2:
-        raise EoraLabError(f"perplexity needs (n, seqlen >= 2) tokens, not {tuple(tokens.shape)}")
-    tokens = tokens.to(next(model.parameters()).device)
+    tokens = _windows(model, token_windows)
     with processes.agree():
-        own = _losses(model, tokens[processes.rank :: processes.count], progress)
+        own = [losses.mean().item() for losses in _losses(model, tokens[processes.rank :: processes.count], progress)]
     found = torch.empty(len(tokens), dtype=torch.float64)
     for rank, losses in enumerate(processes.gather(own)):
         found[rank :: processes.count] = torch.tensor(losses, dtype=torch.float64)
     return found
 
 
-def _losses(model: nn.Module, tokens: Int[Tensor, "n seqlen"], progress: bool) -> list[float]:
-    """Of every window, one by one. Raises EoraLabError where they are not finite."""
+@fast_products()
+@torch.no_grad()
+def token_losses(model: nn.Module, token_windows: Batches, progress: bool = False) -> Float[Tensor, "n predicted"]:
+    """Negative log-likelihood (nats) of every token of every window but its first: how much it surprises the model.
+
+    (n, seqlen - 1), float64. The mean over a window is what `window_losses` gives. Raises EoraLabError as `perplexity`.
+    """
+    return torch.stack(list(_losses(model, _windows(model, token_windows), progress)))
+
+
+def _windows(model: nn.Module, token_windows: Batches) -> Int[Tensor, "n seqlen"]:
+    """Where the model is. Raises EoraLabError on windows that predict nothing."""
+    tokens = as_tokens(model, token_windows, "windows")
+    if tokens.shape[1] < 2:
+        raise EoraLabError(f"perplexity needs (n, seqlen >= 2) tokens, not {tuple(tokens.shape)}")
+    return tokens.to(next(model.parameters()).device)
+
+
+def _losses(model: nn.Module, tokens: Int[Tensor, "n seqlen"], progress: bool) -> Iterator[Float[Tensor, " predicted"]]:
+    """Of the tokens of every window, one by one. Raises EoraLabError where they are not finite."""
     if not len(tokens):
-        return []
+        return
     rest = _rest(model, tokens)
     made = _whole(model, tokens, progress) if rest is None else by_block(model, tokens, rest, progress)
-    losses = []
     for window, logits in zip(tokens, made, strict=True):
-        every = F.cross_entropy(logits[:-1].float(), window[1:], reduction="sum")
-        losses.append(every.item() / (len(window) - 1))
-    if not all(map(math.isfinite, losses)):
-        raise EoraLabError("the model's logits are not finite")
-    return losses
+        losses = F.cross_entropy(logits[:-1].float(), window[1:], reduction="none").double().cpu()
+        if not losses.isfinite().all():
+            raise EoraLabError("the model's logits are not finite")
+        yield losses
 
 
 def _rest(model: nn.Module, tokens: Int[Tensor, "n seqlen"]) -> dict[str, tuple | list] | None:
