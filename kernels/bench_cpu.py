@@ -133,7 +133,7 @@ def pack(model: nn.Module, rank: int, **grid: object) -> nn.Module:
 
 def write(model: nn.Module, ids: Tensor) -> float:
     """Seconds a token, greedily and with the keys and values of those before."""
-    with torch.no_grad():
+    with torch.inference_mode():  # as `generate` has it
         output = model(ids, use_cache=True)
         start = time.perf_counter()
         for _ in range(TOKENS):

@@ -92,12 +92,23 @@ def test_a_tensor_that_was_written_to_is_another_one():
         if change:
             change(x)
         assert torch.equal(k(x), apart([k], x)[0])
+    q, k = several((96, 32))
     with torch.inference_mode():  # where nobody counts
-        for _ in range(3):
+        for change in (None, None, lambda x: x.mul_(2), lambda x: x[:, 3].zero_()):
             x = torch.randn(2, 128)
             q(x)
-            x.mul_(2)
+            if change:
+                change(x)
             assert torch.equal(k(x), apart([k], x)[0])
+
+
+def test_in_inference_mode_they_compute_together_too(calls):
+    q, k, v = several((96, 32, 32))
+    with torch.inference_mode():
+        for _ in range(3):
+            x = torch.randn(1, 128)
+            q(x), k(x), v(x)
+    assert calls == [1, 1, 1, 3, 3]
 
 
 def test_a_layer_that_changes_computes_again():

@@ -25,8 +25,7 @@ class FewRows:
 
     def __init__(self, function: int, call: Call, weight: PackedGrid, tensors: dict[str, Tensor]):
         self.function, self.call, self.weight, self._tensors = function, call, weight, tensors
-        self._alone = _OneCall([self])
-        self._together: tuple[tuple[FewRows, ...], _OneCall] = (), self._alone  # the others that it computes for
+        self._together: tuple[tuple[FewRows, ...], _OneCall] = (), _OneCall([self])  # the others that it computes for
         self._given: dict[int, _Given] = {}  # id of x -> y
         self._apart = False
 
@@ -34,16 +33,16 @@ class FewRows:
         if x.dtype is torch.float16:
             return self(x.float()).half()
         given = self._given.pop(id(x), None)
-        if given is not None and given.x() is x and given.version == x._version:
+        if given is not None and given.is_of(x):
             return given.y
-        if x.is_inference():  # nobody could tell that it was written to
-            return self._alone(x)[0]
         if any(one._given for one in self._together[0]):
             self._part()
         others, call = self._together
         y, *more = call(x)
-        for one, its in zip(others, more, strict=True):
-            one._given[id(x)] = _Given(weakref.ref(x), x._version, its)
+        if others:
+            state = x.clone() if x.is_inference() else x._version
+            for one, its in zip(others, more, strict=True):
+                one._given[id(x)] = _Given(weakref.ref(x), state, its)
         self._notice(x)
         return y
 
@@ -71,11 +70,17 @@ class FewRows:
 
 
 class _Given(NamedTuple):
-    """The y of an x that had been written to `version` times."""
+    """The y of an x, and what x was: how often it had been written to, or its numbers where nobody counts that."""
 
     x: weakref.ReferenceType[Tensor]
-    version: int
+    state: int | Tensor
     y: Tensor
+
+    def is_of(self, x: Tensor) -> bool:
+        """Whether it is of this very tensor (..., in), as that is now."""
+        if self.x() is not x:
+            return False
+        return torch.equal(self.state, x) if isinstance(self.state, Tensor) else self.state == x._version
 
 
 class _Thread(threading.local):
