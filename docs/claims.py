@@ -7,12 +7,13 @@ import pandas
 
 from docs.claim import SPAN, Claim, interval
 from docs.claims_of_formats import of_formats, of_gguf
-from docs.records import BASES, LINE, PRINTED, Numbers, compared, said
+from docs.records import BASES, LINE, PRINTED, READERS, Numbers, compared, said
 from eora_lab.experiment.cells import Cell
 from eora_lab.experiment.paper_runs import TableRow, rivalry
 from eora_lab.experiment.store import ResultStore, row, scores
 from eora_lab.experiment.sweep import expand
 from eora_lab.run.intervals import paired
+from kernels.cpu_tables import WORDS, in_readme
 
 COLUMNS = ("perplexity", "error", "nbytes", "bits_per_weight")
 
@@ -294,6 +295,12 @@ def _ratio(ours: float, reference: float, *_: float) -> Numbers:
     return None, None, reference / ours, None
 
 
+def of_cpu() -> Iterator[Claim]:
+    """Of the part that `kernels.bench --cpu` prints for the README; none before anything is recorded."""
+    for words in WORDS if READERS["cpu"]() else ():
+        yield Claim(words, "cpu", lambda result, words=words: in_readme(result)[words])
+
+
 CLAIMS = [
     *of_readme(),
     *of_demo(),
@@ -304,6 +311,7 @@ CLAIMS = [
     *of_round_to_nearest(),
     *of_bases(),
     *of_passes(),
+    *of_cpu(),
 ]
 EXEMPT = (  # numbers that are not measured; and a time to load, which has no command
     r"!\[[^\]]*\]",  # what a figure says, which its own test holds to its numbers

@@ -1,5 +1,6 @@
 """What the numbers of README and guides follow from: recorded cells and frames, and what commands printed."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -77,7 +78,14 @@ def scale() -> dict:
     return found
 
 
+def cpu() -> dict | None:
+    """What `kernels.bench --cpu` recorded on the machine that the README speaks of."""
+    path = ROOT / "kernels" / "results" / "cpu" / "AMD-EPYC.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 READERS: dict[str, Callable[[], Any]] = {
+    "cpu": cpu,
     "scale": scale,
     "formats": formats,
     "gguf": gguf,

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -53,15 +54,17 @@ class CompensatedLinear(PackedLayer):
         if weight:
             self.made: dict[str, Any] = {}
             self._sample: Compressed | None = None
-        self._made_of = self._stamp(), list(self._buffers.values())  # held, so that no other buffer gets their ids
+        self._held = list(self._buffers.values())  # so that no other buffer gets their ids
+        self._counted = [one for one in self._held if one is not None and not one.is_inference()]
+        self._writes = [one._version for one in self._counted]
 
-    def _stamp(self) -> list[tuple[int, int]]:
-        """It changes when a buffer is written to, or another put in its place."""
-        buffers = [tensor for tensor in self._buffers.values() if tensor is not None]
-        try:
-            return [(id(tensor), tensor._version) for tensor in buffers]
-        except RuntimeError:  # what is made in inference mode does not count how often it is written to
-            return [(id(tensor), 0) for tensor in buffers]
+    def _is_as_made(self) -> bool:
+        """Whether nobody wrote to a buffer, or put another in its place, since products were made.
+
+        Tensors that are made in inference mode do not count how often they are written to.
+        """
+        same = all(map(is_, self._buffers.values(), self._held))
+        return same and [one._version for one in self._counted] == self._writes
 
     def set_factors(self, factors: StoredFactors) -> None:
         """Put another low-rank path beside the same compressed weight. Of rank 0: none."""
@@ -141,7 +144,7 @@ class CompensatedLinear(PackedLayer):
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Raises EoraLabError when a backend is asked for that does not take this layer."""
-        if self._stamp() != self._made_of[0]:
+        if not self._is_as_made():
             self._forget()
         gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, self.lora_A, self.lora_B))
         rows = max(x.numel() // self.in_features, 1)
@@ -164,7 +167,14 @@ class CompensatedLinear(PackedLayer):
 
     def __getstate__(self) -> dict:
         """A copy makes its own products."""
-        return self.__dict__ | {"_products": {}, "_chosen": {}, "made": {}, "_sample": None, "_made_of": ([], [])}
+        return self.__dict__ | {
+            "_products": {},
+            "_chosen": {},
+            "made": {},
+            "_sample": None,
+            "_held": [None],
+            "_counted": [],
+        }
 
     def extra_repr(self) -> str:
         """What torch prints of the layer."""
