@@ -11,7 +11,7 @@ import transformers
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from docs.scale import make
+from docs.scale_models import Shape, make, make_file
 from eora_lab import EoraLabError, load_model, load_run
 from eora_lab.calibrate.contract import check_blocks
 from eora_lab.cli import main
@@ -235,7 +235,9 @@ def test_a_model_that_does_not_fit_in_another_dtype_is_refused_before_it_is_read
 
 @LINUX
 def test_a_q4_0_file_of_the_bench_is_mended_in_the_dtype_of_its_original(tmp_path):
-    make(tmp_path / "model", hidden=256, ffn=512, blocks=3)
+    shape = Shape(hidden=256, ffn=512, blocks=3, kv_heads=1, vocabulary=320)
+    make(tmp_path / "model", shape)
+    make_file(tmp_path / "model" / "model.gguf", shape)
     start = ["mend", str(tmp_path / "model" / "model.gguf"), str(tmp_path / "run"), "--model", str(tmp_path / "model")]
     length = ["--calibration.nsamples", "2", "--calibration.seqlen", "64", "--evaluation.window-length", "64"]
     assert main([*start, *length, "--dtype", "bfloat16", "--rank", "16", "--evaluation.windows", "2"]) == 0
