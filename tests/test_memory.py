@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -16,6 +17,7 @@ from eora_lab import EoraLabError, load_model, load_run
 from eora_lab.calibrate.contract import check_blocks
 from eora_lab.cli import main
 from eora_lab.environment import OwnMemory, free_memory, own_memory
+from eora_lab.files import read_ahead, read_tensors
 from eora_lab.layer.linear import compensated, unpacked
 from eora_lab.measure.evaluate import by_block, window_losses
 from eora_lab.model.structure import decoder_blocks, linears
@@ -148,6 +150,24 @@ def test_memory_of_its_own_is_told_from_pages_of_files(tmp_path):
             pass
         del sizes
     assert own.peak - before < 400 * 2**20
+
+
+def pages_of_files() -> int:
+    """Bytes of files that are in this process's memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("RssFile", "RssShmem")))
+
+
+@LINUX
+def test_what_is_read_ahead_is_there_and_takes_no_memory_of_its_own(tmp_path):
+    size = 2**26
+    save_file({"weight": torch.ones(size // 2, dtype=torch.bfloat16), "one": torch.ones(())}, tmp_path / "w")
+    mapped = read_tensors(tmp_path / "w")
+    there, own = pages_of_files(), own_memory()
+    read_ahead([mapped["weight"], mapped["weight"][::2], mapped["one"], torch.empty(3, 0)]).join()
+    assert pages_of_files() - there > 0.9 * size
+    assert own_memory() - own < 0.1 * size
+    assert mapped["weight"].sum().item() == size // 2
 
 
 def test_free_memory_is_some():
