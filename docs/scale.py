@@ -6,8 +6,9 @@ on a model of the shape asked for (`docs.scale_models`). It is kept in the folde
 `anonymous` is the memory of that process that the system cannot take back, looked at every 20 ms. The rest of `peak` is
 pages of files, of which it keeps as many as there is room for. `reported` and `predicted` are what the run's own report
 says of `anonymous`: of the pass and of judging, without loading. `pass` is what the pass itself took of the `seconds`,
-after loading and before judging: `forward` for running the blocks, `solve` for the low-rank paths, and `ratio` times
-both. Where several numbers of blocks are asked for, the spread of the peaks is told in the end.
+after loading and before judging: running the blocks takes `forward` of it, measuring their inputs `statistics`, and so
+on, as the report says. `ratio` is `pass` over `forward` and `solve`, the low-rank paths, alone. Where several numbers
+of blocks are asked for, the spread of the peaks is told in the end.
 
 With --kill the command runs twice more: into another folder until half of the blocks are done, when SIGKILL ends it in
 the middle of one, and again to its end. `resumed` says whether all files are then those of the first run ("same", or
@@ -46,7 +47,8 @@ from eora_lab.run.folder import read_report
 
 RECORD = MEASURED / "scale.csv"
 SETTINGS = ("task", "hidden", "ffn", "kv_heads", "vocabulary", "blocks", "tokens", "rank", "limit")
-FOUND = ("seconds", "peak", "anonymous", "reported", "predicted", "pass", "forward", "solve", "ratio", "resumed")
+STEPS = ("forward", "statistics", "compress", "solve", "errors", "files")
+FOUND = ("seconds", "peak", "anonymous", "reported", "predicted", "pass", *STEPS, "ratio", "resumed")
 
 
 def measure(command: list[str], cgroup: Path | None, until: Callable[[], bool] | None = None) -> dict[str, float]:
@@ -130,12 +132,11 @@ def row(asked: argparse.Namespace, shape: Shape, tokens: int, rank: int) -> dict
             differ = differing(run, killed)
             print(*(f"differs: {name}\n" for name in differ), sep="", end="", file=sys.stderr)
             resumed = f"{len(differ)} differ" if differ else "same"
-    forward, solve = report.steps["forward"], report.steps["solve"]
-    found = {"seconds": runs[0]["seconds"], "pass": report.seconds, "forward": forward, "solve": solve}
+    found = {"seconds": runs[0]["seconds"], "pass": report.seconds} | {name: report.steps[name] for name in STEPS}
     found |= {name: max(one[name] for one in runs) for name in ("peak", "anonymous")}
     found |= {"reported": report.own_memory, "predicted": report.needed_memory}
     told: dict[str, float | str] = {name: round(value, 1) for name, value in found.items()}
-    told |= {"ratio": round(report.seconds / (forward + solve), 2), "resumed": resumed}
+    told |= {"ratio": round(report.seconds / (found["forward"] + found["solve"]), 2), "resumed": resumed}
     return {name: told[name] for name in FOUND}
 
 
