@@ -1,7 +1,9 @@
 """A pass takes the memory of one block: the others lie in files, and what is measured and predicted says so."""
 
 import json
+import platform
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -168,6 +170,30 @@ def test_what_is_read_ahead_is_there_and_takes_no_memory_of_its_own(tmp_path):
     assert pages_of_files() - there > 0.9 * size
     assert own_memory() - own < 0.1 * size
     assert mapped["weight"].sum().item() == size // 2
+
+
+GIVEN_BACK = """
+import ctypes
+from eora_lab.cli.allocator import keep_freed_memory
+
+keep_freed_memory()
+library = ctypes.CDLL(None)
+library.malloc.restype = library.sbrk.restype = ctypes.c_void_p
+start = library.sbrk(0)
+pieces = [library.malloc(24 << 20) for _ in range(4)]
+for piece in pieces:
+    library.free(ctypes.c_void_p(piece))
+kept = library.sbrk(0)
+library.malloc(40 << 20)
+print(kept - start, library.sbrk(0) - start)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told what to do with freed memory")
+def test_commands_keep_what_activations_give_back_and_no_large_pieces():
+    said = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True).stdout
+    kept, after_a_large_one = map(int, said.split())
+    assert kept == after_a_large_one >= 4 * (24 << 20)
 
 
 def test_free_memory_is_some():
