@@ -250,7 +250,7 @@ def set_aside(path: Path, folder: Path, reason: str = "") -> None:
         warnings.warn(f"{path} cannot be used ({reason}); it was moved to {target}", stacklevel=3)
 
 
-def read_ahead(tensors: Iterable[Tensor]) -> Thread:
+def read_ahead(tensors: Iterable[Shaped[Tensor, "..."]]) -> Thread:
     """Read what lies in mapped files from the disk, in a thread of its own that is returned, while others compute.
 
     The pages stay those of the files: the system takes them back where it has no room for them.
