@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 
 from eora_lab.cli.adapter import Adapter
+from eora_lab.cli.allocator import keep_freed_memory
 from eora_lab.cli.bench import Bench
 from eora_lab.cli.chat import Chat
 from eora_lab.cli.compare import Compare
@@ -64,6 +65,7 @@ def run(arguments: list[str]) -> int:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(command, Compress | Mend):
             said = ToldElsewhere if os.environ.get("RANK", "0") != "0" else EoraLabError
             raise said("only compress and mend run in several processes: start this one without torchrun")
+        keep_freed_memory()
         return command.run() or 0
     except ToldElsewhere:
         return 1

@@ -14,7 +14,7 @@ from eora_lab.compensate.factors import StoredFactors
 from eora_lab.compress import Compressed
 from eora_lab.compress.storage import UNCOUNTED, tagged_state_dict, weight_from_state_dict
 from eora_lab.errors import EoraLabError
-from eora_lab.layer.backends import AUTO, BACKENDS, PackedLayer, Product, check_backend, choose
+from eora_lab.layer.backends import AUTO, BACKENDS, KEPT, PackedLayer, Product, check_backend, choose
 from eora_lab.layer.row_paths import RowPaths
 
 
@@ -212,7 +212,7 @@ def unpacked(model: nn.Module) -> Iterator[None]:
 
     It costs the memory of the dense weights, and saves unpacking them for every batch.
     """
-    layers = [one for one in compensated(model).values() if one.backend in (AUTO, "dense")]
+    layers = [one for one in compensated(model).values() if one.backend in (AUTO, *KEPT)]
     for layer in layers:
         layer.keep_dense = True
     try:
@@ -220,5 +220,6 @@ def unpacked(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.keep_dense = False
-            layer._products.pop("dense", None)
+            for name in KEPT:
+                layer._products.pop(name, None)
             layer._chosen.clear()

@@ -21,7 +21,7 @@ from eora_lab.run.distil import SHARES, SUMS, sums
 from eora_lab.run.recipe import Recipe
 
 FLOAT, DOUBLE = 4, 8
-MATRICES = 5  # of a layer's size, in float32: W, R, what is left of it, a product, a temporary one
+MATRICES = 4  # of a layer's size, in float32: W, R, what is left of it, a temporary one
 CHOLESKY = 6  # of S's size, in float64, that GPTQ's factor passes through
 ITERATIVE = ("gptq", "sparsegpt")  # compressors that need it
 EIGEN = 4  # of the smaller side's size squared, in float64: a matrix, its eigenvectors, LAPACK's workspace

@@ -32,7 +32,7 @@ def cost(linear: nn.Linear, recipe: Recipe, given: bool) -> float:
     given: it comes compressed.
     """
     rows, columns = linear.out_features, linear.in_features
-    found = 2.0 * rows * columns**2  # E|W x|² and the errors
+    found = 1.0 * rows * columns**2  # E|W x|² and the error, half of a product each
     if not given and recipe.compressor in ITERATIVE:  # a factor of the inverse of S, and a sweep over the columns
         found += 3 * columns**3 + rows * columns**2
     if recipe.method != "none" and krylov.worth_it(linear.weight, recipe.rank):

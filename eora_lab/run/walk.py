@@ -16,6 +16,7 @@ from eora_lab.calibrate.processes import ALONE, Processes
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.calibrate.stream import BlockStream
 from eora_lab.errors import EoraLabError
+from eora_lab.files import read_ahead
 from eora_lab.layer.linear import CompensatedLinear, unpacked
 from eora_lab.model.structure import decoder_blocks, linear_at, linears
 from eora_lab.run.fit import Steps
@@ -62,13 +63,16 @@ def walk(
             else:
                 stream = BlockStream(model, tokens, recipe.held_out, contract, hidden, processes)
         start = stream.resume(todo[0])
+    needed = range(start, todo[-1] + 1) if todo else range(0)
     ranks = recipe.ranks(model, left) if ranks is None else ranks
     one = _Blocks(model, blocks, steps, ranks, left, stream, statistics or {}, processes, owners or {})
     reports: list[LayerReport] = []
     bar = tqdm(blocks.values(), desc="compress", unit="block", disable=not progress, leave=False)
     for index, block in enumerate(bar):
         originals = linears(block)
-        moving = stream if stream and start <= index <= todo[-1] else None
+        if index + 1 in needed:
+            read_ahead(list(blocks.values())[index + 1].parameters())
+        moving = stream if stream and index in needed else None
         if moving:
             moving.begin(index)
         if run and index not in todo:
