@@ -24,7 +24,7 @@ from eora_lab.cli.mend import Mend
 from eora_lab.cli.models import Models
 from eora_lab.cli.paper import Paper
 from eora_lab.cli.sweep import Sweep
-from eora_lab.errors import EoraLabError, ToldElsewhere, machine_error
+from eora_lab.errors import EoraLabError, ToldElsewhere, machine_error, unknown
 
 DEFAULT = warnings.formatwarning
 PLUGINS = "eora_lab.plugins"  # the entry points of installed ones
@@ -51,16 +51,7 @@ def run(arguments: list[str]) -> int:
     """Run a command, and print what is wrong in one line. Returns the exit code."""
     warnings.formatwarning = in_one_line
     try:
-        command = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="eora-lab",
-            description="Compress large language models without training, and compensate the error. "
-            "Start with `eora-lab demo`; `eora-lab COMMAND --help` tells the rest. "
-            "--plugin FILE.py, in every command and as often as you like, adds methods, texts and formats of yours. "
-            "Exit codes: 0 done, 1 the input cannot be used or the machine failed (one line says why), 2 wrong usage, "
-            "3 cells of a sweep failed, 130 stopped.",
-            args=with_plugins(arguments),
-        )
+        command = parsed(with_plugins(arguments))
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(command, Compress | Mend):
             said = ToldElsewhere if os.environ.get("RANK", "0") != "0" else EoraLabError
             raise said("only compress and mend run in several processes: start this one without torchrun")
@@ -77,6 +68,29 @@ def run(arguments: list[str]) -> int:
             raise
         print(f"eora-lab: {failure}", file=sys.stderr)
         return 1
+
+
+def parsed(arguments: list[str]) -> Any:
+    """The command that is asked for. Exits with 2 where there is none, or an option is not its own."""
+    name, *rest = arguments or [""]
+    if name in COMMANDS:  # its own parser, which names no other command's options
+        return tyro.cli(COMMANDS[name], prog=f"eora-lab {name}", args=rest)
+    if name == "--version":
+        print(f"eora-lab {metadata.version('eora-lab')}")
+        raise SystemExit(0)
+    if name and not name.startswith("-"):
+        print(f"eora-lab: {unknown('command', name, COMMANDS)}", file=sys.stderr)
+        raise SystemExit(2)
+    return tyro.extras.subcommand_cli_from_dict(
+        COMMANDS,
+        prog="eora-lab",
+        description="Compress large language models without training, and compensate the error. "
+        "Start with `eora-lab demo`; `eora-lab COMMAND --help` tells the rest. "
+        "--plugin FILE.py, in every command and as often as you like, adds methods, texts and formats of yours. "
+        "Exit codes: 0 done, 1 the input cannot be used or the machine failed (one line says why), 2 wrong usage, "
+        "3 cells of a sweep failed, 130 stopped.",
+        args=arguments,
+    )
 
 
 def in_one_line(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
