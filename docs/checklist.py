@@ -7,9 +7,9 @@ OPENING = f"""# The paper as a checklist
 
 Every table of the paper ([arXiv 2410.21271](https://arxiv.org/abs/2410.21271)): what of it is measured here, on
 SmolLM2-135M at small scale (a quarter of the ranks, groups of 64, WikiText-2 perplexity and 200 questions of ARC-Easy,
-whatever the table measures), how EoRA fares against each rival, and what the rest costs. Minutes that were spent are
-of two processor cores, those to go a rough estimate. Times and memory of one {GPU} are **predictions** from the shapes
-of the paper's models, in float32; nothing of it was measured. `eora-lab paper` prints the same.
+whatever the table measures), how EoRA fares against each rival, and what the rest costs. Minutes are those of two
+processor cores: spent as recorded, to go at the same pace, roughly. Times and memory of one {GPU} are **predictions**
+from the shapes of the paper's models, in float32; nothing of it was measured. `eora-lab paper` prints the same.
 
 """
 HEAD = (

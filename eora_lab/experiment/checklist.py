@@ -85,7 +85,7 @@ class Entry:
     rows, gaps: as they are measured at small scale; none where this package cannot run the table.
     cells, done: how many a run at small scale has, and how many of them are measured.
     spent:      seconds that those took.
-    left:       seconds that the others will take, roughly; None where nothing is left or nothing is known.
+    left:       seconds that the others will take, roughly, at the pace of what is measured; None where nothing is left.
     gpu_seconds, gpu_memory: predicted for the paper's setting on one `GPU`, in float32, bytes; None where it is not
                 known.
     """
@@ -137,13 +137,24 @@ def entry(table: str, model: str, stores: Sequence[ResultStore], device: str = "
     store = max(known, key=lambda one: len(known[one]), default=None)
     done = [cell["config"] for cell in known[store]] if store else []
     todo = [cell for cell in cells if cell.config() not in done]
-    left = seconds(todo, list(store.cells()) if store else [], device)[0] if todo else None
+    left = to_go(todo, store, device) if todo else None
     spent = sum((found["cost"].get("total", 0.0) for found in known[store]), 0.0) if store else 0.0
     time, peak = on_gpu(table)
     command = f"eora-lab paper {table} --scale small"
     return Entry(
         table, shows, why, command, rows, store, gaps(rows, store), len(cells), len(done), spent, left, time, peak
     )
+
+
+def to_go(cells: list[Cell], store: ResultStore | None, device: str) -> float | None:
+    """Seconds that cells will take: at the pace of those that a store has of the same model, else of this machine."""
+    known = [found for found in store.cells() if found["status"] == "done"] if store else []
+    known = [found for found in known if found["config"]["model"] == cells[0].model and "total" in found["cost"]]
+    operations = work(cells)
+    if not known or not operations:
+        return seconds(cells, [], device)[0]
+    done = work([Cell.from_config(found["config"]) for found in known])
+    return operations * sum(found["cost"]["total"] for found in known) / done if done else None
 
 
 def _cells(rows: list[TableRow]) -> list[Cell]:
