@@ -32,7 +32,10 @@ def server(tmp_path_factory):
     pytest.importorskip("jupyterlab", reason="JupyterLab is the extra `lab`")
     folder = tmp_path_factory.mktemp("lab")
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        smoke_copy(path, folder)
+        copy = smoke_copy(path, folder)
+        copy.write_text(stripped(copy.read_text(encoding="utf-8")), encoding="utf-8")
+    for step in ("init -q", "add notebooks", "-c user.name=x -c user.email=x@x commit -qm x"):
+        subprocess.run(["git", "-C", str(folder), *step.split()], check=True)
     env = environment(folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -186,6 +189,8 @@ def test_the_quickstart_shows_before_and_after(lab, server):
     assert page.page.get_by_text("Error displaying widget").count() == 0
     saved = (server[2] / "notebooks" / page.name).read_text(encoding="utf-8")
     assert "text/plain" in saved and "text/plain" not in stripped(saved)
+    changed = ["git", "-C", str(server[2]), "status", "--porcelain", f"notebooks/{page.name}"]
+    assert subprocess.run(changed, check=True, capture_output=True, text=True).stdout == ""
     assert page.complaints == []
 
 
