@@ -35,6 +35,7 @@ def saved(os_path: str, model: dict, **_: object) -> None:
         return
     try:
         git = ["git", "-C", str(path.parent), "-c", f"filter.notebook.clean='{sys.executable}' '{__file__}'"]
+        git += ["-c", f"core.attributesFile={Path(__file__).parents[1] / '.gitattributes'}"]
         kept = subprocess.run([*git, "show", f":./{path.name}"], capture_output=True, check=False)
         if kept.returncode == 0 and kept.stdout.decode() == stripped(path.read_text(encoding="utf-8")):
             subprocess.run([*git, "add", "--", path.name], capture_output=True, check=False)
