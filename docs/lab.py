@@ -22,14 +22,8 @@ def command(arguments: Sequence[str], root: bool) -> list[str]:
     """What starts JupyterLab. root: as that user, whom it refuses unless it is told not to."""
     own = ["--allow-root"] if root and "--allow-root" not in arguments else []
     named = any(not one.startswith("-") for one in arguments)
-    return [
-        sys.executable,
-        "-m",
-        "jupyterlab",
-        *([] if named else [f"--LabApp.default_url=/lab/tree/{FIRST}"]),
-        *own,
-        *arguments,
-    ]
+    own += [] if named else [f"--LabApp.default_url=/lab/tree/{FIRST}"]
+    return [sys.executable, "-m", "jupyterlab", *own, *arguments]
 
 
 def surroundings(around: Mapping[str, str]) -> dict[str, str]:

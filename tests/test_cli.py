@@ -45,6 +45,11 @@ def test_wrong_usage_names_what_may_be_meant_and_no_other_commands(capsys):
         said = capsys.readouterr().err
         assert stop.value.code == 2 and re.search(words, said) and "eora-lab mend" not in said
     with pytest.raises(SystemExit) as stop:
+        main([])
+    overview = capsys.readouterr().err
+    assert stop.value.code == 2 and len(overview.splitlines()) < 30
+    assert all(len(line) < 130 and not line.endswith(" ") for line in overview.splitlines())
+    with pytest.raises(SystemExit) as stop:
         main(["--version"])
     assert stop.value.code == 0 and capsys.readouterr().out == f"eora-lab {version('eora-lab')}\n"
 

@@ -1,5 +1,6 @@
 """All commands: the arguments are parsed into one of them, which then runs."""
 
+import inspect
 import os
 import sys
 import warnings
@@ -28,6 +29,14 @@ from eora_lab.errors import EoraLabError, ToldElsewhere, machine_error, unknown
 
 DEFAULT = warnings.formatwarning
 PLUGINS = "eora_lab.plugins"  # the entry points of installed ones
+OPENING = """usage: eora-lab COMMAND ...     `eora-lab COMMAND --help` tells the rest; start with `eora-lab demo`
+
+Compress large language models without training, and compensate the error.
+"""
+CLOSING = """
+--plugin FILE.py, in every command and as often as you like, adds methods, texts and formats of yours.
+Exit codes: 0 done, 1 the input cannot be used or the machine failed (one line says why), 2 wrong usage,
+3 cells of a sweep failed, 130 stopped."""
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": Demo,
     "compare": Compare,
@@ -75,22 +84,21 @@ def parsed(arguments: list[str]) -> Any:
     name, *rest = arguments or [""]
     if name in COMMANDS:  # its own parser, which names no other command's options
         return tyro.cli(COMMANDS[name], prog=f"eora-lab {name}", args=rest)
+    if name in ("-h", "--help"):
+        print(overview())
+        raise SystemExit(0)
     if name == "--version":
         print(f"eora-lab {metadata.version('eora-lab')}")
         raise SystemExit(0)
-    if name and not name.startswith("-"):
-        print(f"eora-lab: {unknown('command', name, COMMANDS)}", file=sys.stderr)
-        raise SystemExit(2)
-    return tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="eora-lab",
-        description="Compress large language models without training, and compensate the error. "
-        "Start with `eora-lab demo`; `eora-lab COMMAND --help` tells the rest. "
-        "--plugin FILE.py, in every command and as often as you like, adds methods, texts and formats of yours. "
-        "Exit codes: 0 done, 1 the input cannot be used or the machine failed (one line says why), 2 wrong usage, "
-        "3 cells of a sweep failed, 130 stopped.",
-        args=arguments,
-    )
+    print(f"eora-lab: {unknown('command', name, COMMANDS)}" if name else overview(), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def overview() -> str:
+    """All commands, a line each."""
+    first = {name: inspect.cleandoc(one.__doc__ or "").partition("\n\n")[0] for name, one in COMMANDS.items()}
+    lines = [f"  {name:10}{' '.join(text.split()).partition('. ')[0].rstrip('.')}" for name, text in first.items()]
+    return "\n".join([OPENING, *lines, CLOSING])
 
 
 def in_one_line(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:
