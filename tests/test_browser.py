@@ -15,7 +15,7 @@ import pytest
 from docs.lab import FIRST, command, surroundings
 from docs.notebooks import ROOT, environment
 from docs.strip import stripped
-from tests.notebooks import smoke_copy
+from tests.notebooks import as_clone, smoke_copy
 
 pytestmark = pytest.mark.browser
 
@@ -34,8 +34,7 @@ def server(tmp_path_factory):
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         copy = smoke_copy(path, folder)
         copy.write_text(stripped(copy.read_text(encoding="utf-8")), encoding="utf-8")
-    for step in ("init -q", "add notebooks", "-c user.name=x -c user.email=x@x commit -qm x"):
-        subprocess.run(["git", "-C", str(folder), *step.split()], check=True)
+    as_clone(folder)
     env = environment(folder)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

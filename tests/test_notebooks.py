@@ -4,17 +4,16 @@ import ast
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from docs.lab import FIRST, command, keep_clean, surroundings
+from docs.lab import FIRST, command, surroundings
 from docs.notebooks import NOTEBOOKS, ROOT, SOLUTIONS, environment
 from docs.strip import saved as told_git
 from docs.strip import stripped
-from tests.notebooks import smoke_copy, smoke_parameters
+from tests.notebooks import as_clone, smoke_copy, smoke_parameters
 
 CODE_CELLS = 25
 LINES = 20  # of a code cell
@@ -152,16 +151,10 @@ def test_a_notebook_that_was_run_and_saved_is_the_committed_one_to_git(tmp_path)
     for number, cell in enumerate(code_cells(saved), 1):
         cell.execution_count, cell.metadata["execution"] = number, {"iopub.execute_input": "now"}
         cell.outputs = [nbformat.v4.new_output("stream", text="π\n")]
-    for name in ("docs/strip.py", ".gitattributes", f"notebooks/{path.name}"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / ".venv/bin").mkdir(parents=True)
-    (tmp_path / ".venv/bin/python").symlink_to(sys.executable)
-    git = ["git", "-C", str(tmp_path), "-c", "user.name=x", "-c", "user.email=x@x"]
-    for step in (["init", "-q"], ["add", "notebooks"], ["commit", "-qm", "x"]):
-        subprocess.run([*git, *step], check=True)
-    keep_clean(tmp_path)
     place = tmp_path / "notebooks" / path.name
+    place.parent.mkdir()
+    shutil.copy(path, place)
+    git = as_clone(tmp_path)
     nbformat.write(saved, place)
     told_git(str(place), {"type": "notebook"}, contents_manager=None)
     changed = [*git, "status", "--porcelain", "notebooks"]
