@@ -77,7 +77,8 @@ def _paper_row(rows: list[TableRow], store: ResultStore, base: str, method: str)
     found = [_perplexity(rows, store, base, method, 0 if method == "none" else 32)]
     found += [100 * arc["tasks.arc_easy.value"], 100 * arc["tasks.arc_easy.stderr"]]
     rival = "no compensation" if method == "none" else method
-    for pairs in rivalry(rows, store).values() if method != "EoRA" else ():
+    both = [pairs for what, pairs in rivalry(rows, store).items() if "margin" not in what]
+    for pairs in both if method != "EoRA" else ():
         found += interval(pairs[f"{base}, rank 32: against {rival}"])
     return found
 

@@ -33,6 +33,8 @@ def _shown(data: dict, state: dict) -> dict:
     if VIEW in data:
         page = smaller(still(state, data[VIEW]["model_id"]))
         return {"text/html": page} if page.strip() else {}
+    if set(data) == {"text/plain"} and (BAR.search(data["text/plain"]) or not data["text/plain"].strip()):
+        return {}  # a bar of ours
     if 'class="eora-figure"' in data.get("text/html", ""):
         return {"text/html": re.sub(r"<style>.*?</style>", "", data["text/html"])}
     if "image/png" in data:

@@ -6,7 +6,6 @@ import re
 import secrets
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -14,8 +13,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from docs.lab import FIRST, command, surroundings
 from docs.notebooks import ROOT, environment
-from tests.notebooks import smoke_copy
+from docs.strip import stripped
+from tests.notebooks import as_clone, smoke_copy
 
 pytest.importorskip("playwright", reason="playwright is the extra `dev`")
 
@@ -36,22 +37,19 @@ def server(tmp_path_factory):
     pytest.importorskip("jupyterlab", reason="JupyterLab is the extra `lab`")
     folder = tmp_path_factory.mktemp("lab")
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        smoke_copy(path, folder)
+        copy = smoke_copy(path, folder)
+        copy.write_text(stripped(copy.read_text(encoding="utf-8")), encoding="utf-8")
+    as_clone(folder)
     env = environment(folder)
-    page_config = Path(env["JUPYTER_CONFIG_DIR"]) / "labconfig" / "page_config.json"
-    page_config.parent.mkdir(parents=True)
-    page_config.write_text(json.dumps({"disabledExtensions": {"@jupyterlab/apputils-extension:announcements": True}}))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     token = secrets.token_hex(16)
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1"]
-    command += [f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--IdentityProvider.token={token}"]
-    command += [f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"]
-    command += ["--LabApp.extension_manager=readonly"]
-    command += ["--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+    options = ["--no-browser", "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
+    options += [f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"]
+    started = command([*options, "--LabApp.expose_app_in_browser=True"], root=os.geteuid() == 0)
     with open(folder / "server.log", "w") as log:
-        process = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(started, env=surroundings(env), cwd=folder, stdout=log, stderr=subprocess.STDOUT)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):
@@ -103,6 +101,7 @@ class Lab:
         self.page.wait_for_function(KERNEL, timeout=LONG)
         outputs = [output for cell in self.page.evaluate(CELLS) for output in cell["outputs"]]
         assert [output for output in outputs if output["output_type"] == "error"] == []
+        assert [output for output in outputs if "Warning" in str(output.get("text", ""))] == []
 
     def picture(self, what: str, selector: str) -> None:
         """Screenshots of an element in the light and the dark theme."""
@@ -140,7 +139,34 @@ def lab(server, browser, tmp_path):
     page.close()
 
 
-def test_the_quickstart_shows_before_and_after(lab):
+def text_of(selector: str) -> str:
+    return f"() => document.querySelector({json.dumps(selector)})?.textContent"
+
+
+def image_in(selector: str, index: int) -> str:
+    """The source of a figure in the output that holds `selector`, which is a picture that the page could draw."""
+    holder = json.dumps(f".jp-OutputArea-output:has({selector}) img")
+    return f"() => (image => image?.naturalWidth ? image.src : undefined)(document.querySelectorAll({holder})[{index}])"
+
+
+def test_it_opens_at_the_first_notebook_and_asks_nothing(lab, server):
+    folder = server[2]
+    (opened,) = set(re.findall(r"http://127.0.0.1:\d+(/lab\S*)\?token", (folder / "server.log").read_text()))
+    assert opened == f"/lab/tree/{FIRST}"
+    page = lab(Path(FIRST).name)
+    page.page.wait_for_selector(f".jp-DirListing-item[title*='{Path(FIRST).name}']")
+    names = page.page.eval_on_selector_all(
+        ".jp-DirListing-item .jp-DirListing-itemText",
+        "all => all.map(one => [one.textContent, one.clientWidth / one.scrollWidth])",
+    )
+    assert Path(FIRST).name in dict(names) and min(dict(names).values()) > 0.8  # of a name is to be read
+    page.page.wait_for_timeout(3000)  # the bubble came after a moment
+    assert page.page.locator(".jp-toast-message, .Toastify__toast").count() == 0
+    page.picture("welcome", "body")
+    assert page.complaints == []
+
+
+def test_the_quickstart_shows_before_and_after(lab, server):
     page = lab("00_quickstart.ipynb")
     page.run_all()
     printed = page.page.locator(".jp-OutputArea-output", has_text="=== compressed + EoRA: perplexity")
@@ -158,6 +184,17 @@ def test_the_quickstart_shows_before_and_after(lab):
     page.page.wait_for_function(KERNEL, timeout=LONG)
     page.picture("generator", ".jp-OutputArea-output:has(section)")
     page.picture("summary", ".jp-OutputArea-output:has(table):has-text('bits per weight')")
+    page.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    page.page.wait_for_function("window.jupyterapp.shell.currentWidget.context.model.dirty === false", timeout=MINUTE)
+    page.page.reload()
+    page.page.wait_for_selector(".jp-NotebookPanel .jp-Notebook", timeout=LONG)
+    page.page.get_by_role("button", name="Write").wait_for(timeout=LONG)
+    page.page.wait_for_function(KERNEL, timeout=LONG)
+    assert page.page.get_by_text("Error displaying widget").count() == 0
+    saved = (server[2] / "notebooks" / page.name).read_text(encoding="utf-8")
+    assert "text/plain" in saved and "text/plain" not in stripped(saved)
+    changed = ["git", "-C", str(server[2]), "status", "--porcelain", f"notebooks/{page.name}"]
+    assert subprocess.run(changed, check=True, capture_output=True, text=True).stdout == ""
     assert page.complaints == []
 
 

@@ -268,7 +268,8 @@ def test_a_run_is_kept_without_its_bars_and_with_its_widgets_as_they_stood(tmp_p
     from docs.record import record
 
     code = [
-        "from tqdm.auto import tqdm\nimport ipywidgets\nfor _ in tqdm(range(3)): pass\nprint('seen')",
+        "from tqdm.auto import tqdm\nimport ipywidgets\nfor _ in tqdm(range(3)): pass\nprint('seen')\n"
+        "from eora_lab.progress import tqdm\nfor leave in (True, False):\n for _ in tqdm(range(3), leave=leave): pass",
         "import matplotlib.pyplot as plt\nfrom eora_lab.plots import tell, use_style\nuse_style()\n"
         "figure, axes = plt.subplots()\ntell(figure, 'It is 7', 'A line.')\nplt.show()",
         "ipywidgets.VBox([ipywidgets.IntSlider(3, description='Rank'), ipywidgets.HTML('<b>told</b>')])",

@@ -57,7 +57,7 @@ def collect_output_statistics(
     Raises EoraLabError when no layer matches, when these are no token ids of the model, with the name of a block whose
     gradients cannot be had from that block alone, and on NaN or Inf in a gradient, with the layer's name.
     """
-    from tqdm.auto import tqdm
+    from eora_lab.progress import tqdm
 
     if labels not in get_args(Labels):
         raise unknown("labels", labels, get_args(Labels))

@@ -306,7 +306,7 @@ def collect_statistics(
     Raises EoraLabError when no layer matches, when these are no token ids of the model, and with the name of a block
     that cannot be run by itself.
     """
-    from tqdm.auto import tqdm
+    from eora_lab.progress import tqdm
 
     unfold(model)
     decoder_blocks(model)  # is it such a model at all

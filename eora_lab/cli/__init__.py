@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 
+RESUMED = ("compress", "mend", "finetune", "sweep", "paper")
 STOPPED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # as shells count
 
 
@@ -18,15 +19,17 @@ def main(arguments: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # half-written files go on the way out
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or file that cannot show a letter gets its number
         sys.stdout.reconfigure(errors="backslashreplace")
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
         try:
             from eora_lab.cli.commands import run
 
-            return run(sys.argv[1:] if arguments is None else arguments)
+            return run(arguments)
         finally:
             sys.stdout.flush()
     except KeyboardInterrupt:
-        print("eora-lab: stopped", file=sys.stderr)
+        again = "; the same command goes on where it was" if set(arguments[:1]) & set(RESUMED) else ""
+        print(f"eora-lab: stopped{again}", file=sys.stderr)
         return STOPPED
     except BrokenPipeError:  # whoever reads the output, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end

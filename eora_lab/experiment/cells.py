@@ -253,6 +253,8 @@ def _tasks(model: nn.Module, tokenizer, cell: Cell, batch_size: int) -> dict:
             "questions": result.questions,
             "outcomes": result.outcomes,
         }
+        | ({"margin": result.margin[0], "margin_stderr": result.margin[1]} if result.margin else {})
+        | ({"margins": result.margins} if result.margins else {})
         for name, result in found.items()
     }
 

@@ -181,7 +181,7 @@ def sweep(
     Raises EoraLabError when the grid cannot be understood, before anything runs when the memory is too small, and
     when the store cannot be written.
     """
-    from tqdm.auto import tqdm
+    from eora_lab.progress import tqdm
 
     store = store if isinstance(store, ResultStore) else ResultStore(store)
     if engine not in ("local", "ray"):

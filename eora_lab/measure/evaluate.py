@@ -116,7 +116,7 @@ def _whole(
     model: nn.Module, tokens: Int[Tensor, "n seqlen"], progress: bool
 ) -> Iterator[Float[Tensor, "seqlen vocabulary"]]:
     """The logits of every window, the model run as it is."""
-    from tqdm.auto import tqdm
+    from eora_lab.progress import tqdm
 
     with unpacked(model):
         for window in tqdm(tokens, desc="perplexity", unit="window", disable=not progress, leave=False):
@@ -127,7 +127,7 @@ def by_block(
     model: nn.Module, tokens: Int[Tensor, "n seqlen"], rest: Mapping[str, tuple | list], progress: bool = False
 ) -> Iterator[Float[Tensor, "seqlen vocabulary"]]:
     """The logits of every window, walked through the model block by block. rest: see `Contract`."""
-    from tqdm.auto import tqdm
+    from eora_lab.progress import tqdm
 
     blocks = decoder_blocks(model)
     for part in tokens.split(max(TOGETHER // tokens.shape[1], 1)):

@@ -185,7 +185,7 @@ class LlamaCpp:
 
     def window_losses(self, token_windows: Batches, progress: bool = False) -> Float[Tensor, " n"]:
         """Mean negative log-likelihood a token (nats) of every window, as `measure.evaluate.window_losses`."""
-        from tqdm.auto import tqdm
+        from eora_lab.progress import tqdm
 
         windows = tqdm(list(token_windows), desc="llama.cpp", unit="window", disable=not progress, leave=False)
         losses = []

@@ -34,7 +34,7 @@ def distil(model: nn.Module, targets: Targets, recipe: Recipe, progress: bool = 
 
     targets: of the original model. Only layers that enough tokens came to change.
     """
-    from tqdm.auto import tqdm
+    from eora_lab.progress import tqdm
 
     started = time.perf_counter()
     layers = {name: one for name, one in compensated(model).items() if one.rank}

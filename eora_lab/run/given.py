@@ -38,7 +38,7 @@ def check_given(model: nn.Module, weights: Mapping, source: str = "", progress: 
     Raises EoraLabError when one belongs to no linear, is of another shape, or cannot be a compression of that linear:
     when it is further from W than `farthest`, or further than its own grid explains, see `steps_away`.
     """
-    from tqdm.auto import tqdm
+    from eora_lab.progress import tqdm
 
     modules, digest = block_linears(model), hashlib.sha256()
     source = f"{source}: " if source else ""

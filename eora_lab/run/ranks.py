@@ -104,7 +104,7 @@ def layer_spectra(
     nats:    spectra of `eora_fisher` in nats a token, from the gradients that `steps` holds, and not of output errors.
     Raises EoraLabError when a layer has no statistics.
     """
-    from tqdm.auto import tqdm
+    from eora_lab.progress import tqdm
 
     steps = steps or Steps(recipe)
     chosen = recipe.ranks(model, recipe.left(model, steps.weights))

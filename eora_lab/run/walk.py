@@ -50,7 +50,7 @@ def walk(
     contract: of the model. left: linears that stay as they are.
     processes: that share the work, by the owners of linears.
     """
-    from tqdm.auto import tqdm
+    from eora_lab.progress import tqdm
 
     recipe, blocks = steps.recipe, decoder_blocks(model)
     todo = [index for index in range(len(blocks)) if not (run and run.has_block(index))]
