@@ -1,8 +1,7 @@
 """Notebook widgets, one a file. They hold no mathematics: each shows what the package computes, as controls move.
 
 Their controls are their public attributes: `explorer.rank = 32` and `form.dense.value = False` do what a slider and a
-checkbox do. All can be used with the keyboard alone. `check` says whether an answer to an exercise
-is right.
+checkbox do. All can be used with the keyboard alone. `check` says whether an answer to an exercise is right.
 """
 
 from eora_lab.widgets.ablation import AblationForm
