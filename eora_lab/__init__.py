@@ -42,6 +42,7 @@ PLACES = {
     "plan_ranks": "run.ranks",
     "solve": "compensate",
     "solve_adapter": "run.task_adapter",
+    "solve_shared": "compensate.shared",
     "token_windows": "text.tokens",
     "versions": "environment",
     "window_losses": "measure.evaluate",

@@ -46,6 +46,9 @@ class Contract:
     shared: dict[str, str] = field(default_factory=dict)
 
 
+UNTRIED = Contract({}, *[frozenset[str]()] * 4)  # of a model that nothing runs through
+
+
 @step("checks")
 @torch.no_grad()
 def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Contract:

@@ -34,7 +34,7 @@ from eora_lab.text.settings import Calibration, Evaluation
 DENSE = "dense"  # in place of a compressor: the model as it is
 LATER = {"skip": "", "keep_first": 0, "keep_last": 0, "rank_only": ""}  # named in a configuration where they differ
 GRID = {"grid": "integer"}
-LATER |= GRID | {"labels": "model", "distil": False}
+LATER |= GRID | {"labels": "model", "distil": False, "shared_factors": False}
 MEASURED = ("perplexity", "tasks")  # fields whose lists are measured together, and are no axis of a grid
 
 

@@ -67,6 +67,9 @@ class PathSettings:
     """rank of the compensation in every layer; a smaller layer gets the highest that it allows"""
     factor_bits: int = 16
     """bits of A and B: 16, or 2 to 8 on a grid"""
+    shared_factors: bool = False
+    """layers that read one input (q, k and v; gate and up) share A, which is stored and counted once (GlowQ, arXiv
+    2603.25385); a budget then spends what paths of the same rank with an A each would take"""
     refit: bool = True
     """round A and B to few bits as GPTQ does, so that the output error grows least, and not to nearest"""
     shrink: bool = False
@@ -119,6 +122,10 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
             raise EoraLabError("only a low-rank path can be distilled: take a method and a rank, or leave distil out")
         if self.distil and not self.held_out:
             raise EoraLabError("how far to distil is found on held-out samples: hold out a share, such as 0.125")
+        if self.distil and self.shared_factors:
+            raise EoraLabError(
+                "a step of distillation moves every layer's A by itself: leave distil or shared_factors out"
+            )
         if self.true_sequential and self.inputs == "original":
             raise EoraLabError(
                 'inputs measured within a block are those of the compressed one: use inputs="compensated"'
@@ -171,6 +178,11 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
     def quantises(self) -> bool:
         """Whether the weights that are kept go onto a grid."""
         return not (self.prunes and self.bits == 16)
+
+    @property
+    def shares(self) -> bool:
+        """Whether layers that read one input share A."""
+        return self.shared_factors and self.method != "none"
 
     @property
     def base(self) -> str:
