@@ -12,6 +12,7 @@ from torch import Tensor
 from eora_lab.calibrate.output_statistics import OutputStatistics
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.compensate import LowRank, StoredFactors, needs_outputs, store_factors
+from eora_lab.compensate.preserve import preserved
 from eora_lab.compensate.shared import solve_in_rows
 from eora_lab.compress import COMPRESSORS, Compressed, Grid, reround, residual
 from eora_lab.environment import step as timing
@@ -155,7 +156,7 @@ class Fit:
     low_rank: LowRank
     factors: StoredFactors
     shrinkage: float
-    loss: float = 0.0  # `Steps.loss` of what is left, with the factors as they are stored, where there are rounds
+    loss: float = 0.0  # `Steps.loss` of what is left, with factors as stored, where several are tried
     seconds_compress: float = 0.0
     seconds_solve: float = 0.0
 
@@ -177,33 +178,65 @@ def fit_group(
 
     step: what is added to the weights, where layers aim at more than W.
     The best of all rounds is kept. One that does not lower the loss, which greedy compressors can cause, ends them.
+    Where the recipe preserves a part of W (`compensate.preserve`), W^ of the rest is tried first.
     """
     weight = group.weight.float()
     aim = weight if step is None else weight + step
-    recipe, best, seconds = steps.recipe, None, [0.0, 0.0]
-    for _ in range(recipe.rounds if rank else 1):
-        start = time.perf_counter()
-        with timing("compress"):
-            if best is None:
-                compressed = [steps.compress(name, one, statistics) for name, one in group.parts(aim).items()]
-            else:
-                parts = zip(group.parts(aim - best.path).items(), best.compressed, strict=True)
-                compressed = [steps.again(name, one, statistics, before) for (name, one), before in parts]
-        compressed_at = time.perf_counter()
-        with timing("solve"):
-            error = stacked([residual(one, made) for one, made in zip(group.weights, compressed, strict=True)])
-            error = error if step is None else error + step
-            low_rank, shrinkage = steps.compensate(group, error, statistics, rank)
-            refit = (error, statistics) if recipe.refit else None
-            factors = store_factors(low_rank, recipe.factor_bits, refit, group.rows)
-        seconds[0] += compressed_at - start
-        seconds[1] += time.perf_counter() - compressed_at
-        fit = Fit(compressed, error, low_rank, factors, shrinkage)
-        if recipe.rounds > 1:
-            fit.loss = steps.loss(group, error - fit.path, statistics)
-        if best and not fit.loss < best.loss:
+    best = _tried(group, aim, None, None, statistics, steps, rank, step)
+    kept = _preserved(group, aim, best, statistics, steps, rank)
+    takes = [None] * ((steps.recipe.rounds if rank else 1) - 1)  # out of the weight: the path of the best so far
+    for take in [*([] if kept is None else [kept]), *takes]:
+        found = _tried(group, aim, best.path if take is None else take, best, statistics, steps, rank, step)
+        better = found.loss < best.loss
+        best, spent = (found if better else best), (best, found)
+        best.seconds_compress, best.seconds_solve = (
+            sum(getattr(one, f"seconds_{what}") for one in spent) for what in ("compress", "solve")
+        )
+        if not better and take is None:
             break
-        best = fit
-    assert best is not None
-    best.seconds_compress, best.seconds_solve = seconds
     return best
+
+
+def _tried(
+    group: Group,
+    aim: Float[Tensor, "out in"],
+    take: Float[Tensor, "out in"] | None,
+    before: Fit | None,
+    statistics: InputStatistics,
+    steps: Steps,
+    rank: int,
+    step: Float[Tensor, "out in"] | None,
+) -> Fit:
+    """Compress what `take` leaves of the aim, compensate. before: what was found, with the weights to round again."""
+    recipe, start = steps.recipe, time.perf_counter()
+    with timing("compress"):
+        parts = group.parts(aim if take is None else aim - take).items()
+        if before is None:
+            compressed = [steps.compress(name, one, statistics) for name, one in parts]
+        else:
+            pairs = zip(parts, before.compressed, strict=True)
+            compressed = [steps.again(name, one, statistics, old) for (name, one), old in pairs]
+    compressed_at = time.perf_counter()
+    with timing("solve"):
+        error = stacked([residual(one, made) for one, made in zip(group.weights, compressed, strict=True)])
+        error = error if step is None else error + step
+        low_rank, shrinkage = steps.compensate(group, error, statistics, rank)
+        refit = (error, statistics) if recipe.refit else None
+        factors = store_factors(low_rank, recipe.factor_bits, refit, group.rows)
+    fit = Fit(compressed, error, low_rank, factors, shrinkage)
+    fit.seconds_compress, fit.seconds_solve = compressed_at - start, time.perf_counter() - compressed_at
+    if recipe.rounds > 1 or recipe.preserve:
+        fit.loss = steps.loss(group, error - fit.path, statistics)
+    return fit
+
+
+def _preserved(
+    group: Group, aim: Float[Tensor, "out in"], plain: Fit, statistics: InputStatistics, steps: Steps, rank: int
+) -> Float[Tensor, "out in"] | None:
+    """The part of the aim that is kept from the compressor; None: nothing is. plain: the fit without it."""
+    if not steps.recipe.preserve or not rank:
+        return None
+    whole, _ = steps.compensate(group, aim, statistics, rank)
+    energies = steps.loss(group, aim, statistics), steps.loss(group, plain.residual, statistics)
+    count = preserved(whole.spectrum, plain.low_rank.spectrum, energies, rank)
+    return whole.truncate(count).dense().float() if count else None

@@ -104,6 +104,9 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
     """how often at most: compress what the low-rank path leaves of the weight, compensate again (LoftQ's alternation,
     arXiv 2310.08659, judged by the output error), and keep the best; above 1, the compressed weight is of use with its
     path only"""
+    preserve: bool = False
+    """try whether it helps to keep the largest part of the weight from the compressor, in as many of the ranks as
+    leave least by prediction (SRR, arXiv 2602.02001); the compressed weight is then of use with its path only"""
 
     def check(self) -> None:
         """Raise EoraLabError when a value is unknown or does not go with the others."""
@@ -166,6 +169,10 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
         if self.shrink and not self.held_out:
             raise EoraLabError("shrinkage is chosen on held-out samples: hold out a share, such as 0.25")
         check_factor_bits(self.factor_bits)
+        if self.preserve and SOLVERS[self.method] not in (SOLVERS["eora"], SOLVERS["eora_fisher"]):
+            raise EoraLabError(
+                "what is preserved is judged by the output error: take eora or eora_fisher, or leave preserve out"
+            )
 
     @property
     def prunes(self) -> bool:
@@ -190,8 +197,9 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
         integer = f"{self.bits}-bit g{self.group_size}" if self.bits != 16 else ""
         quantised = integer if self.grid == "integer" else self.grid
         rounds = f"x{self.rounds}" if self.rounds > 1 else ""
+        preserved = "preserved" if self.preserve else ""
         stays = [f"{name.replace('_', ' ')} {value}" for name, value in self.selection().items() if value]
-        return " ".join(part for part in (self.compressor, self.sparsity, quantised, rounds, *stays) if part)
+        return " ".join(part for part in (self.compressor, self.sparsity, quantised, preserved, rounds, *stays) if part)
 
     def base_settings(self) -> dict:
         """The fields of `BaseSettings`."""
