@@ -233,6 +233,12 @@ def _outcome(report: Report, data_free: set[str], left: list[nn.Linear]) -> dict
     result |= {"nbytes": nbytes, "bits_per_weight": 8 * nbytes / weights}
     result["layers"] = [[la.name, la.rank, la.error_before, la.error_after] for la in report.layers]
     result["tier"] = report.tier
+    if all(layer.nats_after is not None for layer in report.layers):
+        result["nats"] = {
+            when: sum(getattr(la, f"nats_{when}") for la in report.layers) for when in ("before", "after")
+        }
+    if any(layer.drift for layer in report.layers):
+        result["drift"] = mean("drift")
     if report.distilled:
         result["divergence"] = {one: report.distilled[one] for one in ("before", "after", "share")}
     result["data_free"] = [la.name for la in report.layers if la.data_free or la.name in data_free]
