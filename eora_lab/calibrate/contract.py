@@ -46,7 +46,8 @@ class Contract:
     shared: dict[str, str] = field(default_factory=dict)
 
 
-UNTRIED = Contract({}, *[frozenset[str]()] * 4)  # of a model that nothing runs through
+_NONE = frozenset[str]()
+UNTRIED = Contract({}, _NONE, _NONE, _NONE, _NONE)  # of a model that nothing runs through
 
 
 @step("checks")

@@ -43,8 +43,8 @@ class StackedOutputs(OutputStatistics):
         lowest = min((size for size in sizes if size), default=1.0)
         self._times = [1.0 if size else QUIET * lowest for size in sizes] if any(sizes) else [1.0] * len(sizes)
 
-    @property
-    def second_moment(self) -> Float[Tensor, "out out"]:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def second_moment(self) -> Float[Tensor, "out out"]:
         """F, with zeros between the layers."""
         return torch.block_diag(*(one.second_moment for one in self.parts))
 
@@ -115,15 +115,15 @@ def solve_in_rows(
     shrink: bool = False,
 ) -> tuple[LowRank, float]:
     """`solve`, or `solve_shrunk`, with what the rows are measured in; and the shrinkage that was chosen."""
-    scaled = isinstance(rows, RelativeErrors)
-    error = rows.whitened(residual).to(residual.dtype) if isinstance(rows, RelativeErrors) else residual
+    scaled = rows if isinstance(rows, RelativeErrors) else None
+    error = scaled.whitened(residual).to(residual.dtype) if scaled else residual
     outputs = rows if isinstance(rows, OutputStatistics) else None
     if shrink:
         answer, amount = solve_shrunk(method, error, statistics, rank, outputs)
     else:
         answer, amount = solve(method, error, statistics, rank, outputs), 0.0
     if scaled:
-        answer = replace(answer, B=rows.unwhitened(answer.B).to(answer.B.dtype))
+        answer = replace(answer, B=scaled.unwhitened(answer.B).to(answer.B.dtype))
     return answer, amount
 
 

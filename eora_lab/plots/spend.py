@@ -55,8 +55,8 @@ def plot_spend(frame: pandas.DataFrame, metric: str = "") -> Figure:
             for base, look in looks(list(dict.fromkeys(own.loc[own["method"] != "none", "base"]))).items():
                 here = own[own["base"] == base].reset_index(drop=True)
                 line = here.iloc[pareto(here["x"].to_numpy(), here["y"].to_numpy())]
-                style = {"color": look.colour, "marker": look.marker, "linestyle": look.line}
-                axes.plot(line["x"], line["y"], label=f"paths on {base}", **style)
+                named, style = f"paths on {base}", look.line
+                axes.plot(line["x"], line["y"], look.marker, color=look.colour, linestyle=style, label=named)
             axes.set_title(ladder)
             axes.set_xlabel(AXES["bits_per_weight"])
             axes.set_ylabel(metric_name(frame, metric) if axes in [line[0] for line in grid] else "")
@@ -98,7 +98,7 @@ def _cells(frame: pandas.DataFrame, metric: str) -> pandas.DataFrame:
     done = done.dropna(subset=metric) if metric in done else done[:0]
     if done.empty:
         return done
-    bases = [_base(*texts, int(bits)) for *texts, bits in done[BASE].itertuples(index=False)]
+    bases = [_base(one, sparsity, grid, int(bits)) for one, sparsity, grid, bits in done[BASE].itertuples(index=False)]
     ladders, names = [one for one, _ in bases], [one for _, one in bases]
     value = figures(done, metric)[0] * (-1 if metric.startswith("tasks.") else 1)
     return done.assign(ladder=ladders, base=names, x=done["bits_per_weight"].astype(float), y=value)

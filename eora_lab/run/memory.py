@@ -80,8 +80,8 @@ def needed(
         chosen = [linear for name, linear in own.items() if name not in left]
         gradients += held * sum(linear.out_features**2 for linear in chosen)
         kept = sum(stored(linear, recipe, given) for linear in chosen)
-        names = sharing([name for name in own if name not in left], contract, recipe.shares)
-        shapes = [(sum(own[n].out_features for n in one), own[one[0]].in_features) for one in names]
+        as_one = sharing([name for name in own if name not in left], contract, recipe.shares)
+        shapes = [(sum(own[n].out_features for n in one), own[one[0]].in_features) for one in as_one]
         layers = [of_layer(*shape, recipe, given) for shape in shapes]
         dense = sum(linear.weight.nbytes for linear in chosen)  # as the compressed block runs on
         work = max([work, kept + dense, *(kept + needs for needs in layers)])

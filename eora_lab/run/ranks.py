@@ -152,7 +152,6 @@ def layer_spectra(
                 spectrum = spectrum / 2
                 rows.forget()
         signal = 1.0 if len(unit) > 1 else output_energy(weights[0].float(), usable.metric)
-        layers[unit[0]] = LayerSpectrum(
-            spectrum.cpu(), signal, *error.shape, highest=highest if len(unit) > 1 else None
-        )
+        lowest = highest if len(unit) > 1 else None
+        layers[unit[0]] = LayerSpectrum(spectrum.cpu(), signal, error.shape[0], error.shape[1], lowest)
     return layers
