@@ -31,6 +31,7 @@ from eora_lab.model.structure import block_linears
 from eora_lab.run.budget import Budget
 from eora_lab.run.groups import sharing
 from eora_lab.run.ranks import layer_spectra
+from eora_lab.run.stored import run_factors
 from tests.tiny import CELL, SMALL, compress, logits, moe_model, save_tiny, tiny_model, tiny_tokens
 
 SHARED = SMALL | {"shared_factors": True, "inputs": "original"}
@@ -144,6 +145,7 @@ def test_a_pass_stores_and_counts_it_once(method, factor_bits, tmp_path):
     assert not any(key.startswith(f"{ATTENTION[1]}.lora_A") and not key.endswith(".of") for key in held)
     again = load_run(tmp_path / "run")[0]
     assert torch.equal(logits(again, tokens), logits(model, tokens))
+    assert torch.equal(run_factors(tmp_path / "run")[up][0], run_factors(tmp_path / "run")[gate][0])
     assert Adapters(again).nbytes == Adapters(model).nbytes and again.get_submodule(up).factors.A_of == gate
     (tmp_path / "run" / "report.json").unlink()
     (tmp_path / "run" / "blocks" / "001.safetensors").unlink()
