@@ -46,6 +46,8 @@ def compress_linears(
             step = stacked([torch.zeros_like(a.weight).float() if one is None else one for a, (one, _) in pairs])
         group = steps.group(names, [linear.weight for linear in linears], usable)
         fit = fit_group(group, usable, steps, rank, step)
+    optimum = SOLVERS[steps.recipe.method] in (eora, eora_fisher)
+    total = steps.loss(group, fit.residual, usable) if optimum and group.rows else None  # roots are dropped below
     factors = fit.factors.cut(group.sizes, names)
     modules, judged, before = [], [], 0.0
     for name, linear, compressed, own in zip(names, linears, fit.compressed, factors, strict=True):
@@ -53,9 +55,7 @@ def compress_linears(
         model.set_submodule(name, modules[-1])
         found, before = _judged(name, linear, modules[-1], group.parts(fit.residual)[name], statistics, usable, steps)
         judged.append(found)
-    total = None
-    if SOLVERS[steps.recipe.method] in (eora, eora_fisher):
-        total = steps.loss(group, fit.residual, usable) if group.rows else before
+    total = before if optimum and not group.rows else total
     reports = [
         LayerReport(
             name=name,
