@@ -48,6 +48,7 @@ PLACES = {
     "residual_stream": "measure.residual_stream",
     "solve": "compensate",
     "solve_adapter": "run.task_adapter",
+    "solve_shared": "compensate.shared",
     "stream_errors": "measure.residual_stream",
     "token_losses": "measure.evaluate",
     "token_windows": "text.tokens",

@@ -5,6 +5,7 @@ from eora_lab.calibrate.statistics import output_energy as output_energy
 from eora_lab.calibrate.stream import collect_statistics as collect_statistics
 from eora_lab.compensate import LowRank as LowRank
 from eora_lab.compensate import solve as solve
+from eora_lab.compensate.shared import solve_shared as solve_shared
 from eora_lab.environment import versions as versions
 from eora_lab.errors import EoraLabError as EoraLabError
 from eora_lab.layer.linear import CompensatedLinear as CompensatedLinear

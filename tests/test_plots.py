@@ -44,6 +44,7 @@ from eora_lab.plots import (
     plot_ranks,
     plot_setting,
     plot_spectra,
+    plot_spend,
     plot_sweep,
     plot_table,
     save,
@@ -55,7 +56,8 @@ from eora_lab.plots.labels import spread
 from eora_lab.plots.looks import DARK_INK, DARK_PAPER, INK, LOOKS, OTHERS, PAPER, SERIES, looks
 from eora_lab.plots.output import svg
 from eora_lab.plots.scales import metrics
-from eora_lab.plots.words import number
+from eora_lab.plots.spend import steps
+from eora_lab.plots.words import headline, number
 from eora_lab.run.intervals import Interval
 from eora_lab.run.plugins import OWN
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -362,6 +364,8 @@ def test_what_a_grid_varies_becomes_its_axes(tmp_path):
         "rivals": ("bits a weight, all counted", 1, None),
         "formats": ("bits a weight, all counted", 1, None),
         "beyond": ("bits a weight, all counted", 1, None),
+        "front": ("bits a weight, all counted", 5, None),
+        "front-small": ("bits a weight, all counted", 2, None),
     }
     found = figures_of_grids(tmp_path)
     assert set(found) == set(wanted)
@@ -412,6 +416,23 @@ def test_of_many_cells_only_those_that_nothing_beats_are_named(swept):
     finished = many[(many["status"] == "done") & (many["compressor"] != "dense")]
     value, bits = (finished[name].to_numpy(float) for name in (next(iter(metrics(finished))), "bits_per_weight"))
     assert 0 < len(pareto(bits, value)) == len(plot_front(many).axes[0].texts) <= few < len(finished)
+
+
+def test_bytes_go_to_what_leaves_less_of_the_loss():
+    """Next bits against the best path in their bytes, rung by rung; a path that takes more does not count."""
+    rungs = [("none", 2, 2.25, 90.0), ("none", 3, 3.25, 40.0), ("none", 4, 4.25, 20.0)]
+    paths = [("eora", 2, 3.0, 50.0), ("eora", 3, 4.0, 19.0), ("eora", 3, 4.5, 10.0), ("svd", 2, 3.3, 30.0)]
+    frame = pandas.DataFrame(rungs + paths, columns=["method", "bits", "bits_per_weight", PERPLEXITY])
+    frame = frame.assign(compressor="rtn", sparsity="", grid="integer", status="done", rank=8)
+    found = steps(frame, PERPLEXITY)
+    assert found == [("rtn", "rtn 2-bit", 40.0, 50.0), ("rtn", "rtn 3-bit", 20.0, 19.0)]
+    figure = plot_spend(frame)
+    assert headline(figure) == "The next megabyte belongs to rank on rtn 3-bit, and to bits on rtn 2-bit"
+    assert "rtn 2-bit: next bits 40.00, rank 50.00" in alt_text(figure)
+    assert "all 1 bases" in headline(plot_spend(frame[frame["bits"] > 2]))
+    assert "No base has both" in headline(plot_spend(frame[frame["method"] == "none"]))
+    with pytest.raises(EoraLabError, match="nothing to draw"):
+        plot_spend(frame.assign(status="failed"))
 
 
 def test_labels_keep_their_order_and_their_distance():

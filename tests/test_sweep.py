@@ -68,7 +68,7 @@ def test_a_grid_is_the_product_of_its_axes_without_repeats():
 def test_the_named_grids_are_well_formed():
     assert set(named_grids()) == {
         "rank", "calibration-size", "source", "inputs", "group-size", "factor-bits", "modules", "equal-bytes",
-        "task-mix", "rivals", "formats", "beyond",
+        "task-mix", "rivals", "formats", "beyond", "front", "front-small",
     }  # fmt: skip
     for name in named_grids():
         cells = expand(read_grid(name))

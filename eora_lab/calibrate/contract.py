@@ -46,6 +46,10 @@ class Contract:
     shared: dict[str, str] = field(default_factory=dict)
 
 
+_NONE = frozenset[str]()
+UNTRIED = Contract({}, _NONE, _NONE, _NONE, _NONE)  # of a model that nothing runs through
+
+
 @step("checks")
 @torch.no_grad()
 def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Contract:

@@ -26,7 +26,7 @@ class Sweep:
 
     grid: Annotated[Path, tyro.conf.Positional]
     """YAML file, or the name of an ablation: rank, calibration-size, source, inputs, group-size, factor-bits, modules,
-    equal-bytes, task-mix, rivals, formats, beyond"""
+    equal-bytes, task-mix, rivals, formats, beyond, front, front-small"""
     store: Path
     """folder of the results, one file a cell"""
     engine: Literal["local", "ray"] = "local"

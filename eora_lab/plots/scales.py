@@ -31,12 +31,14 @@ AXES = {
     "method": "compensation",
 }
 WORDS = {("rank_only", ""): "all", ("group_size", -1): "whole row", ("base_source", ""): "as for the path"}
+WORDS |= {("shared_factors", True): "one A", ("shared_factors", False): "an A each"}
 WORDS |= {("only", ""): "all", ("skip", ""): "none", ("sparsity", ""): "not pruned"}
 SHORT = {"model": "{}", "compressor": "{}", "grid": "{}", "bits": "{}-bit", "sparsity": "{}"}
 SHORT |= {
     "source": "calibrated on {}",
     "rank": "rank {}",
     "factor_bits": "{}-bit factors",
+    "shared_factors": "{}",
     "group_size": "groups of {}",
 }
 ERRORS = {"output_error": "error on calibration tokens", "held_out_error": "error on held-out tokens"}

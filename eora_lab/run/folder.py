@@ -45,6 +45,8 @@ SINCE = {field.name: field.default for field in fields(Selection)} | {
     "grid": "integer",
     "labels": "model",
     "distil": False,
+    "shared_factors": False,
+    "preserve": False,
 }  # nor these; they did the same
 NAMED = 4  # settings that differ
 BLOCKS, HIDDEN = "blocks/*.safetensors", "hidden"

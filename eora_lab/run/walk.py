@@ -15,13 +15,15 @@ from eora_lab.calibrate.drift import DriftStream, put
 from eora_lab.calibrate.processes import ALONE, Processes
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.calibrate.stream import BlockStream
+from eora_lab.compensate.factors import with_shared
 from eora_lab.errors import EoraLabError
 from eora_lab.files import read_ahead
 from eora_lab.layer.linear import CompensatedLinear, unpacked
 from eora_lab.model.structure import decoder_blocks, linear_at, linears
 from eora_lab.run.fit import Steps
 from eora_lab.run.folder import RunFolder
-from eora_lab.run.linear import compress_linear
+from eora_lab.run.groups import with_ranks
+from eora_lab.run.linear import compress_linears
 from eora_lab.run.report import LayerReport
 
 SHARES = (1.0, 0.0)  # of the step towards the original's outputs, that a block is made with; the better one is kept
@@ -65,7 +67,7 @@ def walk(
         start = stream.resume(todo[0])
     needed = range(start, todo[-1] + 1) if todo else range(0)
     ranks = recipe.ranks(model, left) if ranks is None else ranks
-    one = _Blocks(model, blocks, steps, ranks, left, stream, statistics or {}, processes, owners or {})
+    one = _Blocks(model, blocks, steps, ranks, left, contract, stream, statistics or {}, processes, owners or {})
     reports: list[LayerReport] = []
     bar = tqdm(blocks.values(), desc="compress", unit="block", disable=not progress, leave=False)
     for index, block in enumerate(bar):
@@ -112,6 +114,7 @@ class _Blocks:
     steps: Steps
     ranks: Mapping[str, int]
     left: Container[str]
+    contract: Contract
     stream: BlockStream | None
     known: Mapping[str, InputStatistics]
     processes: Processes
@@ -132,14 +135,15 @@ class _Blocks:
             names = [f"{prefix}.{local}" for local in chosen]
             own = _Made({}, [])
             with self.processes.agree():
-                for name in names:
-                    if self.owners.get(name, 0) != self.processes.rank:
+                for together, rank in with_ranks(names, self.ranks, self.contract, recipe.shares):
+                    first = together[0]
+                    if self.owners.get(first, 0) != self.processes.rank:
                         continue
-                    if name not in found:
-                        raise EoraLabError(f"{name}: no statistics")
-                    rank = self.ranks.get(name, 0)
-                    own.modules[name], layer = compress_linear(self.model, name, found[name], self.steps, rank, share)
-                    own.layers.append(layer)
+                    if first not in found:
+                        raise EoraLabError(f"{first}: no statistics")
+                    made_here = compress_linears(self.model, together, found[first], self.steps, rank, share)
+                    own.modules |= {layer.name: module for module, layer in made_here}
+                    own.layers += [layer for _, layer in made_here]
             del found
             self._exchange(own)
             made.modules |= {name: own.modules[name] for name in names}
@@ -150,12 +154,14 @@ class _Blocks:
         """Put in place, and add, what the other processes made of the linears that they own."""
         if self.processes.count == 1:
             return
-        packed = {name: {key: t.cpu() for key, t in m.stored().items()} for name, m in own.modules.items()}
-        for rank, (tensors, layers) in enumerate(self.processes.gather((packed, own.layers))):
+        packed = {f"{name}.{key}": t.cpu() for name, m in own.modules.items() for key, t in m.stored().items()}
+        for rank, (tensors, layers) in enumerate(self.processes.gather((packed, list(own.layers)))):
             if rank == self.processes.rank:
                 continue
             own.layers += layers
-            for name, stored in tensors.items():
+            tensors = with_shared(tensors)
+            for name in (layer.name for layer in layers):
+                stored = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
                 own.modules[name] = CompensatedLinear.from_stored(stored, linear_at(self.model, name))
         put(self.model, own.modules)
 
