@@ -11,6 +11,7 @@ import tyro
 
 from eora_lab.cli.adapter import Adapter
 from eora_lab.cli.bench import Bench
+from eora_lab.cli.board import Board
 from eora_lab.cli.chat import Chat
 from eora_lab.cli.compare import Compare
 from eora_lab.cli.compress import Compress
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "adapter": Adapter,
     "finetune": Finetune,
     "sweep": Sweep,
+    "board": Board,
     "paper": Paper,
     "imatrix": Imatrix,
     "models": Models,
@@ -58,7 +60,7 @@ def run(arguments: list[str]) -> int:
             "Start with `eora-lab demo`; `eora-lab COMMAND --help` tells the rest. "
             "--plugin FILE.py, in every command and as often as you like, adds methods, texts and formats of yours. "
             "Exit codes: 0 done, 1 the input cannot be used or the machine failed (one line says why), 2 wrong usage, "
-            "3 cells of a sweep failed, 130 stopped.",
+            "3 cells of a sweep failed, 4 --until left some of its cells, 130 stopped.",
             args=with_plugins(arguments),
         )
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(command, Compress | Mend):

@@ -14,6 +14,7 @@ from eora_lab.compress import residual
 from eora_lab.environment import step
 from eora_lab.errors import EoraLabError, as_setting, naming
 from eora_lab.model.structure import block_linears, linear_at
+from eora_lab.progress import each
 from eora_lab.run.budget import Budget, LayerSpectrum, allocate_ranks
 from eora_lab.run.fit import Steps
 from eora_lab.run.given import named_for
@@ -104,13 +105,11 @@ def layer_spectra(
     nats:    spectra of `eora_fisher` in nats a token, from the gradients that `steps` holds, and not of output errors.
     Raises EoraLabError when a layer has no statistics.
     """
-    from tqdm.auto import tqdm
-
     steps = steps or Steps(recipe)
     chosen = recipe.ranks(model, recipe.left(model, steps.weights))
     names = [name for name in chosen if name not in left and (steps.weights is None or name in steps.weights)]
     layers = {}
-    for name in tqdm(names, desc="spectra", unit="layer", disable=not progress, leave=False):
+    for name in each(names, "spectra", "layer", progress):
         if name not in statistics:
             raise EoraLabError(f"{name}: no statistics")
         weight, usable = linear_at(model, name).weight, statistics[name].or_identity(recipe.held_out > 0)

@@ -18,6 +18,7 @@ from eora_lab.calibrate.stream import BlockStream
 from eora_lab.errors import EoraLabError
 from eora_lab.layer.linear import CompensatedLinear, unpacked
 from eora_lab.model.structure import decoder_blocks, linear_at, linears
+from eora_lab.progress import each, pause
 from eora_lab.run.fit import Steps
 from eora_lab.run.folder import RunFolder
 from eora_lab.run.linear import compress_linear
@@ -49,8 +50,6 @@ def walk(
     contract: of the model. left: linears that stay as they are.
     processes: that share the work, by the owners of linears.
     """
-    from tqdm.auto import tqdm
-
     recipe, blocks = steps.recipe, decoder_blocks(model)
     todo = [index for index in range(len(blocks)) if not (run and run.has_block(index))]
     stream: BlockStream | None = None
@@ -65,8 +64,7 @@ def walk(
     ranks = recipe.ranks(model, left) if ranks is None else ranks
     one = _Blocks(model, blocks, steps, ranks, left, stream, statistics or {}, processes, owners or {})
     reports: list[LayerReport] = []
-    bar = tqdm(blocks.values(), desc="compress", unit="block", disable=not progress, leave=False)
-    for index, block in enumerate(bar):
+    for index, block in enumerate(each(blocks.values(), "compress", "block", progress)):
         originals = linears(block)
         moving = stream if stream and start <= index <= todo[-1] else None
         if moving:
@@ -129,6 +127,7 @@ class _Blocks:
             own = _Made({}, [])
             with self.processes.agree():
                 for name in names:
+                    pause()
                     if self.owners.get(name, 0) != self.processes.rank:
                         continue
                     if name not in found:
