@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from docs.stills import still
 from eora_lab.board import board, page, write_page
 from eora_lab.board.serve import Server
 from eora_lab.cli import main
@@ -161,6 +162,14 @@ def test_a_server_shows_what_is_new_and_answers_no_other_site(workplace):
                 get("../text.txt")
         finally:
             server.shutdown()
+
+
+def test_a_page_without_a_kernel_shows_a_board_as_it_stood(workplace):
+    store = ResultStore("store")
+    cell = expand(SMALL | {"rank": 4})[0]
+    store.put(cell.config() | {"model": NASTY}, {}, result={"perplexity": {"text.txt": 7.25}})
+    told = still({"m": {"state": {"_model_name": "AnyModel", "choice": {}, "data": board(store)}}}, "IPY_MODEL_m")
+    assert "perplexity on text.txt 7.25" in told and "<td>7.25</td>" in told and "<img" not in told
 
 
 def test_a_sweep_leaves_its_page_however_it_ends(workplace, monkeypatch, capsys):

@@ -10,7 +10,7 @@ const MARKERS = { // in a square of 2 x 2 about 0
   "8": "M-.45-1.05H.45L1.05-.45V.45L.45 1.05H-.45L-1.05.45V-.45Z",
   "*": "M0-1.3L.3-.42 1.24-.4.49.16.76 1.05 0 .52-.76 1.05-.49.16-1.24-.4-.3-.42Z",
 };
-const LEFT = 62, RIGHT = 18, TOP = 10, BOTTOM = 44, SIZE = 5, ROW = 20, LETTER = 6.6; // pixels
+const LEFT = 62, RIGHT = 18, TOP = 10, BOTTOM = 24, SIZE = 5, ROW = 20, LETTER = 6.6; // pixels
 
 // A number with the digits that a reader can use.
 export const number = value => {
@@ -93,7 +93,8 @@ export const chart = (host, { points, x, y, zero, says, pick, rows }) => {
     label.textContent = word.length > fits ? `${word.slice(0, fits - 1)}…` : word;
   }
   if (zero) draw("line", { x1: across.place(0), x2: across.place(0), y1: TOP, y2: height - BOTTOM, class: "zero" }, grid);
-  draw("text", { x: left + wide / 2, y: height - 6, "text-anchor": "middle" }, grid).textContent = x.name;
+  const title = Object.assign(document.createElement("div"), { className: "axis", textContent: x.name });
+  title.style.paddingLeft = `${left}px`;
   if (!rows) {
     const place = { x: 12, y: TOP + high / 2, "text-anchor": "middle", transform: `rotate(-90 12 ${TOP + high / 2})` };
     draw("text", place, grid).textContent = y.name;
@@ -101,9 +102,7 @@ export const chart = (host, { points, x, y, zero, says, pick, rows }) => {
   const tip = document.createElement("div");
   tip.className = "tip";
   tip.hidden = true;
-  const told = document.createElement("div"); // read out when it changes
-  told.className = "unseen";
-  host.append(tip, told);
+  host.append(title, tip);
   const order = [...points].sort((a, b) => across.place(a.x) - across.place(b.x) || down.place(b.y) - down.place(a.y));
   if (rows) order.sort((a, b) => down.place(a.y) - down.place(b.y));
   const marks = order.map(point => {

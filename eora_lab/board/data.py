@@ -85,14 +85,7 @@ def _found(store: ResultStore, cells: Sequence[Cell] | None) -> list[dict]:
     if cells is None:
         kept = sorted(store.cells(), key=lambda one: _order(one["config"]))
     else:
-        empty: dict[str, Any] = {
-            "status": "waiting",
-            "result": None,
-            "error": "",
-            "cost": {},
-            "environment": {},
-            "identity": {},
-        }
+        empty: dict[str, Any] = {"status": "waiting", "result": None, "error": "", "cost": {}, "environment": {}}
         kept = [store.get(cell.config()) or empty | {"config": cell.config()} for cell in cells]
     return [one | {"id": store.path(one["config"]).stem} for one in kept]
 

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 from eora_lab.plots import method_name
-from eora_lab.plots.findings import varied
+from eora_lab.plots.findings import touched, varied
 from eora_lab.plots.scales import AXES, value_name
 from eora_lab.plots.words import listed
 
@@ -25,7 +25,9 @@ def question(frame: "pandas.DataFrame", measures: list[str]) -> dict:
     different = varied(frame)
     axes = []
     for name in different:
-        values = [_of(name, value) for value in frame[name].dropna().drop_duplicates()]
+        found = frame.loc[touched(frame, name), name].dropna().drop_duplicates().tolist()
+        numbers = all(isinstance(value, int | float) for value in found)
+        values = [_of(name, value) for value in (sorted(found) if numbers else found)]
         more = f" and {len(values) - LISTED} more" if len(values) > LISTED else ""
         axes.append([_axis(name), ", ".join(values[:LISTED]) + more])
     what = listed(measures) if measures else "the result"

@@ -23,7 +23,7 @@ export const mount = async (host, data, choice, chose, again) => {
   const box = () => make("div", { class: "chart" });
   const head = part("head"), scatter = box(), against = box(), layers = box(), verdict = make("p"), compared = make("div");
   const columns = make("details", { class: "columns" }), holder = make("div", { class: "table" }), legend = make("p", { class: "legend" });
-  const select = (label, name) => make("label", { text: `${label} ` }, make("select", { on: { change: event => { choose({ [name]: event.target.value }); } } }));
+  const select = (label, name) => make("label", { text: `${label} ` }, make("select", { "aria-label": label, on: { change: event => { choose({ [name]: event.target.value }); } } }));
   const x = select("across", "x"), y = select("up", "y"), measure = select("measure", "measure");
   const baseline = select("baseline", "baseline"), chosen = select("with", "cell");
   const cells = part("cells", "All cells", columns, holder), byLayer = part("layers", "Layer by layer", layers);
@@ -172,7 +172,7 @@ export const mount = async (host, data, choice, chose, again) => {
       make("label", {}, make("input", { type: "checkbox", checked: !hidden.includes(one.key), on: { change: toggle(one.key) } }), ` ${one.name}`)));
   };
   const pin = row => {
-    const button = make("button", { type: "button", class: "pin", "data-pin": row.id, "aria-pressed": row.id === pinned(), disabled: row.status !== "done", "aria-label": `baseline: ${row.name}`, text: row.id === pinned() ? "●" : "○" });
+    const button = make("button", { type: "button", class: "pin", "data-pin": row.id, "aria-pressed": String(row.id === pinned()), disabled: row.status !== "done", "aria-label": `baseline: ${row.name}`, text: row.id === pinned() ? "●" : "○" });
     button.addEventListener("click", event => { event.stopPropagation(); choose({ baseline: row.id }); });
     return button;
   };
