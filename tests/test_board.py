@@ -115,6 +115,12 @@ def test_layers_and_numbers_of_a_board_are_those_of_the_store(tmp_path):
             assert layers["after"] == pytest.approx([after for *_, after in result["layers"]], rel=1e-3)
 
 
+def test_cells_that_differ_in_their_windows_alone_are_told_apart(workplace):
+    store, cells = ResultStore("store"), expand([SMALL | {"windows": n, "rank": 4} for n in (1, 2, 3)])
+    names = [cell["name"] for cell in board(store, cells)["cells"]]
+    assert names == ["EoRA", "EoRA (2)", "EoRA (3)"]
+
+
 def test_a_page_is_one_file_that_nothing_in_a_store_can_break_out_of(workplace):
     store = ResultStore("store")
     cell = expand(SMALL | {"rank": 4})[0]

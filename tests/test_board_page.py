@@ -2,13 +2,18 @@
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
 from eora_lab.board import board, write_page
-from eora_lab.experiment import ResultStore
+from eora_lab.board.serve import Server
+from eora_lab.experiment import ResultStore, expand, plan, run_plan
+from eora_lab.experiment.running import noted
+from eora_lab.progress import at
 from tests.test_board import NASTY
+from tests.test_sweep import SMALL
 
 pytestmark = pytest.mark.browser
 
@@ -29,8 +34,8 @@ def recorded(tmp_path_factory):
 
 
 @pytest.fixture
-def page(browser, recorded):
-    """The page, opened, and at the end no worse for it."""
+def tab(browser):
+    """A tab that is no worse for what it showed: no complaint, and no request to another machine."""
     one = browser.new_page(viewport={"width": 1300, "height": 1000})
     complaints: list[str] = []
     one.on("console", lambda message: complaints.append(message.text))
@@ -38,14 +43,20 @@ def page(browser, recorded):
     one.on("dialog", lambda dialog: complaints.append(dialog.message))
     one.on("request", lambda asked: complaints.append(asked.url) if not asked.url.startswith(LOCAL) else None)
     one.set_default_timeout(60_000)
-    one.goto(recorded[0].as_uri())
-    one.wait_for_selector(".eora-board tbody tr")
     yield one
     one.close()
     assert complaints == []
 
 
-LOCAL = ("file:", "blob:", "data:")
+@pytest.fixture
+def page(tab, recorded):
+    """The page of the recorded store, opened."""
+    tab.goto(recorded[0].as_uri())
+    tab.wait_for_selector(".eora-board tbody tr")
+    return tab
+
+
+LOCAL = ("file:", "blob:", "data:", "http://127.0.0.1:")
 
 
 def column(page, title: str) -> list[str]:
@@ -79,7 +90,7 @@ def test_the_table_sorts_and_filters_by_mouse_and_keyboard(page, recorded):
     page.get_by_text("4 cells of 38").wait_for()
     assert set(column(page, "compensation")) == {"EoRA"} and set(column(page, "grid")) == {"nvfp4"}
     page.get_by_label("Filter").fill("failed")
-    page.get_by_text("1 cells of 38").wait_for()
+    page.get_by_text("1 cell of 38").wait_for()
     assert column(page, "reason") == [f"no source {NASTY}"]
 
 
@@ -143,3 +154,27 @@ def test_the_page_says_what_a_reader_in_the_morning_asks(page, recorded):
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     page.set_viewport_size({"width": 390, "height": 800})  # of a phone
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_a_page_that_is_served_follows_a_sweep(tab, workplace):
+    store, grid = ResultStore("store"), SMALL | {"method": ["none", "eora"], "rank": 4}
+    with Server(store) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            tab.goto(server.address)
+            tab.get_by_role("heading", name="The store has no cells yet").wait_for()
+            cells = expand(grid)
+            steps = run_plan(plan(cells, store), cells, store)
+            next(steps)
+            tab.get_by_text("1 cell: 1 done").wait_for()
+            with noted(store, cells[1].config()):
+                at("compress", 3, 30, "block")
+                bar = tab.get_by_role("progressbar")
+                bar.wait_for()
+                assert bar.get_attribute("value") == "0.1"
+                assert "compress, block 4 of 30" in tab.locator(".now").inner_text()
+            next(steps)
+            tab.get_by_text("2 cells: 2 done").wait_for()
+            assert tab.locator(".picture .point").count() == 2 and bar.count() == 0
+        finally:
+            server.shutdown()

@@ -1,6 +1,6 @@
 """What a board shows of a result store, as JSON values: cells with plain names, intervals of all pairs, layers, cost.
 
-Everything is computed here; `view.js` draws it, wherever that is.
+Everything is computed here; `view/` draws it, wherever that is.
 """
 
 import json
@@ -115,10 +115,12 @@ def _names(frame: "pandas.DataFrame") -> list[str]:
     dense = frame["compressor"] == DENSE
     models = frame["model"].nunique() > 1
     rest = iter(cell_names(frame[~dense]))
-    return [
-        (f"dense, {model}" if models else DENSE) if one else next(rest)
+    names = [
+        (f"{DENSE}, {model}" if models else DENSE) if one else next(rest)
         for one, model in zip(dense, frame["model"], strict=True)
     ]
+    again = [names[:i].count(name) for i, name in enumerate(names)]  # such as on other windows of the same text
+    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, again, strict=True)]
 
 
 def _measures(done: "pandas.DataFrame") -> list[dict]:

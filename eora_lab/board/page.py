@@ -3,14 +3,14 @@
 import base64
 import hashlib
 import json
-import re
 from functools import cache, partial
 from pathlib import Path
 
 from eora_lab.errors import EoraLabError
 from eora_lab.files import write_atomically
 
-HERE = Path(__file__).parent
+VIEW = Path(__file__).parent / "view"
+PARTS = ("dom", "scale", "chart", "cells", "parts", "table", "board")  # of the script, one after another
 NAME = "board.html"  # in a store
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; connect-src 'self'"  # texts can start nothing
 PAGE = """<!DOCTYPE html>
@@ -20,6 +20,7 @@ PAGE = """<!DOCTYPE html>
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="generator" content="eora-lab board">
+<link rel="icon" href="data:,">
 <title>{title}</title>
 <style>:root {{color-scheme: light dark}} body {{margin: 0 auto; max-width: 90rem; background: light-dark(#fff, #111)}}
 {style}</style>
@@ -81,14 +82,13 @@ def module() -> str:
         f"const BUNDLE = {in_script(bundle)};\n"
         'const table_module = () => import(URL.createObjectURL(new Blob([BUNDLE], {type: "text/javascript"})));\n'
     )
-    own = [(HERE / name).read_text(encoding="utf-8") for name in ("chart.js", "view.js")]
-    return table + re.sub(r"^export ", "", "".join(own), flags=re.M)
+    return table + "".join((VIEW / f"{name}.js").read_text(encoding="utf-8") for name in PARTS)
 
 
 @cache
 def style() -> str:
     """The board's own style."""
-    return (HERE / "view.css").read_text(encoding="utf-8")
+    return (VIEW / "board.css").read_text(encoding="utf-8")
 
 
 def _hash(script: str) -> str:
