@@ -73,7 +73,7 @@ def verdict(data: dict, name: str) -> str:
         (low, high) if a == i else (-high, -low) for a, b, _, low, high in data["intervals"][0]["pairs"] if i in (a, b)
     ]
     better, worse = sum(high < 0 for _, high in gaps), sum(low > 0 for low, _ in gaps)
-    return f"{better} are better than {name}, {worse} worse and {len(gaps) - better - worse} undecided"
+    return f"against {name}: {better} better, {worse} worse and {len(gaps) - better - worse} undecided"
 
 
 def test_the_table_sorts_and_filters_by_mouse_and_keyboard(page, recorded):
@@ -145,6 +145,9 @@ def test_the_page_says_what_a_reader_in_the_morning_asks(page, recorded):
     text = page.locator(".head").inner_text()
     for said in (data["question"]["sentence"], "38 cells: 37 done, 1 failed", data["findings"][0], data["cost"][0]):
         assert said in text
+    base = next(one["name"] for one in data["cells"] if one["id"] == data["baseline"])
+    measure = data["intervals"][0]["name"]
+    assert f"{measure}: {verdict(data, base).partition(': ')[2]} (" in text
     assert f"1 cell: no source {NASTY}" in text
     assert page.locator(".head pre").inner_text() == "eora-lab sweep formats --store store"
     picture = page.locator(".head img")

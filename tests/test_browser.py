@@ -216,7 +216,7 @@ def test_the_ablation_form_stops_within_a_cell_and_its_board_follows(lab, server
     pin = board.get_by_role("button", name="baseline: dense", exact=True)
     pin.focus()
     page.page.keyboard.press("Enter")
-    board.get_by_text(re.compile(r"Of 3 cells, \d are better than dense")).wait_for()
+    board.get_by_text(re.compile(r"Of 3 cells against dense: \d better")).wait_for()
     board.locator(".picture .point[tabindex='0']").focus()
     page.page.keyboard.press("ArrowRight")
     board.locator(".picture .tip").wait_for()
@@ -228,5 +228,5 @@ def test_the_ablation_form_stops_within_a_cell_and_its_board_follows(lab, server
     page.page.wait_for_function("!window.jupyterapp.shell.currentWidget.context.model.dirty", timeout=MINUTE)
     page.page.reload()
     # what was chosen stays
-    board.get_by_text(re.compile(r"Of 3 cells, \d are better than dense")).wait_for(timeout=LONG)
+    board.get_by_text(re.compile(r"Of 3 cells against dense: \d better")).wait_for(timeout=LONG)
     assert page.complaints == []

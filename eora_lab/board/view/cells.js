@@ -47,6 +47,16 @@ class Cells {
     const [mean, low, high] = from === i ? [difference, least, most] : [-difference, -most, -least];
     const [below, above] = table.good === "lower" ? ["better", "worse"] : ["worse", "better"];
     const verdict = low > 0 ? above : high < 0 ? below : "undecided";
-    return { mean, low, high, verdict, said: `${signed(mean)} [${signed(low)}, ${signed(high)}]; ${verdict}` };
+    const said = `${signed(mean)} [${signed(low)}, ${signed(high)}]; ${verdict}`;
+    return { cell: other, mean, low, high, verdict, said };
+  }
+
+  // Every cell against the pinned one: [gap, ...].
+  gaps(table) { return this.cells.map(cell => this.gap(table, this.pinned, cell)).filter(Boolean); }
+
+  // How many are better, worse and undecided, in words.
+  tally(gaps) {
+    const count = word => gaps.filter(gap => gap.verdict === word).length;
+    return listed(["better", "worse", "undecided"].map(word => `${count(word)} ${word}`));
   }
 }

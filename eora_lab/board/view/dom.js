@@ -38,6 +38,8 @@ const choice = (label, chosen) => {
 
 const plural = (count, word) => `${count} ${word}${count === 1 ? "" : "s"}`;
 
+const listed = words => words.length > 1 ? `${words.slice(0, -1).join(", ")} and ${words.at(-1)}` : words.join("");
+
 // A number with the digits that a reader can use.
 const number = value => {
   if (typeof value !== "number") return value ?? "";

@@ -24,6 +24,10 @@ const headPart = again => {
     const drawn = make("progress", { max: 1, value: one.share, "aria-label": name });
     return make("div", { class: "now" }, drawn, make("span", { text }));
   };
+  const decided = cells => cells.intervals.map(table => {
+    const gaps = cells.gaps(table), open = gaps.filter(gap => gap.verdict === "undecided").map(gap => gap.cell.name);
+    return `${table.name}: ${cells.tally(gaps)}${open.length ? ` (${open.join("; ")})` : ""}`;
+  });
   const draw = cells => {
     const { sentence, varied, shared } = cells.question;
     const grid = varied.map(([name, values]) => `${name}: ${values}`);
@@ -36,6 +40,7 @@ const headPart = again => {
       ...cells.running.map(one => bar(cells, one)),
       ...list("What was found", cells.findings),
       ...cells.figures.map(one => make("img", { alt: one.alt, src: source(one.svg) })),
+      ...(cells.pinned ? list(`Decided against ${cells.pinned.name}, by paired 95 % intervals`, decided(cells)) : []),
       ...list("The grid", grid),
       ...list("What failed", cells.failures.map(([reason, count]) => `${plural(count, "cell")}: ${reason}`)),
       ...list("What it cost", cells.cost),
@@ -93,14 +98,12 @@ const pairedPart = choose => {
     if (holder.hidden) return;
     baseline.fill(cells.done.map(one => [one.id, one.name]), base.id);
     measure.fill(cells.intervals.map(one => [one.name, one.name]), table.name);
-    const found = cells.cells.map(cell => [cell, cells.gap(table, base, cell)]).filter(([, gap]) => gap);
-    const count = word => found.filter(([, gap]) => gap.verdict === word).length;
+    const found = cells.gaps(table);
     verdict.textContent = found.length
-      ? `Of ${plural(found.length, "cell")}, ${count("better")} are better than ${base.name}, ${count("worse")} ` +
-        `worse and ${count("undecided")} undecided (hollow: zero lies in the paired 95 % interval; ${table.n} ` +
-        "windows or questions)."
+      ? `Of ${plural(found.length, "cell")} against ${base.name}: ${cells.tally(found)} (hollow: zero lies in the ` +
+        `paired 95 % interval; ${table.n} windows or questions).`
       : `Nothing can be compared with ${base.name}: it was measured on other windows or questions.`;
-    const points = found.map(([cell, { mean, low, high, verdict: word, said }]) => {
+    const points = found.map(({ cell, mean, low, high, verdict: word, said }) => {
       const place = { x: mean, x0: low, x1: high, y: cell.name, look: cells.look(cell) };
       const { id, name } = cell;
       return { id, name, said, ...place, hollow: word === "undecided", chosen: cell === cells.chosen };
