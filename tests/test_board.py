@@ -56,7 +56,12 @@ def test_a_board_shows_a_grid_whole_before_while_and_after_it_runs(workplace):
     steps = run_plan(plan(cells, store), cells, store, watch=look)
     next(steps)
     (now,) = seen[-1]["running"]
-    assert now["id"] == by_name(before)["dense"]["id"] and now["doing"] == "load" and now["share"] is None
+    assert (
+        now["id"] == by_name(before)["dense"]["id"]
+        and now["name"] == "dense"
+        and now["doing"] == "load"
+        and now["share"] is None
+    )
     list(steps)
     after = board(store, cells, figure=True)
     cells_of = by_name(after)

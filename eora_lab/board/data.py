@@ -152,8 +152,17 @@ def now(store: ResultStore) -> list[dict]:
     for one in running(store):
         share = one.step.done / one.step.total if one.step.total else None
         key, doing = store.path(one.cell.config()).stem, str(one.step)
-        found.append({"id": key, "doing": doing, "share": share, "began": one.began, "heard": one.heard})
+        times = {"began": one.began, "heard": one.heard}
+        found.append({"id": key, "name": describe(one.cell), "doing": doing, "share": share} | times)
     return found
+
+
+def describe(cell: Cell) -> str:
+    """A cell in a few words, without others to tell it from."""
+    if cell.recipe is None:
+        return DENSE
+    rank = f" rank {cell.recipe.rank}" if cell.recipe.rank else ""
+    return f"{cell.recipe.base}, {method_name(cell.recipe.method)}{rank}"
 
 
 def _cell(found: dict, name: str, settings: list[str]) -> dict:

@@ -2,12 +2,14 @@
 
 import hashlib
 import json
+import threading
 import webbrowser
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from eora_lab.board.data import board
+from eora_lab.board.data import board, now
 from eora_lab.board.page import page
-from eora_lab.experiment.store import ResultStore
+from eora_lab.experiment.store import CELL, ResultStore
 
 HOST = "127.0.0.1"  # nobody else's machine can ask
 
@@ -22,8 +24,17 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, store: ResultStore, port: int = 0):
         self.store = store
+        self._lock, self._known, self._board = threading.Lock(), None, {}
         super().__init__((HOST, port), _Answer)
         self.address = f"http://{HOST}:{self.server_port}/"
+
+    def data(self) -> dict:
+        """The values of the board now. Cells are read again where one is new; what runs is, always."""
+        with self._lock:
+            there = {path.name: path.stat().st_mtime_ns for path in self.store.folder.glob(CELL)}
+            if there != self._known:
+                self._board, self._known = board(self.store), there
+            return self._board | {"running": now(self.store)}
 
 
 class _Answer(BaseHTTPRequestHandler):
@@ -35,10 +46,10 @@ class _Answer(BaseHTTPRequestHandler):
         if self.headers.get("Host") not in (f"{HOST}:{port}", f"localhost:{port}"):
             return self.send_error(403)  # a page of another site that has this address in its name
         if self.path == "/":
-            return self._send("text/html; charset=utf-8", page(board(self.server.store)).encode())
+            return self._send("text/html; charset=utf-8", page(self.server.data()).encode())
         if self.path != "/board.json":
             return self.send_error(404)
-        content = json.dumps(board(self.server.store), allow_nan=False).encode()
+        content = json.dumps(self.server.data(), allow_nan=False).encode()
         tag = f'"{hashlib.sha256(content).hexdigest()}"'
         if self.headers.get("If-None-Match") == tag:
             self.send_response(304)
@@ -64,4 +75,5 @@ def serve(store: ResultStore, port: int = 0, window: bool = True) -> None:
         print(f"the board of {store.folder} is at {server.address} (Ctrl-C ends it)", flush=True)
         if window:
             webbrowser.open(server.address)
-        server.serve_forever()
+        with suppress(KeyboardInterrupt):
+            server.serve_forever()

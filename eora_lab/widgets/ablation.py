@@ -8,6 +8,7 @@ from pathlib import Path
 import ipywidgets
 import traitlets
 
+from eora_lab.board import describe
 from eora_lab.compensate import SOLVERS
 from eora_lab.compress import GRIDS, PRUNERS, QUANTISERS
 from eora_lab.compress.format_grids import INTEGER
@@ -198,11 +199,3 @@ def make_controls() -> dict[str, ipywidgets.ValueWidget]:
     for name, text in TEXTS.items():
         controls[name] = ipywidgets.Text(text, continuous_update=False, **look)
     return controls
-
-
-def describe(cell) -> str:
-    """A cell in a few words."""
-    if cell.recipe is None:
-        return DENSE
-    method = method_name(cell.recipe.method)
-    return f"{cell.recipe.base}, {method}{f' rank {cell.recipe.rank}' if cell.recipe.rank else ''}"

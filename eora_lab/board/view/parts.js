@@ -19,7 +19,7 @@ const headPart = again => {
     return make("p", { class: "state" }, make("span", { role: "status", text }), ...(button ? [" ", button] : []));
   };
   const bar = (cells, one) => {
-    const name = cells.of(one.id)?.name ?? "a cell that is not shown";
+    const name = cells.of(one.id)?.name ?? one.name;
     const text = `${name}: ${one.doing}, since ${time(one.began)} (heard of at ${time(one.heard)})`;
     const drawn = make("progress", { max: 1, value: one.share, "aria-label": name });
     return make("div", { class: "now" }, drawn, make("span", { text }));
