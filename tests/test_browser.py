@@ -194,7 +194,7 @@ def test_the_ablation_form_stops_within_a_cell_and_its_board_follows(lab, server
     run.scroll_into_view_if_needed()
     page.picture("form-before", ".jp-OutputArea-output:has(.eora-run)")
     form = page.page.locator(".jp-OutputArea-output:has(.eora-run)")
-    form.get_by_text("4 cells: 1 done, 3 waiting").wait_for()
+    form.get_by_text("4 cells: 1 done, 3 waiting", exact=True).wait_for()
     run.focus()
     page.page.keyboard.press("Enter")
     form.get_by_text(re.compile(r"^running cell 1 of 3: .*(statistics|compress|perplexity), ")).wait_for(timeout=LONG)
@@ -208,11 +208,11 @@ def test_the_ablation_form_stops_within_a_cell_and_its_board_follows(lab, server
     page.page.keyboard.press("Enter")
     form.get_by_text(re.compile(r"finished: 3 cells run, 0 failed, 0 left")).wait_for(timeout=LONG)
     assert len(list(store.glob("*.json"))) == 4
-    form.get_by_text("4 cells: 4 done").wait_for()
+    form.get_by_text("4 cells: 4 done", exact=True).wait_for()
     holder = ".jp-OutputArea-output:has(.eora-board):not(:has(.eora-run))"
     board = page.page.locator(holder)
     board.get_by_role("button", name="Read the store again").click()
-    board.get_by_text("4 cells: 4 done").wait_for()
+    board.get_by_text("4 cells: 4 done", exact=True).wait_for()
     pin = board.get_by_role("button", name="baseline: dense", exact=True)
     pin.focus()
     page.page.keyboard.press("Enter")

@@ -33,6 +33,8 @@ def question(frame: "pandas.DataFrame", measures: list[str]) -> dict:
     what = listed(measures) if measures else "the result"
     sentence = f"How does {what} depend on {listed(axis for axis, _ in axes)}?" if axes else f"What is {what}?"
     shared = [name for name in SHARED if name in frame and frame[name].dropna().map(str).nunique() == 1]
+    if set(frame["method"].dropna()) == {"none"}:
+        shared = [name for name in shared if name != "rank"]
     told = [f"{_axis(name)} {_of(name, frame[name].dropna().iloc[0])}" for name in shared if name not in different]
     return {"sentence": sentence, "varied": axes, "shared": "; ".join(told)}
 
@@ -52,7 +54,8 @@ def told_cost(found: list[dict]) -> list[str]:
     if not times:
         return []
     peak = max((one["cost"].get("peak_memory", 0) for one in done), default=0)
-    lines = [f"{len(times)} cells took {duration(sum(times))} in all, the longest {duration(max(times))}"]
+    count = f"{len(times)} cell{'' if len(times) == 1 else 's'}"
+    lines = [f"{count} took {duration(sum(times))} in all, the longest {duration(max(times))}"]
     if peak:
         lines[0] += f"; at most {peak / 1e9:.1f} GB of memory"
     machines = {_machine(one["environment"].get("machine", {})) for one in done}
