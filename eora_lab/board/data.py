@@ -152,8 +152,8 @@ def now(store: ResultStore) -> list[dict]:
     for one in running(store):
         share = one.step.done / one.step.total if one.step.total else None
         key, doing = store.path(one.cell.config()).stem, str(one.step)
-        times = {"began": one.began, "heard": one.heard}
-        found.append({"id": key, "name": describe(one.cell), "doing": doing, "share": share} | times)
+        told = {"id": key, "name": describe(one.cell), "doing": doing, "share": share}
+        found.append({**told, "began": one.began, "heard": one.heard})
     return found
 
 

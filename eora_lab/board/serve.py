@@ -24,7 +24,9 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self, store: ResultStore, port: int = 0):
         self.store = store
-        self._lock, self._known, self._board = threading.Lock(), None, {}
+        self._lock = threading.Lock()
+        self._known: dict[str, int] | None = None  # files of cells, and when they were written
+        self._board: dict = {}
         super().__init__((HOST, port), _Answer)
         self.address = f"http://{HOST}:{self.server_port}/"
 
