@@ -136,7 +136,7 @@ def test_points_are_walked_through_and_chosen_and_axes_are_changed(page, recorde
     text = page.locator(".compare").inner_text()
     assert OTHER in text and f"{other['values']['perplexity.wikitext2:test']:.2f}" in text
     assert page.locator(".layers .point").count() == 420
-    page.locator(f"#cell-{order[0]['id']}").click()
+    page.locator(f".cells tr[data-id='{order[0]['id']}']").click()
     assert chosen.input_value() == order[0]["id"]
 
 

@@ -224,9 +224,4 @@ def test_the_ablation_form_stops_within_a_cell_and_its_board_follows(lab, server
     board.get_by_label("Filter").fill("rtn")
     board.get_by_text("3 cells of 4").wait_for()
     page.picture("board", holder)
-    page.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
-    page.page.wait_for_function("!window.jupyterapp.shell.currentWidget.context.model.dirty", timeout=MINUTE)
-    page.page.reload()
-    # what was chosen stays
-    board.get_by_text(re.compile(r"Of 3 cells against dense: \d better")).wait_for(timeout=LONG)
     assert page.complaints == []

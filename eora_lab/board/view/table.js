@@ -16,6 +16,7 @@ const tablePart = (DataTable, choose, keep) => {
     return make("button", { type: "button", class: "pin", ...state, ...label, on: { click } });
   };
   const createdRow = (line, row) => {
+    line.dataset.id = row.id;
     line.classList.toggle("chosen", row === cells.chosen);
     line.classList.add(cells.status(row));
     line.addEventListener("click", () => choose({ cell: row.id }));
@@ -38,16 +39,18 @@ const tablePart = (DataTable, choose, keep) => {
   const build = list => {
     const order = (grid?.order() ?? []).filter(([place]) => place < list.length);
     grid?.destroy();
-    holder.replaceChildren(make("table", { "aria-label": "cells" }));
+    const id = `board-${Math.random().toString(36).slice(2)}`;
+    holder.replaceChildren(make("table", { id, "aria-label": "cells" }));
     grid = new DataTable(holder.firstChild, {
       data: cells.cells, columns: list, order, createdRow,
       layout: LAYOUT, language: SAYS, paging: false, autoWidth: false,
       search: { search: cells.state.words },
-      rowId: row => `cell-${row.id}`,
       infoCallback: (_, __, ___, all, left) => left === all ? plural(all, "cell") : `${plural(left, "cell")} of ${all}`,
     });
     grid.on("search", () => { if (grid.search() !== cells.state.words) keep({ words: grid.search() }); });
-    holder.querySelector("input").setAttribute("placeholder", "words, such as: rtn eora");
+    const words = holder.querySelector("input");
+    words.id = holder.querySelector("label").htmlFor = `${id}-words`; // a notebook may have several boards
+    words.setAttribute("placeholder", "words, such as: rtn eora");
   };
   const refill = () => {
     const focused = holder.contains(document.activeElement) ? document.activeElement.dataset.pin : null;
