@@ -59,12 +59,30 @@ def still(state: dict, model: str) -> str:
     if kind == "OutputModel":
         texts = [html.escape(each.get("text", "")) for each in one.get("outputs", [])]
         return "".join(f"<pre>{text}</pre>" for text in texts if text and not BAR.search(text))
+    if "choice" in one and "cells" in one.get("data", {}):
+        return _board(one["data"])
     value = one["value"] if "value" in one else one.get("index")
     if "_options_labels" in one and isinstance(one.get("index"), int):
         value = one["_options_labels"][one["index"]]
     if one.get("description") and value not in (None, "", ()) and kind != "ButtonModel":
         return f"<div><em>{html.escape(str(one['description']))}:</em> {html.escape(str(value))}</div>"
     return ""
+
+
+def _board(data: dict) -> str:
+    """What was found on a board, and its table."""
+    columns = [one for one in data["columns"] if not one.get("hidden")]
+
+    def row(tag: str, texts: list) -> str:
+        return f"<tr>{''.join(f'<{tag}>{html.escape(str(text))}</{tag}>' for text in texts)}</tr>"
+
+    def shown(value: object) -> object:
+        return f"{value:.4g}" if isinstance(value, float) else "" if value is None else value
+
+    rows = [row("th", ["state", *(one["name"] for one in columns)])]
+    for cell in data["cells"]:
+        rows.append(row("td", [cell["status"], *(shown(cell["values"].get(one["key"])) for one in columns)]))
+    return "".join(f"<p>{html.escape(text)}</p>" for text in data["findings"]) + f"<table>{''.join(rows)}</table>"
 
 
 def smaller(page: str) -> str:

@@ -267,7 +267,7 @@ def test_the_rank_explorer_solves_and_writes_what_is_asked_for(lab, server):
     assert page.complaints == []
 
 
-def test_the_ablation_form_stops_and_keeps_what_is_finished(lab, server):
+def test_the_ablation_form_stops_within_a_cell_and_its_board_follows(lab, server):
     store = server[2] / "notebooks" / "runs" / "ablation"
     page = lab("08_ablation_lab.ipynb")
     page.run_all()
@@ -275,31 +275,35 @@ def test_the_ablation_form_stops_and_keeps_what_is_finished(lab, server):
     run, stop = page.page.locator("button.eora-run"), page.page.locator("button.eora-stop")
     run.scroll_into_view_if_needed()
     page.picture("form-before", ".jp-OutputArea-output:has(.eora-run)")
+    form = page.page.locator(".jp-OutputArea-output:has(.eora-run)")
+    form.get_by_text("4 cells: 1 done, 3 waiting", exact=True).wait_for()
     run.focus()
     page.page.keyboard.press("Enter")
-    stop.and_(page.page.locator(":enabled")).wait_for(timeout=LONG)
-    for _ in range(LONG // 100):
-        if len(list(store.glob("*.json"))) >= 2:
-            break
-        page.page.wait_for_timeout(100)
+    form.get_by_text(re.compile(r"^running cell 1 of 3: .*(statistics|compress|perplexity), ")).wait_for(timeout=LONG)
+    form.locator(".now progress").wait_for()
     stop.focus()
     page.page.keyboard.press("Enter")
-    form = page.page.locator(".jp-OutputArea-output:has(.eora-run)")
-    form.get_by_text(re.compile(r"stopped: \d cells run, 0 failed")).wait_for(timeout=LONG)
-    kept = {path: path.stat().st_mtime_ns for path in store.glob("*.json")}
-    assert 2 <= len(kept) < 4
-    page.page.wait_for_timeout(3000)
-    assert len(list(store.glob("*.json"))) == len(kept)  # it did stop
+    form.get_by_text("stopped: 0 cells run, 0 failed, 3 left").wait_for(timeout=LONG)
+    assert len(list(store.glob("*.json"))) == 1
     page.picture("form-stopped", ".jp-OutputArea-output:has(.eora-run)")
     run.focus()
     page.page.keyboard.press("Enter")
-    form.get_by_text(re.compile(r"finished: \d cells run, 0 failed, 0 left")).wait_for(timeout=LONG)
+    form.get_by_text(re.compile(r"finished: 3 cells run, 0 failed, 0 left")).wait_for(timeout=LONG)
     assert len(list(store.glob("*.json"))) == 4
-    assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
-    browser = page.page.locator(".jp-OutputArea-output:has(input[placeholder^='words'])")
-    browser.get_by_role("button", name="Refresh").click()
-    browser.get_by_text("4 of 4 cells").wait_for()
-    browser.locator("input").first.fill("rtn")
-    browser.get_by_text("3 of 4 cells").wait_for()
-    page.picture("browser", ".jp-OutputArea-output:has(input[placeholder^='words'])")
+    form.get_by_text("4 cells: 4 done", exact=True).wait_for()
+    holder = ".jp-OutputArea-output:has(.eora-board):not(:has(.eora-run))"
+    board = page.page.locator(holder)
+    board.get_by_role("button", name="Read the store again").click()
+    board.get_by_text("4 cells: 4 done", exact=True).wait_for()
+    pin = board.get_by_role("button", name="baseline: dense", exact=True)
+    pin.focus()
+    page.page.keyboard.press("Enter")
+    board.get_by_text(re.compile(r"Of 3 cells against dense: \d better")).wait_for()
+    board.locator(".picture .point[tabindex='0']").focus()
+    page.page.keyboard.press("ArrowRight")
+    board.locator(".picture .tip").wait_for()
+    page.page.keyboard.press("Enter")
+    board.get_by_label("Filter").fill("rtn")
+    board.get_by_text("3 cells of 4").wait_for()
+    page.picture("board", holder)
     assert page.complaints == []

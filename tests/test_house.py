@@ -15,20 +15,9 @@ import eora_lab
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "eora_lab"
-ORDER = [
-    "errors",
-    "files",
-    "environment",
-    "progress",
-    "products",
-    "model",
-    "text",
-    "calibrate",
-    "compress",
-    "compensate",
-    "layer",
-]
-ORDER += ["formats", "run", "measure", "finetune", "experiment", "plots", "widgets", "cli"]
+ORDER = ["errors", "files", "environment", "products", "progress", "model", "text", "calibrate", "compress"]
+ORDER += ["compensate", "layer", "formats", "run", "measure", "finetune", "experiment", "plots", "board"]
+ORDER += ["widgets", "cli"]
 
 
 def imports(path: Path) -> set[str]:

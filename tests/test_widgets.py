@@ -1,7 +1,6 @@
 """Widgets driven by their controls, on a tiny model: what a reader sees must be what the package computes."""
 
 import copy
-import json
 import re
 from pathlib import Path
 
@@ -10,9 +9,9 @@ import torch
 
 from docs.stills import still
 from eora_lab import Adapters, EoraLabError, calibration_batches, collect_statistics, solve_adapter
+from eora_lab.board import board
 from eora_lab.calibrate.statistics import output_energy
 from eora_lab.compensate import solve
-from eora_lab.experiment.cells import Cell
 from eora_lab.experiment.store import ResultStore
 from eora_lab.experiment.sweep import expand, plan, run_plan, sweep
 from eora_lab.measure.at_rank import AtRank
@@ -222,6 +221,8 @@ def test_a_plan_that_is_stopped_keeps_what_it_ran(workplace):
 
 def test_the_form_builds_the_grid_of_its_controls(workplace):
     form = widgets.AblationForm("store", **SMALL, **AXES, seed=7)
+    assert [cell["status"] for cell in form.board.data["cells"]] == ["waiting"] * 5  # with all axes, before any runs
+    assert {one["key"] for one in form.board.data["columns"]} >= {"compressor", "bits", "method", "rank"}
     assert {(c.recipe.method, c.recipe.rank) for c in expand(form.grid) if c.recipe} == {
         ("none", 0), ("eora", 4), ("eora", 8), ("eora", 16),
     }  # fmt: skip
@@ -264,7 +265,7 @@ def test_the_form_runs_stops_and_goes_on(workplace):
     assert form.state == "finished" and form.run.disabled
     assert len(list(Path("store").glob("*.json"))) == 5
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())  # nothing done twice
-    assert form._table.value.count("<tr") == 1 + 5
+    assert [cell["status"] for cell in form.board.data["cells"]] == ["done"] * 5
 
 
 def test_the_form_says_what_failed(workplace):
@@ -273,34 +274,31 @@ def test_the_form_says_what_failed(workplace):
     )
     form.run.click()
     form.join()
-    assert "2 cells run, 1 failed" in form._status.value and "absent.txt" in form._table.value
+    assert "2 cells run, 1 failed" in form._status.value and "absent.txt" in form.board.data["failures"][0][0]
     assert form.run.disabled  # failed cells wait until they are asked for
     form.retry.value = True
     assert not form.run.disabled
 
 
-def test_the_browser_filters_sorts_and_shows_a_cell(workplace):
-    browser = widgets.RunBrowser("store")
-    assert "no cells yet" in browser._table.value
-    grid = SMALL | {"inputs": "original", "method": ["none", "eora"], "rank": [4, 8, 500]}
+def test_the_form_stops_within_a_cell(workplace):
+    form = widgets.AblationForm("store", **SMALL, **AXES)
+    form._status.observe(lambda change: form.stop.click() if "running cell 1" in change["new"] else None, "value")
+    form.run.click()
+    form.join()
+    assert form.state == "stopped" and "0 cells run, 0 failed, 5 left" in form._status.value
+    assert [cell["status"] for cell in form.board.data["cells"]] == ["waiting"] * 5 and form.board.running == []
+    form._status.unobserve_all()
+    form.run.click()
+    form.join()
+    assert form.state == "finished" and len(list(ResultStore("store").cells())) == 5
+
+
+def test_the_board_follows_its_store(workplace):
+    shown = widgets.Board("store")
+    assert shown.data["cells"] == [] and shown.running == []
+    grid = SMALL | {"inputs": "original", "method": ["none", "eora"], "rank": [4, 500]}
     sweep(grid, "store", announce=lambda plan: None)
-    browser.refresh.click()
-    assert len(browser.frame) == 4 and "4 of 4 cells" in browser._table.value
-    assert browser.sort.value and browser.cell.value in browser.frame.index and browser._details.value
-    browser.filter.value = "EORA done"
-    assert sorted(browser.frame["rank"]) == [4, 8] and browser._table.value.count("<tr") == 3
-    browser.sort.value = "rank"
-    assert browser.frame["rank"].tolist() == [4, 8]
-    browser.descending.value = True
-    assert browser.frame["rank"].tolist() == [8, 4]
-    browser.cell.value = browser.frame.index[1]
-    config = Cell.from_config(expand(grid)[1].config()).config()
-    assert config["rank"] == 4
-    assert (
-        json.dumps(config["rank"]) in browser._details.value
-        and "model.layers.1.mlp.down_proj" in browser._details.value
-    )
-    browser.filter.value = "failed"
-    assert "rank 500 is larger than" in browser._details.value
-    browser.filter.value = "no such words"
-    assert browser.frame.empty and browser.cell.value is None and browser._details.value == ""
+    shown.refresh()
+    assert [cell["status"] for cell in shown.data["cells"]] == ["done", "done", "failed"]
+    assert shown.data == board(ResultStore("store"))
+    assert widgets.Board("store", expand(grid)[:1]).data["cells"] == shown.data["cells"][:1]

@@ -14,7 +14,7 @@ STOPPED, BROKEN_PIPE = 128 + signal.SIGINT, 128 + signal.SIGPIPE  # as shells co
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command. Exit codes: 0 done, 1 the input cannot be used or the machine failed (one line says why),
-    2 wrong usage, 3 cells of a sweep failed, 130 stopped, 143 terminated."""
+    2 wrong usage, 3 cells of a sweep failed, 4 it ran out of time, 130 stopped, 143 terminated."""
     os.environ.setdefault("MPLBACKEND", "agg")  # figures go to files, no window opens
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # half-written files go on the way out
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal or file that cannot show a letter gets its number

@@ -13,6 +13,7 @@ import tyro
 from eora_lab.cli.adapter import Adapter
 from eora_lab.cli.allocator import keep_freed_memory
 from eora_lab.cli.bench import Bench
+from eora_lab.cli.board import Board
 from eora_lab.cli.chat import Chat
 from eora_lab.cli.compare import Compare
 from eora_lab.cli.compress import Compress
@@ -37,7 +38,7 @@ Compress large language models without training, and compensate the error.
 CLOSING = """
 --plugin FILE.py, in every command and as often as you like, adds methods, texts and formats of yours.
 Exit codes: 0 done, 1 the input cannot be used or the machine failed (one line says why), 2 wrong usage,
-3 cells of a sweep failed, 130 stopped."""
+3 cells of a sweep failed, 4 --until left some of its cells, 130 stopped."""
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": Demo,
     "compare": Compare,
@@ -50,6 +51,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "adapter": Adapter,
     "finetune": Finetune,
     "sweep": Sweep,
+    "board": Board,
     "paper": Paper,
     "imatrix": Imatrix,
     "models": Models,

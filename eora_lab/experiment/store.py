@@ -2,6 +2,7 @@
 
 <hash>.json     configuration, identity, result or error, environment (versions, commit, machine) and cost of one cell
 aside/          files that could not be trusted, moved there with a warning
+running/        what cells are doing now (`eora_lab.experiment.running`)
 cache/          what cells share (`eora_lab.experiment.cache`); may be deleted at any time
 
 A cell is written once, in one step, so a killed sweep leaves whole cells and no others.

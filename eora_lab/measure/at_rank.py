@@ -7,6 +7,7 @@ from torch import nn
 
 from eora_lab.measure.explore import Exploration
 from eora_lab.model.structure import block_linears
+from eora_lab.progress import each
 
 
 class AtRank:
@@ -32,10 +33,8 @@ class AtRank:
 
     def prepare(self, method: str) -> None:
         """Solve all layers, unless this is done. Raises EoraLabError for an unknown method."""
-        from tqdm.auto import tqdm
-
         if method not in self._solved:
-            for layer in tqdm(self._linears, desc=f"{method}: layers", disable=not self._progress):
+            for layer in each(self._linears, method, "layer", self._progress):
                 self.exploration.answer(layer, method)
         self._solved.add(method)
 

@@ -20,6 +20,7 @@ from eora_lab.errors import EoraLabError
 from eora_lab.layer.linear import compensated, unpacked
 from eora_lab.model.structure import decoder_blocks
 from eora_lab.products import fast_products
+from eora_lab.progress import each
 from eora_lab.text.batches import Batches, as_tokens
 
 TOGETHER = 2**15  # tokens that are walked through the blocks at once
@@ -116,10 +117,8 @@ def _whole(
     model: nn.Module, tokens: Int[Tensor, "n seqlen"], progress: bool
 ) -> Iterator[Float[Tensor, "seqlen vocabulary"]]:
     """The logits of every window, the model run as it is."""
-    from eora_lab.progress import tqdm
-
     with unpacked(model):
-        for window in tqdm(tokens, desc="perplexity", unit="window", disable=not progress, leave=False):
+        for window in each(tokens, "perplexity", "window", progress):
             yield model(window[None], use_cache=False).logits[0]
 
 
@@ -127,14 +126,12 @@ def by_block(
     model: nn.Module, tokens: Int[Tensor, "n seqlen"], rest: Mapping[str, tuple | list], progress: bool = False
 ) -> Iterator[Float[Tensor, "seqlen vocabulary"]]:
     """The logits of every window, walked through the model block by block. rest: see `Contract`."""
-    from eora_lab.progress import tqdm
-
     blocks = decoder_blocks(model)
     for part in tokens.split(max(TOGETHER // tokens.shape[1], 1)):
         calls = BlockCalls(model, blocks, rest)
         with torch.no_grad():
             hidden = [calls.enter(window[None]) for window in part]
-            for name, block in tqdm(blocks.items(), desc="perplexity", unit="block", disable=not progress, leave=False):
+            for name, block in each(blocks.items(), "perplexity", "block", progress):
                 with unpacked(block):
                     hidden = [calls.run(i, name, states) for i, states in enumerate(hidden)]
         for window, states in zip(part, hidden, strict=True):

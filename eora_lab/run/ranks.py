@@ -16,6 +16,7 @@ from eora_lab.compress import residual
 from eora_lab.environment import step
 from eora_lab.errors import EoraLabError, as_setting, naming
 from eora_lab.model.structure import block_linears, linear_at
+from eora_lab.progress import each
 from eora_lab.run.budget import Budget, LayerSpectrum, allocate_ranks
 from eora_lab.run.fit import Steps
 from eora_lab.run.given import named_for
@@ -125,15 +126,13 @@ def layer_spectra(
     groups:  names of layers that share A: they are one, by the name of the first, with the sum of relative errors.
     Raises EoraLabError when a layer has no statistics.
     """
-    from eora_lab.progress import tqdm
-
     steps = steps or Steps(recipe)
     chosen = recipe.ranks(model, recipe.left(model, steps.weights))
     names = [name for name in chosen if name not in left and (steps.weights is None or name in steps.weights)]
     layers = {}
     together = {name: list(one) for one in groups for name in one}
     units = list(dict.fromkeys(tuple(n for n in together.get(name, [name]) if n in names) for name in names))
-    for unit in tqdm(units, desc="spectra", unit="layer", disable=not progress, leave=False):
+    for unit in each(units, "spectra", "layer", progress):
         if unit[0] not in statistics:
             raise EoraLabError(f"{unit[0]}: no statistics")
         weights = [linear_at(model, name).weight for name in unit]

@@ -20,6 +20,7 @@ from eora_lab.errors import EoraLabError
 from eora_lab.files import read_ahead
 from eora_lab.layer.linear import CompensatedLinear, unpacked
 from eora_lab.model.structure import decoder_blocks, linear_at, linears
+from eora_lab.progress import each, pause
 from eora_lab.run.fit import Steps
 from eora_lab.run.folder import RunFolder
 from eora_lab.run.groups import with_ranks
@@ -52,8 +53,6 @@ def walk(
     contract: of the model. left: linears that stay as they are.
     processes: that share the work, by the owners of linears.
     """
-    from eora_lab.progress import tqdm
-
     recipe, blocks = steps.recipe, decoder_blocks(model)
     todo = [index for index in range(len(blocks)) if not (run and run.has_block(index))]
     stream: BlockStream | None = None
@@ -69,8 +68,7 @@ def walk(
     ranks = recipe.ranks(model, left) if ranks is None else ranks
     one = _Blocks(model, blocks, steps, ranks, left, contract, stream, statistics or {}, processes, owners or {})
     reports: list[LayerReport] = []
-    bar = tqdm(blocks.values(), desc="compress", unit="block", disable=not progress, leave=False)
-    for index, block in enumerate(bar):
+    for index, block in enumerate(each(blocks.values(), "compress", "block", progress)):
         originals = linears(block)
         if index + 1 in needed:
             read_ahead(list(blocks.values())[index + 1].parameters())
@@ -136,6 +134,7 @@ class _Blocks:
             own = _Made({}, [])
             with self.processes.agree():
                 for together, rank in with_ranks(names, self.ranks, self.contract, recipe.shares):
+                    pause()
                     first = together[0]
                     if self.owners.get(first, 0) != self.processes.rank:
                         continue
