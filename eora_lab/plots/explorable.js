@@ -83,7 +83,7 @@ function render({ model, el }) {
   );
   const box = html(
     "div",
-    { class: "eora-explorable" },
+    { class: "eora-explorable", "data-lm-suppress-shortcuts": "true" }, // JupyterLab would take the arrow keys
     html("label", {}, "Layer: ", layer),
     headline,
     html("div", { class: "pair" }, ...panels.map((one) => one.box)),
