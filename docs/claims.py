@@ -317,7 +317,7 @@ CLAIMS = [
 EXEMPT = (  # numbers that are not measured; and a time to load, which has no command
     r"!\[[^\]]*\]",  # what a figure says, which its own test holds to its numbers
     r"Python 3\.11 to 3\.13",
-    r"(?:arXiv |abs/)\d{4}\.\d{5}",
+    r"(?:arXiv[ :]|abs/)\d{4}\.\d{5}",
     r"\*\* 0\.75",
     r"Apache-2\.0",
     r"--held-out 0\.125",
