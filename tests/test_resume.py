@@ -165,6 +165,8 @@ OTHER = {  # setting -> another value, and what has to go with it
     "held_out": {"held_out": 0.34},
     "distil": {"distil": True, "held_out": 0.34},
     "rounds": {"rounds": 2},
+    "shared_factors": {"shared_factors": True},
+    "preserve": {"preserve": True},
     "skip": {"skip": "o_proj"},
     "only": {"only": "o_proj"},
     "keep_first": {"keep_first": 1},

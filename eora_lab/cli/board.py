@@ -9,7 +9,7 @@ import tyro
 
 @dataclass(frozen=True)
 class Board:
-    """Open the results of sweeps in the browser: sort and filter cells, draw any two columns against each other, pin a
+    """Open the results of sweeps in the browser. Sort and filter cells, draw any two columns against each other, pin a
     baseline with paired 95 % intervals against it, compare two cells layer by layer.
 
     While a sweep runs, in this process or another, the page follows it, also within a cell. Only this machine can open

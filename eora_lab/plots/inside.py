@@ -100,14 +100,13 @@ def _maps(frames: Mapping[str, pandas.DataFrame], part: str, unit: str) -> Figur
     values = np.concatenate([frame.to_numpy(float).ravel() for frame in frames.values()])
     high = np.nanmax(values) or 1.0
     norm = LogNorm(max(FLOOR * high, min(values[values > 0], default=0.0)), high)
-    figure, [axes] = panels(1, len(frames), max(ROW * len(first) + 1.4, 2.6))
+    figure, [axes] = panels(1, len(frames), max(ROW * len(first) + 1.4, 2.6), sharey="row")
     for panel, (method, frame) in zip(axes, frames.items(), strict=True):
         whole = frame.reindex(columns=range(frame.columns.max() + 1))  # blocks without it stay blank
         image = panel.imshow(whole.to_numpy(float), norm=norm, cmap="viridis", aspect="auto")
         panel.set_title(method_name(method))
         panel.set_xlabel("decoder block")
         panel.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-        panel.set_yticks([])
     if part == "linear":
         axes[0].set_yticks(range(len(first)), first.index)
     else:

@@ -66,13 +66,13 @@ def plot_spend(frame: pandas.DataFrame, metric: str = "") -> Figure:
     said = "; ".join(f"{one.base}: next bits {number(one.bits)}, rank {number(one.rank)}" for one in found)
     what = " ".join(metric_name(frame, metric).split())
     alt = f"{what}, against {AXES['bits_per_weight']}; {len(cells)} cells. For the bytes to the next base: {said}."
-    return tell(figure, answer(found), alt, "a line from a base: paths that no other one beside it beats in both")
+    return tell(figure, answer(found, len(cells)), alt, "a line from a base: paths that no other one beside it beats in both")
 
 
-def answer(found: list[Step]) -> str:
+def answer(found: list[Step], cells: int) -> str:
     """Whether bytes are better spent on bits or on rank, in one sentence."""
     if not found:
-        return "No base has both a next one and a path in its bytes"
+        return f"Of {cells} cells, none is a base with both a next one and a path in its bytes"
     rank = [one.base for one in found if one.rank < one.bits]
     bits = [one.base for one in found if one.rank >= one.bits]
     if not rank or not bits:
