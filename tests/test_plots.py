@@ -430,7 +430,7 @@ def test_bytes_go_to_what_leaves_less_of_the_loss():
     assert headline(figure) == "The next megabyte belongs to rank on rtn 3-bit, and to bits on rtn 2-bit"
     assert "rtn 2-bit: next bits 40.00, rank 50.00" in alt_text(figure)
     assert "all 1 bases" in headline(plot_spend(frame[frame["bits"] > 2]))
-    assert "No base has both" in headline(plot_spend(frame[frame["method"] == "none"]))
+    assert "Of 3 cells, none is a base with both" in headline(plot_spend(frame[frame["method"] == "none"]))
     with pytest.raises(EoraLabError, match="nothing to draw"):
         plot_spend(frame.assign(status="failed"))
 
