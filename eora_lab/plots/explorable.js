@@ -53,15 +53,16 @@ function render({ model, el }) {
   const panels = pair.map(panel);
 
   const headline = html("p", { class: "headline", role: "status" });
-  const layer = html("select", { "aria-label": "Layer" });
+  const keys = { "data-lm-suppress-shortcuts": "true" }; // JupyterLab would take the arrow keys from what has them
+  const layer = html("select", { ...keys, "aria-label": "Layer" });
   const [least, most] = [html("span"), html("span")];
   const band = html("span", { class: "band", style: `background: linear-gradient(to right, ${model.get("colours")})` });
   const bar = html("span", { class: "bar" }, least, band, most);
   const legend = html("ul", { class: "legend" });
   const losses = svg("svg", { role: "img", class: "losses" });
-  const slider = html("input", { type: "range", min: 0, step: 1, "aria-label": "Rank" });
+  const slider = html("input", { ...keys, type: "range", min: 0, step: 1, "aria-label": "Rank" });
   const rankNow = html("output", { class: "rank" });
-  const prompt = html(live ? "input" : "select", { "aria-label": "Prompt", class: "prompt" });
+  const prompt = html(live ? "input" : "select", { ...keys, "aria-label": "Prompt", class: "prompt" });
   const trouble = html("p", { role: "alert", class: "trouble" });
   const texts = pair.map(({ name: title, colour }) => {
     const said = html("p", { class: "written" });
@@ -83,7 +84,7 @@ function render({ model, el }) {
   );
   const box = html(
     "div",
-    { class: "eora-explorable", "data-lm-suppress-shortcuts": "true" }, // JupyterLab would take the arrow keys
+    { class: "eora-explorable" },
     html("label", {}, "Layer: ", layer),
     headline,
     html("div", { class: "pair" }, ...panels.map((one) => one.box)),
@@ -121,9 +122,9 @@ function render({ model, el }) {
       drawMap(canvas, view, key, i, colours);
       canvas.setAttribute("aria-label", `${title}, rank ${rank}: map of the output error, of which ${left} is left`);
       drawSpectrum(spectrum, view, key, Math.min(rank, Math.min(...view.shape)), colour);
-      const own = percent(view.taken[key][i]);
-      spectrum.setAttribute("aria-label", `${title}: spectrum of the ${PAIR[key][0]}; rank ${rank} takes ${own} of it`);
-      taken.textContent = `takes ${own} of the ${PAIR[key][1]} error`;
+      const took = percent(view.taken[key][i]);
+      spectrum.setAttribute("aria-label", `${title}: spectrum of the ${PAIR[key][0]}; rank ${rank} takes ${took} of it`);
+      taken.textContent = `takes ${took} of the ${PAIR[key][1]} error`;
     }
     const read = all.map(({ key, name }) => `${name} ${percent(view.left[key][i])}`);
     losses.setAttribute("aria-label", `Output error left at rank ${rank}: ${read.join(", ")}`);
