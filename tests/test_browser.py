@@ -162,7 +162,7 @@ def test_it_opens_at_the_first_notebook_and_asks_nothing(lab, server):
     assert Path(FIRST).name in dict(names) and min(dict(names).values()) > 0.8  # of a name is to be read
     page.page.wait_for_timeout(3000)  # the bubble came after a moment
     assert page.page.locator(".jp-toast-message, .Toastify__toast").count() == 0
-    page.picture("welcome", "body")
+    page.picture("welcome", "#main")
     assert page.complaints == []
 
 

@@ -196,10 +196,13 @@ function render({ model, el }) {
 
   slider.addEventListener("input", () => change("rank", model.get("ranks")[slider.value]));
   layer.addEventListener("change", () => change("layer", layer.value));
-  prompt.addEventListener("change", () => {
+  const begin = () => {
+    if (prompt.value === model.get("prompt")) return;
     model.set("problem", "");
     change("prompt", prompt.value);
-  });
+  };
+  prompt.addEventListener("change", begin);
+  prompt.addEventListener("keydown", (event) => event.key === "Enter" && begin());
   const point = (event) => {
     const track = losses.clientWidth - SIDES[0] - SIDES[1];
     const at = (event.clientX - losses.getBoundingClientRect().left - SIDES[0]) / track;
