@@ -207,6 +207,22 @@ def use_backend(model: nn.Module, name: str) -> None:
 
 
 @contextmanager
+def as_stored(model: nn.Module) -> Iterator[None]:
+    """Keep nothing beside W^ as it is stored within this context: what makes few rows fast is a second copy of it.
+
+    Layers on a GPU, where the fast form is the only one, and those with a backend of their own go on as they are.
+    """
+    layers = [one for one in compensated(model).values() if one.backend == AUTO and one.lora_A.device.type == "cpu"]
+    for layer in layers:
+        layer.backend = "tiles"
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.backend = AUTO
+
+
+@contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
     """Keep W^ of every `CompensatedLinear` dense within this context: for the many products of a measurement.
 

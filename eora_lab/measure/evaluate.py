@@ -17,7 +17,7 @@ from eora_lab.calibrate.contract import TOKENS, check_blocks, in_one_line, relat
 from eora_lab.calibrate.processes import ALONE, Processes
 from eora_lab.environment import free_memory
 from eora_lab.errors import EoraLabError
-from eora_lab.layer.linear import compensated, unpacked
+from eora_lab.layer.linear import as_stored, compensated, unpacked
 from eora_lab.model.structure import decoder_blocks
 from eora_lab.products import fast_products
 from eora_lab.progress import each
@@ -92,7 +92,8 @@ def _rest(model: nn.Module, tokens: Int[Tensor, "n seqlen"]) -> dict[str, tuple 
     free = free_memory(tokens.device)
     try:
         if compensated(model):
-            rest = returned(model, tokens)
+            with as_stored(model):
+                rest = returned(model, tokens)
             return rest if _walks(model, tokens, rest) else None
         if free is not None and sum(p.nbytes for p in model.parameters()) > free:
             return check_blocks(model, tokens).rest
@@ -109,7 +110,8 @@ def _walks(model: nn.Module, tokens: Int[Tensor, "n seqlen"], rest: Mapping[str,
     with in_one_line(f"{type(model).__name__} cannot be run block by block"):
         found = list(by_block(model, probe, rest))
     allowed = max(1e-4, ROUNDING * torch.finfo(found[0].dtype).eps)
-    wanted = (model(one[None], use_cache=False).logits[0] for one in probe)
+    with as_stored(model):
+        wanted = [model(one[None], use_cache=False).logits[0] for one in probe]
     return all(relative_error(one, other) <= allowed for one, other in zip(found, wanted, strict=True))
 
 
