@@ -233,6 +233,11 @@ def of_all_parts() -> Iterator[Claim]:
         lambda out: [compared(out, "seconds", method="eora_fisher") / 60],
     )
     yield Claim(
+        "as deployed (second row below), {:.2f} and {:.2f}",
+        "together-gptq",
+        lambda out: [compared(out, name, method="eora_fisher") for name in ("perplexity", "arc")],
+    )
+    yield Claim(
         "WikiText-2 is at {:.2f}, where EoRA", "together-wanda", lambda out: [compared(out, method="eora_fisher")]
     )
     yield Claim("on a frozen base is at {:.2f}", "wanda", lambda out: [compared(out, method="eora")])

@@ -121,6 +121,7 @@ PRINTED: dict[str, tuple] = {
     "together": (WHOLE,),
     "together-before": (WHOLE,),  # with the same sums in another order
     "together-eora": (WHOLE, (PARTS, "--inputs original --method none eora")),
+    "together-gptq": (WHOLE, ("--compressor rtn --bits 3", BASES["gptq-3"])),
     "together-wanda": (WHOLE, ("--compressor rtn --bits 3", BASES["wanda"] + " --rounds 2")),
     **{name: ("eora-lab compare BASE", ("BASE", base)) for name, base in BASES.items()},
     **{f"{name}-rounds": ("eora-lab compare BASE", ("BASE", BASES[name]), THREE) for name in BASES if name[-1] in "4t"},
