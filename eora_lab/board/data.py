@@ -16,9 +16,9 @@ from eora_lab.experiment.running import running
 from eora_lab.experiment.store import ResultStore, row, scores
 from eora_lab.plots import alt_text, looks, method_name
 from eora_lab.plots.findings import SETTINGS, cell_names, finding, varied
-from eora_lab.plots.sweeps import plot_sweep
 from eora_lab.plots.output import svg
 from eora_lab.plots.scales import AXES, ERRORS, PERCENT, figures, metric_name, metrics, value_name
+from eora_lab.plots.sweeps import plot_sweep
 from eora_lab.run.intervals import Outcomes, all_pairs
 
 if TYPE_CHECKING:

@@ -66,7 +66,9 @@ def plot_spend(frame: pandas.DataFrame, metric: str = "") -> Figure:
     said = "; ".join(f"{one.base}: next bits {number(one.bits)}, rank {number(one.rank)}" for one in found)
     what = " ".join(metric_name(frame, metric).split())
     alt = f"{what}, against {AXES['bits_per_weight']}; {len(cells)} cells. For the bytes to the next base: {said}."
-    return tell(figure, answer(found, len(cells)), alt, "a line from a base: paths that no other one beside it beats in both")
+    return tell(
+        figure, answer(found, len(cells)), alt, "a line from a base: paths that no other one beside it beats in both"
+    )
 
 
 def answer(found: list[Step], cells: int) -> str:
