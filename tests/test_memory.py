@@ -1,5 +1,6 @@
 """A pass takes the memory of one block: the others lie in files, and what is measured and predicted says so."""
 
+import gc
 import json
 import platform
 import struct
@@ -20,7 +21,7 @@ from eora_lab.calibrate.contract import check_blocks
 from eora_lab.cli import main
 from eora_lab.environment import OwnMemory, free_memory, own_memory
 from eora_lab.files import read_ahead, read_tensors
-from eora_lab.layer.linear import compensated, unpacked
+from eora_lab.layer.linear import CompensatedLinear, compensated, unpacked
 from eora_lab.measure.evaluate import by_block, window_losses
 from eora_lab.model.structure import decoder_blocks, linears
 from eora_lab.run.folder import read_report
@@ -126,6 +127,21 @@ def test_a_kept_pass_holds_one_compressed_block_and_gives_what_one_in_memory_giv
 
 
 @LINUX
+def test_a_layer_from_a_file_holds_no_other_packed_tensors():
+    model = tiny_model("llama")
+    compress(model, tiny_tokens(), **SMALL)
+    layer = next(iter(compensated(model).values()))
+    stored, old = layer.stored(), nn.Linear(layer.in_features, layer.out_features, bias=False)
+
+    def packed() -> int:
+        gc.collect()
+        return sum(type(one) is torch.Tensor and one.dtype == torch.uint8 for one in gc.get_objects())
+
+    before = packed()
+    again = CompensatedLinear.from_stored(stored, old)
+    assert packed() == before and torch.equal(again.dense(), layer.dense())
+
+
 def test_weights_of_a_pass_lie_in_files(tmp_path):
     model, _ = load_model(save_tiny(tmp_path / "model"))
     linear = "model.layers.0.mlp.up_proj"

@@ -131,6 +131,7 @@ class CompensatedLinear(PackedLayer):
         layer = cls(old, compressed, StoredFactors.from_state_dict(tensors), backend)
         for name in layer._packed:  # the same numbers, where they are: such as in a mapped file
             setattr(layer, name, tensors[name].to(old.weight.device))
+        layer._forget()  # the packed tensors that it was made with would be held until it is first used
         return layer
 
     def _apply(self, fn, recurse=True):
