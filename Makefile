@@ -34,8 +34,11 @@ ray: $(BIN)/eora-lab ## install Ray into the environment, for sweeps on many mac
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]' $(RAY)
 	$(BIN)/pytest tests/test_ray.py
 
-lab: $(BIN)/eora-lab ## open JupyterLab (ARGS="..." is passed on)
-	$(BIN)/jupyter lab $(ARGS)
+lab: $(BIN)/eora-lab ## open JupyterLab at the first notebook (ARGS="..." is passed on)
+	@$(BIN)/python -m docs.lab $(ARGS)
+
+class: $(BIN)/eora-lab ## write class.zip: the lessons with their recorded outputs and results, so that a class does not wait
+	$(BIN)/python -m docs.handout
 
 site: $(BIN)/eora-lab ## write the site to site/: notebooks with recorded outputs, guides, reference; open site/index.html
 	$(BIN)/python -m docs.build
@@ -78,5 +81,5 @@ $(INTEROP)/bin/pytest: pyproject.toml constraints.txt
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]' $(OTHERS)
 	@touch $@
 
-.PHONY: help demo figures test unit interop ray lab site record numbers families fuzz lint
+.PHONY: help demo figures test unit interop ray lab class site record numbers families fuzz lint
 .DELETE_ON_ERROR:

@@ -7,7 +7,8 @@ from xml.etree import ElementTree
 
 import nbformat
 
-from docs.notebooks import NOTEBOOKS, RECORDED, ROOT, Record, digest, record_of
+from docs import checklist
+from docs.notebooks import NOTEBOOKS, RECORDED, ROOT, SOLUTIONS, Record, digest, record_of
 
 TEXTS = ("CONTRIBUTING.md", "docs/families.md", "kernels/README.md")
 PICTURES = ("figures/*.svg", "kernels/*.svg")
@@ -22,9 +23,10 @@ def lay_out(folder: Path, recorded: Path = RECORDED) -> None:
     doors = {path.relative_to(folder): path for path in folder.rglob("*.md")}
     guides = sorted((ROOT / "docs" / "guides").glob("*.md"))
     pictures = [path for pattern in PICTURES for path in ROOT.glob(pattern)]
-    notebooks = {path.relative_to(ROOT): path for path in NOTEBOOKS}
+    notebooks = {path.relative_to(ROOT): path for path in (*NOTEBOOKS, *SOLUTIONS)}
     texts = doors | {path.relative_to(ROOT): path for path in (*(ROOT / name for name in TEXTS), *guides)}
-    there = {*notebooks, *texts, *(path.relative_to(ROOT) for path in pictures)}
+    there = {Path("paper.md"), *notebooks, *texts, *(path.relative_to(ROOT) for path in pictures)}
+    (folder / "paper.md").write_text(checklist.page(), encoding="utf-8")
     for path in pictures:
         (folder / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / path.relative_to(ROOT))
@@ -79,6 +81,8 @@ def page(path: Path, record: Record | None, there: set[Path]) -> nbformat.Notebo
 
 def about(path: Path, record: Record | None, now: str) -> tuple[str, str]:
     """(kind of a note, what it says) of a notebook's outputs."""
+    if path in SOLUTIONS:
+        return "note", "Open this notebook with `make lab` to see what its cells say."
     command = f'`make record ARGS="{path.stem[:2]}"`'
     if record is None:
         return "warning", f"The outputs of this notebook are not recorded yet: {command} runs it and keeps them."

@@ -13,7 +13,7 @@ a linear (T, or T a / E where a of E experts take each token):
     solve       a Krylov space of n = 48 s columns, s = max(10, 9 r / 96): s + 2 products of 96 (2 m k + k²), 4 m n² for
                 its basis, 2 r m k for A, 10 n³ in float64 for eigenvalues, and 400 launches a step; where the layer is
                 too small for it, 2 m k min(m, k) + 2 m k² and 10 min(m, k)³ in float64
-    errors      2 m k² each for W S and R S
+    errors      m k² each for W S and (R - B A) S, of which half is multiplied
     files       2 m k bytes read, and what is stored written
     reduce      4 k² bytes for every distinct input, between GPUs
 
@@ -158,7 +158,7 @@ class Pass:
 def of_linear(linear: nn.Linear, recipe: Recipe) -> dict[str, Cost]:
     """Step -> what a linear takes once its statistics are there."""
     m, k = linear.weight.shape
-    found: dict[str, Cost] = {"errors": {"float32": 4 * m * k**2}}
+    found: dict[str, Cost] = {"errors": {"float32": 2 * m * k**2}}
     found["compress"] = {"memory": 40 * m * k, "launches": 20}
     if recipe.compressor in ITERATIVE:
         found["compress"] |= {"float32": m * k**2, "float64": k**3, "launches": 12 * k}

@@ -1,5 +1,6 @@
 """What the numbers of README and guides follow from: recorded cells and frames, and what commands printed."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -73,11 +74,18 @@ def gguf_speed() -> dict[tuple, float]:
 
 def scale() -> dict:
     """What `docs.scale` printed of the 7B-shaped file."""
-    (found,) = pandas.read_csv(MEASURED / "scale.csv").to_dict("records")
+    (found,) = pandas.read_csv(MEASURED / "scale.csv").query("task == 'mend' and hidden == 4096").to_dict("records")
     return found
 
 
+def cpu() -> dict | None:
+    """What `kernels.bench --cpu` recorded on the machine that the README speaks of."""
+    path = ROOT / "kernels" / "results" / "cpu" / "AMD-EPYC.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
 READERS: dict[str, Callable[[], Any]] = {
+    "cpu": cpu,
     "scale": scale,
     "formats": formats,
     "gguf": gguf,
@@ -113,6 +121,7 @@ PRINTED: dict[str, tuple] = {
     "together": (WHOLE,),
     "together-before": (WHOLE,),  # with the same sums in another order
     "together-eora": (WHOLE, (PARTS, "--inputs original --method none eora")),
+    "together-gptq": (WHOLE, ("--compressor rtn --bits 3", BASES["gptq-3"])),
     "together-wanda": (WHOLE, ("--compressor rtn --bits 3", BASES["wanda"] + " --rounds 2")),
     **{name: ("eora-lab compare BASE", ("BASE", base)) for name, base in BASES.items()},
     **{f"{name}-rounds": ("eora-lab compare BASE", ("BASE", BASES[name]), THREE) for name in BASES if name[-1] in "4t"},

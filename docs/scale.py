@@ -1,140 +1,61 @@
-"""Peak memory and time of a pass against the sizes of a model: `python -m docs.scale FOLDER`, models made on the spot.
+"""Peak memory and time of a pass against the sizes of a model: `python -m docs.scale FOLDER`, on random weights.
 
-Every line is one command, `eora-lab mend` of a Q4_0 file or `eora-lab compress`, in a process of its own, on random
-weights of the sizes asked for. Output channels differ in scale, as those of trained models do: with channels all alike
-no direction of an error would stand out, and every solve would take its slowest road. All blocks of a model are alike,
-so that it is soon made; its shards are the weights of the file with noise as large as their rounding. It is kept in the
-folder for the next time.
+Every line is one command, `eora-lab mend` of a Q4_0 file or `eora-lab compress` to RTN 3-bit, in a process of its own,
+on a model of the shape asked for (`docs.scale_models`). It is kept in the folder for the next time.
 
 `anonymous` is the memory of that process that the system cannot take back, looked at every 20 ms. The rest of `peak` is
 pages of files, of which it keeps as many as there is room for. `reported` and `predicted` are what the run's own report
-says of `anonymous`: of the pass and of judging, without loading. A hard limit shows that they are not needed. As root,
-with cgroups of version 1, where the files must not lie in memory that others account for:
+says of `anonymous`: of the pass and of judging, without loading. `pass` is what the pass itself took of the `seconds`,
+after loading and before judging: running the blocks takes `forward` of it, measuring their inputs `statistics`, and so
+on, as the report says. `ratio` is `pass` over `forward` and `solve`, the low-rank paths, alone. Where several numbers
+of blocks are asked for, the spread of the peaks is told in the end.
 
-    mkdir /sys/fs/cgroup/memory/eora; echo 6G > /sys/fs/cgroup/memory/eora/memory.limit_in_bytes
-    python -m docs.scale /tmp/scale --hidden 4096 --ffn 11008 --blocks 32 --cgroup /sys/fs/cgroup/memory/eora
+With --kill the command runs twice more: into another folder until half of the blocks are done, when SIGKILL ends it in
+the middle of one, and again to its end. `resumed` says whether all files are then those of the first run ("same", or
+how many differ), and peaks are the highest of all.
+
+A hard limit shows that pages of files are not needed. As root, with cgroups of version 1, where the files must not lie
+in memory that others account for, the shape of LLaMA-3-8B in 5 GB:
+
+    mkdir /sys/fs/cgroup/memory/eora; echo 5000000000 > /sys/fs/cgroup/memory/eora/memory.limit_in_bytes
+    python -m docs.scale /tmp/scale --task compress --hidden 4096 --ffn 14336 --kv-heads 8 --vocabulary 128256 \
+        --blocks 32 --tokens 2048 --kill --record --cgroup /sys/fs/cgroup/memory/eora
+
+Does the memory grow with the number of blocks:
+
+    python -m docs.scale /tmp/scale --task compress --blocks 8 16 32 --tokens 16384 --record
 """
 
 import argparse
 import itertools
-import json
 import os
 import shutil
-import string
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-import gguf
-import numpy as np
-import tokenizers
-import torch
-import transformers
-from safetensors.torch import save_file
-from torch import Tensor
+import pandas
 
-from eora_lab.files import write_json
+from docs.records import MEASURED
+from docs.run_files import differing
+from docs.scale_models import HEAD, INDEX, Shape, make, make_file
+from eora_lab.run.folder import read_report
 
-VOCABULARY, HEAD = 32000, 128
-EMBEDDING, HEADS = "model.embed_tokens.weight", "lm_head.weight"
-LINEARS = {  # name in the model -> in the file
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
-NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
-Q4_0 = gguf.GGMLQuantizationType.Q4_0
+RECORD = MEASURED / "scale.csv"
+SETTINGS = ("task", "hidden", "ffn", "kv_heads", "vocabulary", "blocks", "tokens", "rank", "limit")
+STEPS = ("forward", "statistics", "compress", "solve", "errors", "files")
+FOUND = ("seconds", "peak", "anonymous", "reported", "predicted", "pass", *STEPS, "ratio", "resumed")
 
 
-def make(folder: Path, hidden: int, ffn: int, blocks: int) -> None:
-    """Write an original model in bfloat16, a shard a block, and its Q4_0 file `model.gguf`."""
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden,
-        intermediate_size=ffn,
-        num_hidden_layers=blocks,
-        num_attention_heads=hidden // HEAD,
-        dtype="bfloat16",
-    )
-    folder.mkdir(parents=True)
-    config.save_pretrained(folder)
-    letters = {letter: number for number, letter in enumerate(["?", *string.printable.replace("?", "")])}
-    by_letter = tokenizers.Tokenizer(tokenizers.models.BPE(letters, merges=[], unk_token="?"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=by_letter, unk_token="?").save_pretrained(folder)
-    random, shards = np.random.default_rng(0), dict[str, str]()
-    sizes = {name: _size(name, hidden, ffn) for name in LINEARS}
-    writer = gguf.GGUFWriter(folder / "model.gguf", "llama")
-    writer.add_embedding_length(hidden)
-    writer.add_block_count(blocks)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-
-    def keep(shard: str, tensors: dict[str, Tensor]) -> None:
-        save_file(tensors, folder / shard, {"format": "pt"})
-        shards.update(dict.fromkeys(tensors, shard))
-
-    outer = {name: torch.from_numpy(random.standard_normal((VOCABULARY, hidden), np.float32)).bfloat16()
-             for name in (EMBEDDING, HEADS)}  # fmt: skip
-    outer[HEADS] *= hidden**-0.5
-    keep("outer.safetensors", outer | {"model.norm.weight": torch.ones(hidden, dtype=torch.bfloat16)})
-    plain = {"token_embd": outer[EMBEDDING].half().numpy(), "output": outer[HEADS].half().numpy()}
-    plain |= {"output_norm": np.ones(hidden, np.float32)}
-    for name, values in plain.items():
-        writer.add_tensor_info(f"{name}.weight", values.shape, values.dtype, values.nbytes)
-    for block, (name, (rows, columns)) in itertools.product(range(blocks), sizes.items()):
-        nbytes = rows * columns // 32 * 18
-        shape = (rows, columns // 32 * 18)
-        writer.add_tensor_info(f"blk.{block}.{LINEARS[name]}.weight", shape, np.dtype(np.uint8), nbytes, Q4_0)
-    for block, name in itertools.product(range(blocks), NORMS.values()):
-        writer.add_tensor_info(f"blk.{block}.{name}.weight", (hidden,), np.dtype(np.float32), 4 * hidden)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for values in plain.values():
-        writer.write_tensor_data(values)
-    codes, tensors = {}, {f"{name}.weight": torch.ones(hidden, dtype=torch.bfloat16) for name in NORMS}
-    for name, (rows, columns) in sizes.items():
-        codes[name], weight = _linear(random, rows, columns)
-        if name.endswith(("q_proj", "k_proj")):  # the file has the rows of a head in pairs
-            weight = weight.unflatten(0, (hidden // HEAD, -1, 2)).transpose(1, 2).flatten(0, 2)
-        tensors[f"{name}.weight"] = weight.contiguous()
-    for block in range(blocks):
-        for name in sizes:
-            writer.write_tensor_data(codes[name])
-        keep(f"block-{block}.safetensors", {f"model.layers.{block}.{key}": one for key, one in tensors.items()})
-    for _ in range(blocks * len(NORMS)):
-        writer.write_tensor_data(np.ones(hidden, np.float32))
-    writer.close()
-    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": shards})
-
-
-def _size(name: str, hidden: int, ffn: int) -> tuple[int, int]:
-    """(out, in) of a linear."""
-    return (hidden, ffn) if "down" in name else (ffn, hidden) if "mlp" in name else (hidden, hidden)
-
-
-def _linear(random: np.random.Generator, rows: int, columns: int) -> tuple[np.ndarray, Tensor]:
-    """Blocks of a Q4_0 weight, and the weight that they could be a rounding of, in bfloat16."""
-    codes = random.integers(0, 256, (rows, columns // 32, 18), np.uint8)
-    spread = np.exp(random.standard_normal((rows, 1, 1), np.float32) - 1)  # mean square 1
-    scale = np.repeat((0.2 * columns**-0.5 * spread).astype(np.float16), columns // 32, axis=1)
-    codes[..., :2] = scale.view(np.uint8)
-    codes = codes.reshape(rows, -1)
-    weight = gguf.quants.dequantize(codes, Q4_0)
-    weight += scale[:, 0] * (random.random((rows, columns), np.float32) - 0.5)
-    return codes, torch.from_numpy(weight).bfloat16()
-
-
-def measure(command: list[str], cgroup: Path | None) -> dict[str, int]:
+def measure(command: list[str], cgroup: Path | None, until: Callable[[], bool] | None = None) -> dict[str, float]:
     """Run a command in a process of its own, in a memory cgroup if one is named: seconds, and bytes at the highest.
 
-    Raises CalledProcessError when it fails.
+    until: looked at every 20 ms; the process is killed once it holds.
+    Raises CalledProcessError when the command fails, or ends before it is killed.
     """
 
     def enter() -> None:
@@ -151,9 +72,12 @@ def measure(command: list[str], cgroup: Path | None) -> dict[str, int]:
         said = dict(line.split(":", 1) for line in lines)
         most = {name: max(value, 1024 * int(said.get(name, "0").split()[0])) for name, value in most.items()}
         time.sleep(0.02)
-    if child.returncode:
+        if until and until():
+            child.kill()
+            child.wait()
+    if child.returncode != (-signal.SIGKILL if until else 0):
         raise subprocess.CalledProcessError(child.returncode, command)
-    return {"seconds": round(time.perf_counter() - started), "peak": most["VmRSS"], "anonymous": most["RssAnon"]}
+    return {"seconds": time.perf_counter() - started, "peak": most["VmRSS"], "anonymous": most["RssAnon"]}
 
 
 def forget(folder: Path) -> None:
@@ -164,6 +88,72 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
+def command(task: str, model: Path, run: Path, tokens: int, seqlen: int, rank: int) -> list[str]:
+    """What is measured."""
+    found = [sys.executable, "-m", "eora_lab.cli", task]
+    found += [str(model / "model.gguf"), str(run)] if task == "mend" else [str(run), "--compressor", "rtn"]
+    found += ["--bits", "3"] if task == "compress" else []
+    found += ["--calibration.seqlen", str(seqlen), "--evaluation.window-length", str(seqlen)]
+    found += ["--calibration.nsamples", str(tokens // seqlen), "--evaluation.windows", "4"]
+    return [*found, "--model", str(model), "--dtype", "bfloat16", "--rank", str(rank), "--hidden-states", "disk"]
+
+
+def middle(run: Path, blocks: int, seconds: float) -> Callable[[], bool]:
+    """Whether so many seconds went by since half of the blocks were done."""
+
+    def reached() -> bool:
+        half = run / "blocks" / f"{max(blocks // 2, 1) - 1:03d}.safetensors"
+        return half.exists() and time.time() > half.stat().st_mtime + seconds
+
+    return reached
+
+
+def row(asked: argparse.Namespace, shape: Shape, tokens: int, rank: int) -> dict[str, float | str]:
+    """What one run finds, or three with --kill. The model is made first if it is not there."""
+    model = asked.folder / shape.folder
+    if not (model / INDEX).exists():
+        shutil.rmtree(model, ignore_errors=True)
+        make(model, shape)
+    if asked.task == "mend" and not (model / "model.gguf").exists():
+        make_file(model / "model.gguf.partial", shape)
+        (model / "model.gguf.partial").rename(model / "model.gguf")
+
+    def once(run: Path, until: Callable[[], bool] | None = None) -> dict[str, float]:
+        forget(model)
+        return measure(command(asked.task, model, run, tokens, asked.seqlen, rank), asked.cgroup, until)
+
+    with tempfile.TemporaryDirectory(dir=asked.folder) as place:
+        run, killed = Path(place, "run"), Path(place, "killed")
+        runs, resumed = [once(run)], ""
+        report = read_report(run)
+        if asked.kill:
+            half = report.seconds / shape.blocks / 2
+            runs += [once(killed, middle(killed, shape.blocks, half)), once(killed)]
+            differ = differing(run, killed)
+            print(*(f"differs: {name}\n" for name in differ), sep="", end="", file=sys.stderr)
+            resumed = f"{len(differ)} differ" if differ else "same"
+    found = {"seconds": runs[0]["seconds"], "pass": report.seconds} | {name: report.steps[name] for name in STEPS}
+    found |= {name: max(one[name] for one in runs) for name in ("peak", "anonymous")}
+    found |= {"reported": report.own_memory, "predicted": report.needed_memory}
+    told: dict[str, float | str] = {name: round(value, 1) for name, value in found.items()}
+    told |= {"ratio": round(report.seconds / (found["forward"] + found["solve"]), 2), "resumed": resumed}
+    return {name: told[name] for name in FOUND}
+
+
+def limit(cgroup: Path | None) -> int:
+    """Bytes that a control group may have; 0: there is none."""
+    if cgroup is None:
+        return 0
+    files = [cgroup / name for name in ("memory.max", "memory.limit_in_bytes")]
+    return int(next(file for file in files if file.exists()).read_text())
+
+
+def keep(rows: pandas.DataFrame) -> None:
+    """Put rows into the record, in place of those of the same settings."""
+    both = pandas.concat([pandas.read_csv(RECORD), rows]) if RECORD.exists() else rows
+    both.drop_duplicates(list(SETTINGS), keep="last").to_csv(RECORD, index=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where models are made and kept")
@@ -171,32 +161,29 @@ def main() -> None:
     for name, default in (("hidden", 2048), ("blocks", 8), ("tokens", 1024), ("rank", 64)):
         parser.add_argument(f"--{name}", type=int, nargs="+", default=[default])
     parser.add_argument("--ffn", type=int, help="width of the feed-forward layers; by default 11/4 of hidden")
+    parser.add_argument("--kv-heads", type=int, help="heads of keys and values; by default as many as of queries")
+    parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--kill", action="store_true", help="kill a second run midway and let it go on")
     parser.add_argument("--cgroup", type=Path, help="memory cgroup to run in")
+    parser.add_argument("--record", action="store_true", help=f"keep the rows in {RECORD.name} of data/measured")
     asked = parser.parse_args()
-    names = ("task", "hidden", "ffn", "blocks", "tokens", "rank", "seconds", "peak", "anonymous")
-    names += ("reported", "predicted")
-    print(",".join(names), flush=True)
+    asked.folder.mkdir(parents=True, exist_ok=True)
+    print(",".join((*SETTINGS, *FOUND)), flush=True)
+    rows = []
     for hidden, blocks, tokens, rank in itertools.product(asked.hidden, asked.blocks, asked.tokens, asked.rank):
-        ffn = asked.ffn or hidden * 11 // 4
-        model = asked.folder / f"{hidden}-{ffn}-{blocks}"
-        if not (model / "model.safetensors.index.json").exists():
-            shutil.rmtree(model, ignore_errors=True)
-            make(model, hidden, ffn, blocks)
-        with tempfile.TemporaryDirectory(dir=asked.folder) as place:
-            run = f"{place}/run"
-            start = [sys.executable, "-m", "eora_lab.cli", asked.task]
-            start += [str(model / "model.gguf"), run] if asked.task == "mend" else [run, "--compressor", "rtn"]
-            start += ["--bits", "3"] if asked.task == "compress" else []
-            length = ["--calibration.seqlen", str(asked.seqlen), "--evaluation.window-length", str(asked.seqlen)]
-            samples = ["--calibration.nsamples", str(tokens // asked.seqlen), "--evaluation.windows", "4"]
-            about = ["--model", str(model), "--dtype", "bfloat16", "--rank", str(rank)]
-            forget(model)
-            found = measure(start + about + samples + length, asked.cgroup)
-            report = json.loads(Path(run, "report.json").read_text())
-        found |= {"reported": report["own_memory"], "predicted": report["needed_memory"]}
-        settings = {"task": asked.task, "hidden": hidden, "ffn": ffn, "blocks": blocks, "tokens": tokens, "rank": rank}
-        print(",".join(str(value) for value in (settings | found).values()), flush=True)
+        ffn, kv_heads = asked.ffn or hidden * 11 // 4, asked.kv_heads or hidden // HEAD
+        shape = Shape(hidden, ffn, blocks, kv_heads, asked.vocabulary)
+        sizes = (asked.task, hidden, ffn, kv_heads, asked.vocabulary, blocks, tokens, rank, limit(asked.cgroup))
+        rows.append(dict(zip(SETTINGS, sizes, strict=True)) | row(asked, shape, tokens, rank))
+        print(",".join(map(str, rows[-1].values())), flush=True)
+        if asked.record:
+            keep(pandas.DataFrame(rows))
+    for _, alike in pandas.DataFrame(rows).groupby([name for name in SETTINGS if name != "blocks"]):
+        if len(alike) > 1:
+            low, high = alike["anonymous"].min(), alike["anonymous"].max()
+            most = ", ".join(map(str, alike["blocks"]))
+            print(f"{most} blocks: anonymous memory within {high / low - 1:.1%}, {high / 1e9:.2f} GB at the most")
 
 
 if __name__ == "__main__":

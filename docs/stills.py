@@ -7,6 +7,8 @@ import re
 
 from PIL import Image
 
+from eora_lab.plots.explorable import FIELDS, as_page
+
 VIEW = "application/vnd.jupyter.widget-view+json"
 PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=]+)")
 BAR = re.compile(r"\d+%\|")  # of tqdm
@@ -31,6 +33,8 @@ def _shown(data: dict, state: dict) -> dict:
     if VIEW in data:
         page = smaller(still(state, data[VIEW]["model_id"]))
         return {"text/html": page} if page.strip() else {}
+    if set(data) == {"text/plain"} and (BAR.search(data["text/plain"]) or not data["text/plain"].strip()):
+        return {}  # a bar of ours
     if 'class="eora-figure"' in data.get("text/html", ""):
         return {"text/html": re.sub(r"<style>.*?</style>", "", data["text/html"])}
     if "image/png" in data:
@@ -42,6 +46,8 @@ def still(state: dict, model: str) -> str:
     """A widget as it stands, as HTML: pictures and texts, and what its controls are set to."""
     one = state.get(model.removeprefix("IPY_MODEL_"), {}).get("state", {})
     kind = one.get("_model_name", "")
+    if all(name in one for name in FIELDS):
+        return as_page(one)  # the explorable needs no kernel
     children = [state.get(child.removeprefix("IPY_MODEL_"), {}) for child in one.get("children", [])]
     if any("Progress" in child.get("state", {}).get("_model_name", "") for child in children):
         return ""  # a bar of tqdm
@@ -53,12 +59,30 @@ def still(state: dict, model: str) -> str:
     if kind == "OutputModel":
         texts = [html.escape(each.get("text", "")) for each in one.get("outputs", [])]
         return "".join(f"<pre>{text}</pre>" for text in texts if text and not BAR.search(text))
+    if "choice" in one and "cells" in one.get("data", {}):
+        return _board(one["data"])
     value = one["value"] if "value" in one else one.get("index")
     if "_options_labels" in one and isinstance(one.get("index"), int):
         value = one["_options_labels"][one["index"]]
     if one.get("description") and value not in (None, "", ()) and kind != "ButtonModel":
         return f"<div><em>{html.escape(str(one['description']))}:</em> {html.escape(str(value))}</div>"
     return ""
+
+
+def _board(data: dict) -> str:
+    """What was found on a board, and its table."""
+    columns = [one for one in data["columns"] if not one.get("hidden")]
+
+    def row(tag: str, texts: list) -> str:
+        return f"<tr>{''.join(f'<{tag}>{html.escape(str(text))}</{tag}>' for text in texts)}</tr>"
+
+    def shown(value: object) -> object:
+        return f"{value:.4g}" if isinstance(value, float) else "" if value is None else value
+
+    rows = [row("th", ["state", *(one["name"] for one in columns)])]
+    for cell in data["cells"]:
+        rows.append(row("td", [cell["status"], *(shown(cell["values"].get(one["key"])) for one in columns)]))
+    return "".join(f"<p>{html.escape(text)}</p>" for text in data["findings"]) + f"<table>{''.join(rows)}</table>"
 
 
 def smaller(page: str) -> str:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import filelock
@@ -23,6 +24,7 @@ from eora_lab.errors import EoraLabError, WriteError, as_setting, one_line
 LOCK = ".lock"  # in a folder that one process at a time may work in
 PARTIAL = (".*.partial", ".tmp??????")  # what a process that was killed may leave: ours, and that of safetensors
 CHECKSUM = "sha256"  # in the metadata of a safetensors file
+PAGE = 4096  # bytes of a file that are read together at the least
 
 
 class DamagedError(EoraLabError):
@@ -246,3 +248,19 @@ def set_aside(path: Path, folder: Path, reason: str = "") -> None:
         return
     if reason:
         warnings.warn(f"{path} cannot be used ({reason}); it was moved to {target}", stacklevel=3)
+
+
+def read_ahead(tensors: Iterable[Shaped[Tensor, "..."]]) -> Thread:
+    """Read what lies in mapped files from the disk, in a thread of its own that is returned, while others compute.
+
+    The pages stay those of the files: the system takes them back where it has no room for them.
+    """
+    places = [one.detach().flatten().view(torch.uint8).numpy() for one in tensors if one.is_cpu and one.is_contiguous()]
+
+    def touch() -> None:
+        for place in places:
+            place[::PAGE].max(initial=0)
+
+    thread = Thread(target=touch, daemon=True)
+    thread.start()
+    return thread

@@ -11,9 +11,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from datetime import date
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,14 +26,15 @@ from eora_lab.environment import environment
 from eora_lab.errors import EoraLabError
 from eora_lab.formats import write_gguf_adapter
 from eora_lab.formats.gguf_file import write_gguf
+from eora_lab.layer.head import quicken_head
 from eora_lab.layer.linear import CompensatedLinear, use_backend
 from eora_lab.measure.llama_cpp import LlamaCpp
 from eora_lab.model.embedded import embedded_gguf
 from eora_lab.model.load import load_model
 from eora_lab.model.structure import block_linears
+from kernels.cpu_tables import GROUP, LLAMA, RANK, SHAPES, layer_table, model_table, readme
 
-SHAPES = ((4096, 4096), (14336, 4096))
-GROUP, RANK = 64, 64
+PEERS = ("numba", "xllamacpp")  # packages whose versions matter, too
 PAST_CACHE = 2**27  # bytes that turns of a layer's copies touch, more than the caches of most processors hold
 COPIES = 40  # at most
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2}
@@ -118,19 +120,20 @@ def time_layer(N: int, K: int, bits: int, rank: int, rounds: int) -> list[dict]:
 
 
 def pack(model: nn.Module, rank: int, **grid: object) -> nn.Module:
-    """A copy of a model with its blocks' linears rounded to nearest, beside random paths."""
+    """A copy of a model with its blocks' linears rounded to nearest, beside random paths, and the head of a run."""
     model, generator = copy.deepcopy(model), torch.Generator().manual_seed(0)
     for name, linear in block_linears(model).items():
         weight: Compressed = rtn(linear.weight.detach().float(), None, **grid)
         factors = random_factors(*linear.weight.shape, rank, generator)
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, CompensatedLinear(linear, weight, factors))
+    quicken_head(model)
     return model
 
 
 def write(model: nn.Module, ids: Tensor) -> float:
     """Seconds a token, greedily and with the keys and values of those before."""
-    with torch.no_grad():
+    with torch.inference_mode():  # as `generate` has it
         output = model(ids, use_cache=True)
         start = time.perf_counter()
         for _ in range(TOKENS):
@@ -169,7 +172,7 @@ def time_model(rounds: int, folder: Path) -> list[dict]:
                 use_backend(one, road)
                 calls[f"W{bits}, rank {rank}, {road}, {kind}"] = lambda one=one: write(one, ids)
     try:
-        calls[f"llama.cpp, Q4_0, rank {RANK}"] = llama_cpp(model, ids[0].tolist(), folder)
+        calls[LLAMA] = llama_cpp(model, ids[0].tolist(), folder)
     except EoraLabError as error:
         print(f"without llama.cpp: {error}")
     return [{"model": name} | row for name, row in in_turns(calls, rounds).items()]
@@ -177,7 +180,9 @@ def time_model(rounds: int, folder: Path) -> list[dict]:
 
 def bench_cpu(rounds: int) -> dict:
     """All of it, with a table after each part."""
-    result = environment() | {"date": date.today().isoformat(), "load": os.getloadavg(), "bandwidth": bandwidth()}
+    result = environment() | {"date": date.today().isoformat(), "rounds": rounds, "load": os.getloadavg()}
+    result["versions"] |= {name: metadata.version(name) for name in PEERS if find_spec(name)}
+    result["bandwidth"] = bandwidth()
     machine, load = result["machine"], ", ".join(f"{one:.1f}" for one in result["load"])
     print(
         f"{machine['processor']}, {machine['threads']} threads, reads {result['bandwidth'] / 1e9:.1f} GB/s, load {load}"
@@ -188,25 +193,5 @@ def bench_cpu(rounds: int) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         result["models"] = time_model(rounds, Path(folder))
     table = model_table(result).to_markdown(index=False, floatfmt=".3g")
-    print("", "Tokens a second of SmolLM2-135M", table, sep="\n\n")
+    print("", "Tokens a second of SmolLM2-135M", table, "For the README:", readme(result), sep="\n\n")
     return result
-
-
-def layer_table(result: dict) -> pd.DataFrame:
-    """Times in milliseconds, how many times as fast as unpacked tiles and dense float32, and the share of bandwidth."""
-    table = pd.DataFrame(result["layers"])
-    of_one = table.set_index("road").groupby(["layer", "bits", "rank"], sort=False)["median"]
-    for road in ("tiles, float32", "dense, float32"):
-        table[f"x {road}"] = of_one.transform(lambda times, road=road: times[road] / times).values
-    table["of bandwidth"] = table["bytes"] / table["median"] / result["bandwidth"]
-    table[["least", "median"]] *= 1e3
-    return table.drop(columns="bytes")
-
-
-def model_table(result: dict) -> pd.DataFrame:
-    """Tokens a second, and how many times as fast as dense models."""
-    table = pd.DataFrame(result["models"]).rename(columns={"least": "best"})
-    table[["best", "median"]] = 1 / table[["best", "median"]]
-    for dense in ("dense, float32", "dense, bfloat16"):
-        table[f"x {dense}"] = table["median"] / table.set_index("model")["median"][dense]
-    return table

@@ -6,7 +6,6 @@ A run is a process of its own, ended by SIGKILL. Only times, memory and the chec
 
 import argparse
 import io
-import json
 import multiprocessing
 import os
 import random
@@ -22,6 +21,7 @@ from pathlib import Path
 
 import torch
 
+from docs.run_files import differing
 from eora_lab.cli import main
 from tests.tiny import TEXT, deep_model, tiny_tokenizer
 
@@ -46,14 +46,6 @@ KINDS = {
     "drift": ["--hidden-states", "disk", "--inputs", "drift", "--held-out", "0.2"],
     "original inputs": ["--hidden-states", "disk", "--inputs", "original"],
 }
-DIFFERS = (
-    "seconds",
-    "steps",
-    "peak_memory",
-    "own_memory",
-    "needed_memory",
-    "sha256",
-)  # begin keys of what runs differ in
 
 
 @dataclass
@@ -128,37 +120,6 @@ def state(folder: Path) -> str:
     }
     end = [name for name in ("adapter/adapter_config.json", "report.json") if (folder / name).exists()]
     return ", ".join([*(f"{number} {name}" for name, number in parts.items() if number), *end]) or "nothing"
-
-
-def differing(one: Path, other: Path) -> list[str]:
-    """Files that are in one of two run folders alone, or not the same in both."""
-    first, second = contents(one), contents(other)
-    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
-
-
-def contents(folder: Path) -> dict[str, object]:
-    """Relative path -> what is in a file: its bytes, but for what runs differ in."""
-    found: dict[str, object] = {}
-    for path in folder.rglob("*"):
-        if path.is_file():
-            data: object = path.read_bytes()
-            if path.name == "report.json":
-                data = lasting(json.loads(path.read_text()))
-            elif path.parent.name == "blocks" and path.suffix == ".safetensors":
-                whole = path.read_bytes()
-                end = 8 + int.from_bytes(whole[:8], "little")
-                header = json.loads(whole[8:end])
-                layers = json.loads(header["__metadata__"].pop("layers"))
-                data = lasting(header), lasting(layers), whole[end:]
-            found[str(path.relative_to(folder))] = data
-    return found
-
-
-def lasting(value: object) -> object:
-    """A JSON value without what runs differ in."""
-    if isinstance(value, dict):
-        return {key: lasting(one) for key, one in value.items() if not key.startswith(DIFFERS)}
-    return [lasting(one) for one in value] if isinstance(value, list) else value
 
 
 def check() -> int:

@@ -24,8 +24,8 @@ def test_the_first_backend_that_takes_a_layer_computes_it():
     model = nn.Sequential(quarter, half)
     assert backends_in_use(model) == {"numba": 1, "tiles": 1}
     with unpacked(model):
-        assert backends_in_use(model) == {"numba": 1, "dense": 1}
-        assert backends_in_use(model, 1000) == {"dense": 2}
+        assert backends_in_use(model) == {"numba": 1, "merged": 1}
+        assert backends_in_use(model, 1000) == {"dense": 1, "merged": 1}
     assert "backend=numba" in repr(quarter)
 
 
@@ -47,6 +47,7 @@ def test_a_layer_follows_the_rows_of_x():
         ({"bits": 16, "sparse": True, "dtype": torch.bfloat16}, "int4", "it reads 4-bit grids"),
         ({"group_size": 16, "dtype": torch.bfloat16}, "int4", "groups of 32, 64, 128, 256"),
         ({}, "dense", "kept dense only while a model is measured"),
+        ({}, "merged", "kept dense only while a model is measured"),
         ({"dtype": torch.bfloat16}, "int4", "slower than numba for 1 rows"),
         ({}, "numba", ""),
         ({"bits": 16, "sparse": True}, "tiles", ""),
@@ -56,6 +57,29 @@ def test_every_backend_says_why_it_does_not_compute(kind, name, reason):
     found = backends.reasons(layer(**kind))
     assert set(found) == set(backends.BACKENDS) and list(found.values()).count("") == 1
     assert (reason in found[name]) if reason else found[name] == ""
+
+
+@pytest.mark.parametrize("kind", [{}, {"rank": 0}, {"bits": 16, "sparse": True}, {"dtype": torch.float64}])
+def test_w_and_path_in_one_matrix_are_the_layer_and_gradients_go_the_other_way(kind):
+    module, x = layer(**kind), torch.randn(40, 128, generator=torch.Generator().manual_seed(0))
+    x = x.to(module.lora_A.dtype)
+    exact = x.double() @ (module.dense(torch.float64) + module.lora_B.double() @ module.lora_A.double()).T
+    exact += module.bias.double()
+    with unpacked(module):
+        assert module.backend_for(40) == "merged"
+        assert (module(x) - exact).norm() < 1e-6 * exact.norm()
+        assert backends.choose(module, x, True).name == "dense"
+        module.set_factors(StoredFactors(torch.zeros(0, 128), torch.zeros(96, 0)))
+        exact = x.double() @ module.dense(torch.float64).T + module.bias.double()
+        assert (module(x) - exact).norm() < 1e-6 * exact.norm()
+    assert not {"merged", "dense"} & module._products.keys()
+
+
+def test_a_path_is_not_lost_in_the_rounding_of_a_sum():
+    module, x = layer(dtype=torch.bfloat16), torch.ones(40, 128).bfloat16()
+    with unpacked(module):
+        assert backends.choose(module, x, False).name == "dense"
+        assert "lost in the rounding" in backends.BACKENDS["merged"].why_not(module, x, False)
 
 
 def test_a_backend_can_be_forced_and_refused():

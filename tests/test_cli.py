@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,25 @@ def test_help_names_every_command_and_setting(capsys):
             assert all(command in text for command in COMMANDS)
         else:
             assert len(text.split()) > 20
+
+
+def test_wrong_usage_names_what_may_be_meant_and_no_other_commands(capsys):
+    for arguments, words in (
+        (["comprss"], "unknown command 'comprss'.*did you mean compress"),
+        (["compress", "run", "--calibraton.source", "pydoc"], "--calibration.source"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and re.search(words, said) and "eora-lab mend" not in said
+    with pytest.raises(SystemExit) as stop:
+        main([])
+    overview = capsys.readouterr().err
+    assert stop.value.code == 2 and len(overview.splitlines()) < 30
+    assert all(len(line) < 130 and not line.endswith(" ") for line in overview.splitlines())
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0 and capsys.readouterr().out == f"eora-lab {version('eora-lab')}\n"
 
 
 def test_compress_evaluate_generate(workplace, capsys):
@@ -189,6 +209,7 @@ SWEEP = ["sweep", "good.yaml", "--store", "store"]
         (["sweep", "task.yaml", "--store", "store"], "did you mean arc_easy"),
         (["sweep", "method.yaml", "--store", "store"], "did you mean eora?"),
         (["paper", "T99", "--model", "model"], "T99 cannot be run here"),
+        (["paper", "2"], "did you mean T2?"),
         (["paper", "T2", "--model", "absent"], "no model 'absent'"),
         (["paper", "T2", "--model", "model", "--figure", "f.jpg"], "the name must end in .png, .svg"),
         (["evaluate", "model", "--plugin", "absent.py"], "no plugin absent.py"),

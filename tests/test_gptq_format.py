@@ -158,6 +158,7 @@ def test_configurations_of_several_years(spelling):
 
 def test_a_configuration_reads_back():
     config = GptqConfig(3, -1, False, True, "gptq_v2")
+    assert "gptq_v2 only" in str(GptqConfig(3, -1, False, True)) and "gptq_v2 only" not in str(config)
     assert GptqConfig.from_dict(config.to_dict()) == config
 
 

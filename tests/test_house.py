@@ -15,8 +15,9 @@ import eora_lab
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "eora_lab"
-ORDER = ["errors", "files", "environment", "products", "model", "text", "calibrate", "compress", "compensate", "layer"]
-ORDER += ["formats", "run", "measure", "finetune", "experiment", "plots", "widgets", "cli"]
+ORDER = ["errors", "files", "environment", "products", "progress", "model", "text", "calibrate", "compress"]
+ORDER += ["compensate", "layer", "formats", "run", "measure", "finetune", "experiment", "plots", "board"]
+ORDER += ["widgets", "cli"]
 
 
 def imports(path: Path) -> set[str]:
@@ -106,7 +107,12 @@ def private_imports(code: str) -> list[str]:
     return found
 
 
-PAGES = [*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
+PAGES = [
+    *ROOT.glob("notebooks/*.ipynb"),
+    *ROOT.glob("notebooks/solutions/*.ipynb"),
+    *ROOT.glob("*.md"),
+    *ROOT.glob("docs/**/*.md"),
+]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)

@@ -17,6 +17,7 @@ from eora_lab.model.structure import block_linears
 from eora_lab.plots import save
 from kernels.bench_cpu import layer_table, model_table, pack, random_layer, time_layer, turns, write
 from kernels.check import KINDS, ROWS, check
+from kernels.cpu_tables import LLAMA, RANK, SHAPES, WORDS, in_readme, readme
 from kernels.figure import draw
 from kernels.shapes import H200, MODELS, Dimensions, Machine, floor_us
 from kernels.stack import VARIANTS, Decoder
@@ -149,3 +150,24 @@ def test_the_cpu_bench_packs_and_writes_with_a_model():
     assert write(packed, torch.ones(1, 3, dtype=torch.long)) > 0
     rows = [{"model": name, "least": 1, "median": 2} for name in ("dense, float32", "dense, bfloat16")]
     assert list(model_table({"models": rows})["median"]) == [0.5, 0.5]
+
+
+def test_the_readme_says_what_the_cpu_bench_recorded():
+    roads = {"numba, float32": 2e-3, "tiles, float32": 8e-2, "dense, float32": 5e-3}
+    layers = [
+        {"layer": f"{N} x {K}", "bits": bits, "rank": RANK, "road": road, "bytes": 3e7, "least": time, "median": time}
+        for N, K in SHAPES
+        for bits in (4, 3)
+        for road, time in roads.items()
+    ]
+    names = [f"{kind}, {dtype}" for dtype in ("float32", "bfloat16") for kind in ("dense", "W4, rank 64, numba")]
+    names += [f"W3, rank 64, numba, {dtype}" for dtype in ("float32", "bfloat16")]
+    models = [{"model": name, "least": 0.01, "median": 0.02 if "W" in name else 0.05} for name in names]
+    machine = {"threads": 2, "processor": "A B"}
+    result = {"rounds": 30, "machine": machine, "bandwidth": 6e10, "layers": layers, "models": models}
+    text = readme(result)
+    assert "30 rounds on 2 threads that read memory at 60.0 GB/s" in text and "results/cpu/A-B.json" in text
+    assert text.count("| 2.00 | 40 | 2.5 | 25 % |") == 4 and text.count("| 20.0 | 50.0 | 50.0 |") == 2
+    assert "llama.cpp" not in text and set(in_readme(result)) == set(WORDS[:-1])
+    models.append({"model": LLAMA, "least": 0.01, "median": 0.01})
+    assert "llama.cpp writes 100.0" in readme(result)

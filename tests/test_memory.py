@@ -1,22 +1,27 @@
 """A pass takes the memory of one block: the others lie in files, and what is measured and predicted says so."""
 
+import gc
 import json
+import platform
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from docs.scale import make
+from docs.scale_models import Shape, make, make_file
 from eora_lab import EoraLabError, load_model, load_run
 from eora_lab.calibrate.contract import check_blocks
 from eora_lab.cli import main
 from eora_lab.environment import OwnMemory, free_memory, own_memory
-from eora_lab.layer.linear import compensated, unpacked
+from eora_lab.files import read_ahead, read_tensors
+from eora_lab.layer.linear import CompensatedLinear, compensated, unpacked
 from eora_lab.measure.evaluate import by_block, window_losses
 from eora_lab.model.structure import decoder_blocks, linears
 from eora_lab.run.folder import read_report
@@ -90,6 +95,7 @@ def test_the_perplexity_of_a_compressed_model_holds_one_block_dense(kind):
         block.register_forward_pre_hook(count)
     found = window_losses(model, tokens)
     assert max(dense) == LAYERS
+    assert not any(layer.made for layer in compensated(model).values())  # no second copy of W^, for few rows
     torch.testing.assert_close(found, plain_losses(model, tokens), rtol=1e-6, atol=0)
 
 
@@ -121,6 +127,22 @@ def test_a_kept_pass_holds_one_compressed_block_and_gives_what_one_in_memory_giv
 
 
 @LINUX
+def test_a_layer_from_a_file_holds_no_other_packed_tensors():
+    model = tiny_model("llama")
+    compress(model, tiny_tokens(), **SMALL)
+    layer = next(iter(compensated(model).values()))
+    stored, old = layer.stored(), nn.Linear(layer.in_features, layer.out_features, bias=False)
+
+    def packed() -> int:
+        gc.collect()
+        found = [one for one in gc.get_objects() if type(one) is torch.Tensor and one.dtype == torch.uint8]
+        return len({one.untyped_storage().data_ptr() for one in found if one.numel() > 512})  # less: names, in bytes
+
+    before = packed()
+    again = CompensatedLinear.from_stored(stored, old)
+    assert packed() == before and torch.equal(again.dense(), layer.dense())
+
+
 def test_weights_of_a_pass_lie_in_files(tmp_path):
     model, _ = load_model(save_tiny(tmp_path / "model"))
     linear = "model.layers.0.mlp.up_proj"
@@ -148,6 +170,48 @@ def test_memory_of_its_own_is_told_from_pages_of_files(tmp_path):
             pass
         del sizes
     assert own.peak - before < 400 * 2**20
+
+
+def pages_of_files() -> int:
+    """Bytes of files that are in this process's memory."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("RssFile", "RssShmem")))
+
+
+@LINUX
+def test_what_is_read_ahead_is_there_and_takes_no_memory_of_its_own(tmp_path):
+    size = 2**26
+    save_file({"weight": torch.ones(size // 2, dtype=torch.bfloat16), "one": torch.ones(())}, tmp_path / "w")
+    mapped = read_tensors(tmp_path / "w")
+    there, own = pages_of_files(), own_memory()
+    read_ahead([mapped["weight"], mapped["weight"][::2], mapped["one"], torch.empty(3, 0)]).join()
+    assert pages_of_files() - there > 0.9 * size
+    assert own_memory() - own < 0.1 * size
+    assert mapped["weight"].sum().item() == size // 2
+
+
+GIVEN_BACK = """
+import ctypes
+from eora_lab.cli.allocator import keep_freed_memory
+
+keep_freed_memory()
+library = ctypes.CDLL(None)
+library.malloc.restype = library.sbrk.restype = ctypes.c_void_p
+start = library.sbrk(0)
+pieces = [library.malloc(24 << 20) for _ in range(4)]
+for piece in pieces:
+    library.free(ctypes.c_void_p(piece))
+kept = library.sbrk(0)
+library.malloc(40 << 20)
+print(kept - start, library.sbrk(0) - start)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told what to do with freed memory")
+def test_commands_keep_what_activations_give_back_and_no_large_pieces():
+    said = subprocess.run([sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True).stdout
+    kept, after_a_large_one = map(int, said.split())
+    assert kept == after_a_large_one >= 4 * (24 << 20)
 
 
 def test_free_memory_is_some():
@@ -235,7 +299,9 @@ def test_a_model_that_does_not_fit_in_another_dtype_is_refused_before_it_is_read
 
 @LINUX
 def test_a_q4_0_file_of_the_bench_is_mended_in_the_dtype_of_its_original(tmp_path):
-    make(tmp_path / "model", hidden=256, ffn=512, blocks=3)
+    shape = Shape(hidden=256, ffn=512, blocks=3, kv_heads=1, vocabulary=320)
+    make(tmp_path / "model", shape)
+    make_file(tmp_path / "model" / "model.gguf", shape)
     start = ["mend", str(tmp_path / "model" / "model.gguf"), str(tmp_path / "run"), "--model", str(tmp_path / "model")]
     length = ["--calibration.nsamples", "2", "--calibration.seqlen", "64", "--evaluation.window-length", "64"]
     assert main([*start, *length, "--dtype", "bfloat16", "--rank", "16", "--evaluation.windows", "2"]) == 0

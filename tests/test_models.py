@@ -90,7 +90,7 @@ def test_a_class_that_is_no_name(tmp_path, named):
 
 
 def test_bad_device(tmp_path):
-    fails(save(tmp_path), "cannot put the model on device 'tpu99'", device="tpu99")
+    fails(save(tmp_path), "cannot put the model on device 'tpu99': name cpu or cuda", device="tpu99")
 
 
 def test_import_is_light():

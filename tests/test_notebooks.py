@@ -2,13 +2,18 @@
 
 import ast
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from docs.notebooks import NOTEBOOKS, environment
-from tests.notebooks import smoke_copy, smoke_parameters
+from docs.lab import FIRST, command, surroundings
+from docs.notebooks import NOTEBOOKS, ROOT, SOLUTIONS, environment
+from docs.strip import saved as told_git
+from docs.strip import stripped
+from tests.notebooks import as_clone, smoke_copy, smoke_parameters
 
 CODE_CELLS = 25
 LINES = 20  # of a code cell
@@ -105,6 +110,16 @@ def test_links_of_a_notebook_lead_to_files(path):
                 assert (path.parent / link).exists(), f"{cell.id}: {link}"
 
 
+def test_jupyterlab_opens_at_the_first_notebook_with_our_settings_beside_the_users():
+    assert (ROOT / FIRST).is_file()
+    assert command([], root=False)[-1].endswith(f"/lab/tree/{FIRST}") and "--allow-root" not in command([], root=False)
+    assert "--allow-root" in command(["--no-browser"], root=True)
+    assert FIRST not in " ".join(command(["notebooks/02_svd_vs_eora_error_analysis.ipynb"], root=False))
+    paths = surroundings({"JUPYTER_CONFIG_PATH": "/theirs", "HOME": "/home/a"})
+    assert paths["JUPYTER_CONFIG_PATH"].split(":") == [str(ROOT / "docs" / "jupyter"), "/theirs"]
+    assert surroundings({}) == {"JUPYTER_CONFIG_PATH": str(ROOT / "docs" / "jupyter")}
+
+
 def test_these_checks_see_what_they_look_for():
     body = "def f(x):\n '''doc'''\n for i in x:\n  y = i\n  z = y\n return z"
     assert statements(ast.parse(body).body[0]) == 4
@@ -113,12 +128,53 @@ def test_these_checks_see_what_they_look_for():
     ]  # fmt: skip
     broken = {"a": {"state": {"outputs": [{"output_type": "error", "ename": "ValueError", "evalue": "no"}]}}}
     assert swallowed_errors(broken) == ["ValueError: no"]
+    said = [
+        nbformat.v4.new_output("stream", name=name, text=f"x.py:1: UserWarning: {name}")
+        for name in ("stderr", "stdout")
+    ]
+    loud = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("", outputs=said)])
+    assert warned(loud) == ["x.py:1: UserWarning: stderr"]
 
 
 def swallowed_errors(state: dict) -> list[str]:
     """Errors inside Output widgets, which no cell reports."""
     outputs = [output for widget in state.values() for output in widget["state"].get("outputs", [])]
     return [f"{output['ename']}: {output['evalue']}" for output in outputs if output["output_type"] == "error"]
+
+
+def test_a_notebook_that_was_run_and_saved_is_the_committed_one_to_git(tmp_path):
+    path = NOTEBOOKS[0]
+    saved = read(path)
+    saved.metadata.kernelspec.display_name = "Python 3 (ipykernel)"
+    saved.metadata.language_info.version = "3.12.1"
+    saved.metadata["widgets"] = {"application/vnd.jupyter.widget-state+json": {"state": {}}}
+    for number, cell in enumerate(code_cells(saved), 1):
+        cell.execution_count, cell.metadata["execution"] = number, {"iopub.execute_input": "now"}
+        cell.outputs = [nbformat.v4.new_output("stream", text="π\n")]
+    place = tmp_path / "notebooks" / path.name
+    place.parent.mkdir()
+    shutil.copy(path, place)
+    git = as_clone(tmp_path)
+    nbformat.write(saved, place)
+    told_git(str(place), {"type": "notebook"}, contents_manager=None)
+    changed = [*git, "status", "--porcelain", "notebooks"]
+    assert subprocess.run(changed, check=True, capture_output=True, text=True).stdout == ""
+    code_cells(saved)[0].source += "\nmine = 1"
+    nbformat.write(saved, place)
+    told_git(str(place), {"type": "notebook"}, contents_manager=None)
+    assert path.name in subprocess.run(changed, check=True, capture_output=True, text=True).stdout
+    told_git(str(ROOT / "Makefile"), {"type": "file"}, contents_manager=None)  # nothing to do with notebooks
+    (tmp_path / "alone").mkdir()
+    nbformat.write(saved, tmp_path / "alone" / path.name)  # not in git
+    told_git(str(tmp_path / "alone" / path.name), {"type": "notebook"}, contents_manager=None)
+    assert "alone" not in subprocess.run([*git, "ls-files"], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *SOLUTIONS], ids=lambda path: path.stem)
+def test_a_notebook_is_stored_as_git_is_told_to_see_it(path):
+    assert stripped(path.read_text(encoding="utf-8")) == path.read_text(
+        encoding="utf-8"
+    )  # else: docs/strip.py NOTEBOOK
 
 
 @pytest.mark.notebooks
@@ -134,3 +190,36 @@ def test_a_notebook_runs_from_top_to_bottom(path, tmp_path, monkeypatch):
     nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute()
     widgets = notebook.metadata.get("widgets", {}).get("application/vnd.jupyter.widget-state+json", {})
     assert swallowed_errors(widgets.get("state", {})) == []
+    assert warned(notebook) == []
+
+
+@pytest.mark.notebooks
+@pytest.mark.parametrize("path", SOLUTIONS, ids=lambda path: path.stem)
+def test_solutions_answer_what_their_notebook_asks(path, tmp_path, monkeypatch):
+    nbclient = pytest.importorskip("nbclient", reason="nbclient comes with the extra `lab`")
+    pytest.importorskip("papermill", reason="papermill is the extra `lab`")
+    (lesson,) = [one for one in NOTEBOOKS if one.name[:2] == path.name[:2]]
+    assert order(read(lesson)) == order(read(path)) and len(order(read(path))) == 3
+    for cell in read(path).cells:
+        for link in relative_links(cell.source) if cell.cell_type == "markdown" else ():
+            assert (path.parent / link).exists(), f"{cell.id}: {link}"
+    for name, value in environment(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    notebook = read(smoke_copy(path, tmp_path))
+    resources = {"metadata": {"path": str(tmp_path / "notebooks")}}
+    nbclient.NotebookClient(notebook, timeout=900, kernel_name="python3", resources=resources).execute()
+    said = [
+        output["data"]["text/plain"] for cell in code_cells(notebook) for output in cell.outputs if "data" in output
+    ]
+    assert [one for one in said if one.endswith(": right")] == [f"{one}: right" for one in order(notebook)], said
+
+
+def order(notebook: nbformat.NotebookNode) -> list[str]:
+    """Exercises in the order of their cells."""
+    return [call for cell in code_cells(notebook) for call in re.findall(r'check\("([^"]+)"', cell.source)]
+
+
+def warned(notebook: nbformat.NotebookNode) -> list[str]:
+    """What cells say on stderr, where warnings go."""
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    return [output["text"] for output in outputs if output.get("name") == "stderr" and "Warning" in output["text"]]

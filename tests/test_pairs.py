@@ -2,6 +2,7 @@
 
 import re
 
+import numpy as np
 import pytest
 import tokenizers
 import transformers
@@ -10,6 +11,7 @@ from eora_lab.cli import main
 from eora_lab.errors import EoraLabError
 from eora_lab.experiment.paper_runs import rivalry, table_rows
 from eora_lab.experiment.store import ResultStore, scores
+from eora_lab.plots.scales import figures, metric_name
 from eora_lab.run.intervals import Outcomes, paired
 from tests.tiny import begins_texts, save_tiny, tiny_tokenizer
 
@@ -77,6 +79,28 @@ def test_other_questions_are_not_paired(tmp_path):
     first, second = (scores(store.get({"limit": limit}))["arc_easy acc"] for limit in (1, 2))
     with pytest.raises(EoraLabError, match=REFUSED):
         paired(first, second)
+
+
+def test_margins_are_paired_beside_accuracy_where_a_cell_has_them(tmp_path):
+    store, rows = ResultStore(tmp_path), table_rows("T2", "smollm2-135m", "small")[:4]
+    for i, row in enumerate(rows):
+        task = {"metric": "acc", "num_fewshot": 0, "questions": ["a", "b", "c"], "outcomes": [1.0, 0.0, 0.0]}
+        if row.method != "none":  # measured before there were margins
+            task |= {"margin": i - 1.0, "margin_stderr": 1.0, "margins": [i + 0.0, i - 1.0, i - 2.0]}
+        store.put(row.cells["arc_easy"].config(), {}, result={"tasks": {"arc_easy": task}})
+    found = rivalry(rows, store)
+    score, margin = (next(what for what in found if words in what) for words in ("mean score", "margin"))
+    assert len(found[score]) == 3 and not any(interval.decided for interval in found[score].values())
+    assert {pair.rpartition(" ")[2]: one.difference for pair, one in found[margin].items()} == {
+        "ZeroQuant-V2": pytest.approx(2.0), "Act-S": pytest.approx(1.0),
+    }  # fmt: skip
+    assert all(interval.decided for interval in found[margin].values())
+    frame = store.frame()
+    assert sorted(frame["tasks.arc_easy.margin"].dropna()) == [0.0, 1.0, 2.0]
+    assert not any(name.endswith("margins") for name in frame)
+    values, low, high = figures(frame, "tasks.arc_easy.margin")
+    assert np.nanmax(values) == 2 and np.nanmax(low) == 1 and np.nanmax(high) == 3
+    assert "nats" in metric_name(frame, "tasks.arc_easy.margin")
 
 
 def test_a_rival_with_other_tokens_is_left_out_with_a_word(tmp_path):

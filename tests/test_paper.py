@@ -5,10 +5,14 @@ import math
 import pytest
 
 from eora_lab import EoraLabError
+from eora_lab.cli import main
 from eora_lab.compensate import SOLVERS
+from eora_lab.experiment.checklist import checklist, entry, spell
+from eora_lab.experiment.estimate import work
 from eora_lab.experiment.paper import COLUMNS, FOLDER, METHODS, TABLES, published
-from eora_lab.experiment.paper_runs import both_sides, measured, rivalry, table_rows
+from eora_lab.experiment.paper_runs import RUNNABLE, both_sides, measured, rivalry, table_rows
 from eora_lab.experiment.store import ResultStore
+from eora_lab.experiment.sweep import expand
 
 EXTRA = {"T3": "finetuned", "T8": "nsamples", "T9": "kernel", "T11": "finetuned", "T12": "data_share"}
 EXTRA |= {"T13": "factor_bits", "T17": "layer"}
@@ -134,3 +138,53 @@ def test_published_and_measured_stand_apart(tmp_path):
     assert sides.loc["measured", "value"].tolist() == [100.0, 99.0, 98.0, 97.0]
     assert sides.loc[("published", "eora"), "rank"] == 128 and sides.loc[("measured", "eora"), "rank"] == 32
     assert sides.loc[("measured", "eora"), "low"] == pytest.approx(97 * math.exp(-1 / 3**0.5))  # losses 3.7, 4.7, 5.7
+
+
+def checked(tmp_path, table="T2"):
+    """An entry of the checklist whose cells hold made-up losses: EoRA's are 0.1 below Act-S's, which is below SVD's."""
+    store, rows = ResultStore(tmp_path), table_rows(table, "smollm2-135m", "small")
+    for i, line in enumerate(row for row in rows if row.base == "GPTQ 4-bit"):
+        losses = [["wikitext2:test", [4.0 - i / 10, 5.0 - i / 10, 6.0 - i / 10]]]
+        result = {"perplexity": {"wikitext2:test": 100.0 - i}, "window_losses": losses}
+        store.put(line.cells["wikitext2"].config(), {}, result=result, cost={"total": 30.0})
+    return entry(table, "smollm2-135m", [store])
+
+
+def test_a_gap_is_measured_minus_published(tmp_path):
+    found = checked(tmp_path)
+    assert (found.cells, found.done, found.spent) == (16, 4, 120.0)
+    cells = expand([cell for row in found.rows for cell in row.cells.values()])
+    done = [cell for cell in cells if found.store.get(cell.config())]
+    todo = [cell for cell in cells if cell not in done]
+    assert found.left == pytest.approx(120.0 * work(todo) / work(done))  # at the pace of those that are done
+    assert found.verdict == "3 better of 3"
+    pair = found.gaps.query("against == 'Act-S' and task == 'wikitext2 log perplexity'").iloc[0]
+    assert pair["published"] == pytest.approx(math.log(6.80 / 6.82))
+    assert pair["here"] == pytest.approx(-0.1) and pair["gap"] == pytest.approx(-0.1 - math.log(6.80 / 6.82))
+    unmeasured = found.gaps[found.gaps["here"].isna()]
+    arc = unmeasured.query("task == 'arc_challenge' and base == 'GPTQ 3-bit' and against == 'no compensation'")
+    assert arc["published"].item() == pytest.approx((31.74 - 20.90) / 100)
+
+
+def test_every_table_is_on_the_checklist_with_its_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    entries = checklist()
+    assert [one.table for one in entries] == list(TABLES)
+    assert all(one.shows and one.why and one.command for one in entries)
+    runnable = [one for one in entries if one.cells]
+    assert {one.table for one in runnable} == set(RUNNABLE)
+    known = {one.table: one for one in entries}
+    assert known["T2"].done == known["T2"].cells == 16 and known["T2"].left is None  # recorded in the repository
+    assert known["T6"].done == 0 and known["T6"].left > 0
+    for one in runnable:
+        assert 60 < one.gpu_seconds < 86400 and 20e9 < one.gpu_memory < 141e9
+    command, _, rest = known["T3"].command.partition(" ")
+    assert command == "eora-lab" and rest.startswith("finetune")
+    assert main(["paper", "--store", str(tmp_path / "none")]) == 0 and not (tmp_path / "none").exists()
+    out = capsys.readouterr().out
+    assert all(f"\n{table:4} " in out for table in TABLES) and out.count("(predicted)") == len(RUNNABLE)
+    assert "eora-lab paper T6 --scale small" in out
+
+
+def test_times_are_said_as_people_do():
+    assert [spell(seconds) for seconds in (8.0, 90.0, 5400.0)] == ["8 s", "1.5 min", "1.5 h"]

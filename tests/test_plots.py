@@ -4,6 +4,7 @@ A sweep of a tiny model makes a real store. For the named grids and the paper's 
 results are put into a store by hand: the figures must show them.
 """
 
+import html
 import itertools
 import json
 import math
@@ -32,17 +33,22 @@ from eora_lab.experiment.store import ResultStore
 from eora_lab.experiment.sweep import expand, named_grids, read_grid, rows, sweep
 from eora_lab.plots import (
     alt_text,
+    plot_blocks,
     plot_comparison,
     plot_error_map,
     plot_front,
+    plot_heads,
     plot_intervals,
+    plot_layers,
     plot_losses,
     plot_ranks,
     plot_setting,
     plot_spectra,
+    plot_spend,
     plot_sweep,
     plot_table,
     save,
+    surprise_html,
     use_style,
 )
 from eora_lab.plots.front import pareto
@@ -50,7 +56,8 @@ from eora_lab.plots.labels import spread
 from eora_lab.plots.looks import DARK_INK, DARK_PAPER, INK, LOOKS, OTHERS, PAPER, SERIES, looks
 from eora_lab.plots.output import svg
 from eora_lab.plots.scales import metrics
-from eora_lab.plots.words import number
+from eora_lab.plots.spend import steps
+from eora_lab.plots.words import headline, number
 from eora_lab.run.intervals import Interval
 from eora_lab.run.plugins import OWN
 from tests.tiny import tiny_model, tiny_tokenizer
@@ -105,9 +112,23 @@ def compared():
     return table([dense, *rivals], "model")
 
 
+BLOCKS = {"dense": [0.1, 0.4, 0.9], "none": [0.1, 0.2, 0.3], "svd": [0.1, 0.2, 0.5], "eora": [0.1, 0.3, 0.8]}
+HEADS = {"none": {"m.layers.0.o_proj": torch.tensor([0.2, 0.4]), "m.layers.2.o_proj": torch.tensor([1.5, 0.3])}}
+HEADS["eora"] = {name: errors / 4 for name, errors in HEADS["none"].items()}
+LAYERS = {"none": {"m.layers.0.q_proj": 0.2, "m.layers.0.k_proj": 0.04, "m.layers.1.q_proj": 0.1}}
+LAYERS["eora"] = {name: error / 8 for name, error in LAYERS["none"].items()}
+
+
+def inside() -> dict:
+    """The figures of what is inside a model."""
+    shares = plot_blocks(BLOCKS, "right answers (%)")
+    return {"blocks": shares, "heads": plot_heads(HEADS), "layers": plot_layers(LAYERS)}
+
+
 def figures(frame, folder: Path) -> dict:
     """One of every kind."""
     found = {"comparison": plot_comparison(compared()), "rank": plot_setting(frame, "rank"), "front": plot_front(frame)}
+    found |= inside()
     for name in ("T2", "T10", "T15"):
         lines, store = paper_store(folder / name, name)
         found[name] = plot_table(both_sides(lines, store))
@@ -127,7 +148,7 @@ def test_every_axis_says_what_it_shows_and_every_line_is_known_without_its_colou
         for axes in figure.axes:
             row = axes.get_shared_y_axes().get_siblings(axes)  # panels of a row share an axis; the first one names it
             named = any(one.get_ylabel() for one in row) or name.endswith("intervals")  # there, every tick is a pair
-            assert axes.get_xlabel() and named, name
+            assert (axes.get_xlabel() or axes.get_label() == "<colorbar>") and named, name
         for axes in figure.axes:
             handles, labels = axes.get_legend_handles_labels()
             lines = [getattr(handle, "lines", [handle])[0] for handle in handles]  # that of error bars too
@@ -343,6 +364,8 @@ def test_what_a_grid_varies_becomes_its_axes(tmp_path):
         "rivals": ("bits a weight, all counted", 1, None),
         "formats": ("bits a weight, all counted", 1, None),
         "beyond": ("bits a weight, all counted", 1, None),
+        "front": ("bits a weight, all counted", 5, None),
+        "front-small": ("bits a weight, all counted", 2, None),
     }
     found = figures_of_grids(tmp_path)
     assert set(found) == set(wanted)
@@ -393,6 +416,23 @@ def test_of_many_cells_only_those_that_nothing_beats_are_named(swept):
     finished = many[(many["status"] == "done") & (many["compressor"] != "dense")]
     value, bits = (finished[name].to_numpy(float) for name in (next(iter(metrics(finished))), "bits_per_weight"))
     assert 0 < len(pareto(bits, value)) == len(plot_front(many).axes[0].texts) <= few < len(finished)
+
+
+def test_bytes_go_to_what_leaves_less_of_the_loss():
+    """Next bits against the best path in their bytes, rung by rung; a path that takes more does not count."""
+    rungs = [("none", 2, 2.25, 90.0), ("none", 3, 3.25, 40.0), ("none", 4, 4.25, 20.0)]
+    paths = [("eora", 2, 3.0, 50.0), ("eora", 3, 4.0, 19.0), ("eora", 3, 4.5, 10.0), ("svd", 2, 3.3, 30.0)]
+    frame = pandas.DataFrame(rungs + paths, columns=["method", "bits", "bits_per_weight", PERPLEXITY])
+    frame = frame.assign(compressor="rtn", sparsity="", grid="integer", status="done", rank=8)
+    found = steps(frame, PERPLEXITY)
+    assert found == [("rtn", "rtn 2-bit", 40.0, 50.0), ("rtn", "rtn 3-bit", 20.0, 19.0)]
+    figure = plot_spend(frame)
+    assert headline(figure) == "The next megabyte belongs to rank on rtn 3-bit, and to bits on rtn 2-bit"
+    assert "rtn 2-bit: next bits 40.00, rank 50.00" in alt_text(figure)
+    assert "all 1 bases" in headline(plot_spend(frame[frame["bits"] > 2]))
+    assert "Of 3 cells, none is a base with both" in headline(plot_spend(frame[frame["method"] == "none"]))
+    with pytest.raises(EoraLabError, match="nothing to draw"):
+        plot_spend(frame.assign(status="failed"))
 
 
 def test_labels_keep_their_order_and_their_distance():
@@ -465,3 +505,59 @@ def test_the_committed_figures_are_those_of_the_recorded_numbers(tmp_path):
     assert made >= committed | {Path("kernels/floors.png"), Path("kernels/floors.svg")}
     for path in made:
         assert (tmp_path / path).read_bytes() == (ROOT / path).read_bytes(), f"{path}: run make figures"
+
+
+def test_the_words_of_what_is_inside_are_its_numbers():
+    blocks, heads, layers = inside().values()
+    said = "0.9 (dense), 0.3 (no compensation), 0.5 (SVD) and 0.8 (EoRA)"
+    assert " ".join(blocks.get_suptitle().split()) == f"Right answers (%) after the last block: {said}"
+    assert "EoRA 0.1 at 0, 0.3 at 1, 0.8 at 2" in alt_text(blocks)
+    headline = (
+        "Error of the median head: 0.35 (no compensation) and 0.0875 (EoRA); of the worst, head 0 of block 2: 1.50"
+    )
+    assert " ".join(heads.get_suptitle().split()) == f"{headline} and 0.375"
+    assert "no compensation 0.3 at block 0, 0.9 at block 2" in alt_text(heads)
+    assert "of the worst, q_proj of block 0: 0.2 and 0.025" in " ".join(layers.get_suptitle().split())
+    drawn = heads.axes[0].images[0].get_array()
+    assert drawn.shape == (2, 3) and np.isnan(drawn.filled(np.nan)[:, 1]).all()  # a block without heads stays blank
+    assert plot_layers({"eora": {"m.layers.0.q_proj": 0.0}}).get_suptitle().startswith("Error of the median linear: 0 ")
+
+
+# --- a text, coloured ----------------------------------------------------------------------------------------------
+
+WORDS = ["A", " <b>", "\n", " x"]
+SURPRISES = {"dense": [0.5, 2.5, 1.5], "none": [9.0, 2.5, 1.5], "eora": [0.75, 4.5, 1.0]}
+
+
+def test_a_coloured_text_says_every_token_and_its_surprise():
+    page = surprise_html(WORDS, SURPRISES)
+    assert page.count('class="s') == 5 + 3 * 3 and '<b>"' not in page  # legend and tokens
+    texts = [html.unescape(re.sub(r"<[^>]*>", "", one)) for one in re.findall(r"<p [^>]*>(.*?)</p>", page, re.S)]
+    assert texts == ["A <b>\u21b5\n x"] * 3
+    assert re.findall(r'class="(s\d)" title="([\d.]+) nats"', page)[:4] == [
+        ("s0", "0.5"), ("s2", "2.50"), ("s1", "1.50"), ("s4", "9.00"),
+    ]  # fmt: skip
+    for label, values in (("dense", "1.50"), ("no compensation", "4.33"), ("EoRA", "2.08")):
+        assert f"<b>{label}</b>, {values} nats a token" in page
+    finding = "Mean surprise of a token: dense 1.50, no compensation 4.33 and EoRA 2.08 nats; hit most is "
+    assert f"{finding}{'<b>'!r}: 0.5 (dense), 9.00 (no compensation) and 0.75 (EoRA)" in html.unescape(page)
+    assert "border-color: currentColor" in page and f"border-color: {LOOKS['eora'].colour}" in page
+
+
+def test_a_coloured_text_can_be_read_on_white_and_dark_pages_and_without_colours():
+    marks = dict(re.findall(r"\.eora-surprise \.(s\d) \{([^}]*)\}", surprise_html(WORDS, SURPRISES)))
+    assert list(marks) == ["s0", "s1", "s2", "s3", "s4"]
+    lines = [int(one[0]) for one in (re.findall(r"border-bottom: (\d+)px", mark) for mark in marks.values()) if one]
+    assert lines == sorted(set(lines)) and len(lines) == 4  # thicker with every step
+    line = re.search(r"px solid (#\w+)", marks["s4"])[1]
+    assert to_hex(line) not in {to_hex(look.colour) for look in LOOKS.values()}
+    for ink, papers in ((INK, ["#ffffff"]), (DARK_INK, [DARK_PAPER, "#14181e"])):
+        for paper in papers:
+            before = 1.0
+            for mark in [*marks.values()][1:]:
+                *colour, opacity = (float(one) for one in re.search(r"rgba\(([^)]*)\)", mark)[1].split(", "))
+                behind = [opacity * c / 255 + (1 - opacity) * p for c, p in zip(colour, to_rgb(paper), strict=True)]
+                assert contrast(ink, to_hex(behind)) >= 4.5, (ink, mark)
+                assert contrast(paper, to_hex(behind)) > before  # stronger with every step
+                before = contrast(paper, to_hex(behind))
+            assert contrast(line, paper) >= 3

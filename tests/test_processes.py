@@ -52,6 +52,10 @@ PASSES = {
     "gradients of experts": ("experts", SMALL | {"method": "eora_fisher", "rank": 4}),
     "a budget": ("llama", GPTQ | {"inputs": "original", "ranks": Budget("relative", multiple=2)}),
     "a budget in nats": ("llama", SMALL | {"method": "eora_fisher", "ranks": Budget("nats", multiple=2)}),
+    "one A for several": (
+        "llama",
+        SMALL | {"method": "eora_fisher", "shared_factors": True, "ranks": Budget("nats", multiple=2)},
+    ),
     "given weights": ("llama", SMALL | {"weights": given_weights, "reround": True, "rounds": 2}),
 }
 

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 
+from eora_lab.experiment.running import running
 from eora_lab.experiment.store import ResultStore
+from eora_lab.experiment.sweep import expand, plan, run_plan
+from eora_lab.progress import Stopped
 from tests.test_sweep import SMALL, contents, quiet_sweep
 
 ray = pytest.importorskip("ray", reason='Ray is the extra `ray`: pip install "eora-lab[ray]"')
 
+PATHS = os.environ.get("PYTHONPATH")
 GRID = SMALL | {"bits": [2, 3], "method": ["svd", "eora"], "rank": [2, 4, 8]}  # 12 cells
 
 
@@ -32,10 +36,28 @@ def kill_a_worker(store: Path, killed: list[int]) -> None:
             return
 
 
+def test_a_sweep_that_is_stopped_keeps_what_its_workers_finished(workplace, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [PATHS])]))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    cells, store, told = expand(GRID), ResultStore("store"), []
+
+    def stop_after_two(step):
+        told.append(step.done)
+        if step.done >= 2:
+            raise Stopped
+
+    found = list(run_plan(plan(cells, store), cells, store, "ray", 2, watch=stop_after_two))
+    assert found == ["", ""] and told[-1] == 2
+    kept = contents(Path("store"))
+    assert 2 <= len(kept) < 12 and running(store) == []
+    assert quiet_sweep(GRID, store)["status"].tolist() == ["done"] * 12
+    assert kept.items() <= contents(Path("store")).items()
+
+
 def test_a_killed_worker_loses_nothing(workplace, monkeypatch):
     quiet_sweep(GRID, "local")
     monkeypatch.setenv("EORA_LAB_TEST", str(os.getpid()))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *filter(None, [PATHS])]))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     killed: list[int] = []
     killer = threading.Thread(target=kill_a_worker, args=(Path("ray"), killed), daemon=True)

@@ -16,12 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from docs.run_files import contents
 from eora_lab import EoraLabError
 from eora_lab.cli import main
 from eora_lab.compress import QUANTISERS
 from eora_lab.run.budget import Budget
 from eora_lab.run.recipe import Recipe
-from tests.kills import contents
 from tests.test_stream import Model
 from tests.tiny import SMALL, compress, deep_model, full_disk, logits, save_tiny, tiny_model, tiny_tokens
 
@@ -165,6 +165,8 @@ OTHER = {  # setting -> another value, and what has to go with it
     "held_out": {"held_out": 0.34},
     "distil": {"distil": True, "held_out": 0.34},
     "rounds": {"rounds": 2},
+    "shared_factors": {"shared_factors": True},
+    "preserve": {"preserve": True},
     "skip": {"skip": "o_proj"},
     "only": {"only": "o_proj"},
     "keep_first": {"keep_first": 1},

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
 from eora_lab.compress import COMPRESSORS, PRUNERS
-from eora_lab.run.fit import Steps, fit_layer
+from eora_lab.run.fit import Steps, fit_group
 from eora_lab.run.recipe import Recipe
 
 BASES = [
@@ -36,10 +36,11 @@ def layer(seed, decades=3, out_features=16, in_features=32, tokens=40):
 def fitted(base, weight, statistics, rank, step=None, **more):
     """The answer to a layer, and its output error in float64 with the path as it is stored."""
     recipe = Recipe(**({} if "grid" in base else {"group_size": 16}) | base | more)
-    fit = fit_layer("layer", weight, statistics, Steps(recipe), rank, step)
+    steps = Steps(recipe)
+    fit = fit_group(steps.group(["layer"], [weight], statistics), statistics, steps, rank, step)
     A, B = (factor.double() for factor in fit.factors.dense())
     aim = weight.double() if step is None else weight.double() + step
-    left = aim - fit.compressed.dense().double() - B @ A
+    left = aim - fit.compressed[0].dense().double() - B @ A
     return fit, output_energy(left, statistics.second_moment.double())
 
 
@@ -67,6 +68,6 @@ def test_every_compressor_gains_by_rounds():
 def test_a_pruner_chooses_the_mask_anew():
     weight, statistics = layer(1)
     base = {"compressor": "wanda", "sparsity": "2:4", "bits": 16}
-    masks = [fitted(base, weight, statistics, 6, rounds=rounds)[0].compressed.mask for rounds in (1, 3)]
+    masks = [fitted(base, weight, statistics, 6, rounds=rounds)[0].compressed[0].mask for rounds in (1, 3)]
     assert (masks[0] != masks[1]).any()
     assert (masks[1].unflatten(1, (-1, 4)).sum(-1) == 2).all()

@@ -21,6 +21,7 @@ pytest.importorskip("sphinx", reason="sphinx is the extra `docs`")
 
 from docs.build import build
 from docs.docstrings import PUBLIC, as_rst, targets
+from docs.explorable import FILE, state
 from docs.mathml import mathml
 
 TEXTS = [*(ROOT / "docs" / "site").rglob("*.md"), *(ROOT / "docs" / "guides").glob("*.md")]
@@ -174,6 +175,53 @@ def test_a_phone_opens_the_pages_from_their_files(site, browser, theme, tmp_path
     assert not [url for url in asked if not url.startswith(("file:", "data:"))] and complaints == []
 
 
+@pytest.mark.browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_explorable_follows_keys_and_mouse_without_a_kernel(site, browser, theme, tmp_path):
+    from tests.explorable import Explorable
+
+    known = state()
+    page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme=theme)
+    asked, complaints = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
+    page.goto((site / "see.html").as_uri())
+    shown, prompt = Explorable(page), known["prompt"]
+    assert shown.rank == str(known["rank"])
+    shown.drive(known["ranks"])
+    for i in (0, known["ranks"].index(32), -1):
+        shown.slider.fill(str(i % len(known["ranks"])))
+        wrote = [known["texts"][prompt][method][i] for method in ("svd", "eora")]
+        assert [one.split() for one in shown.texts] == [
+            one.split() for one in (*wrote, known["texts"][prompt]["original"])
+        ]
+    left = known["views"][layer := list(known["views"])[-1]]["left"]["eora"]
+    page.get_by_label("Layer").select_option(layer)
+    shown.slider.fill("3")
+    assert f"EoRA {100 * left[3]:.0f} %" in shown.shown(f"At rank {known['ranks'][3]} ")
+    page.get_by_label("Prompt").select_option(other := list(known["texts"])[-1])
+    assert shown.texts[2].split() == known["texts"][other]["original"].split()
+    print(f"\n{theme}: {shown.step()}")
+    page.reload()
+    assert Explorable(page).rank == str(known["rank"])
+    shots = Path(os.environ.get("EORA_LAB_SCREENSHOTS", tmp_path))
+    for name, width in (("phone", 390), ("wide", 1280)):
+        page.set_viewport_size({"width": width, "height": 844})
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"too wide at {width}"
+        page.locator(".eora-explorable").screenshot(path=shots / f"explorable-{theme}-{name}.png")
+    page.close()
+    assert complaints == [] and not [url for url in asked if not url.startswith(("file:", "data:"))]
+
+
+def test_the_explorable_says_its_numbers_without_javascript(site):
+    text, known = (site / "see.html").read_text(encoding="utf-8"), state()
+    left = known["views"][known["layer"]]["left"]
+    place = known["ranks"].index(64)
+    assert f"<li>rank 64: SVD leaves {100 * left['svd'][place]:.1f} %" in text
+    assert FILE.stat().st_size < 1e6 and FILE.read_text(encoding="utf-8").count("python -m docs.explored") == 1
+
+
 # --- records -------------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +268,8 @@ def test_a_run_is_kept_without_its_bars_and_with_its_widgets_as_they_stood(tmp_p
     from docs.record import record
 
     code = [
-        "from tqdm.auto import tqdm\nimport ipywidgets\nfor _ in tqdm(range(3)): pass\nprint('seen')",
+        "from tqdm.auto import tqdm\nimport ipywidgets\nfor _ in tqdm(range(3)): pass\nprint('seen')\n"
+        "from eora_lab.progress import tqdm\nfor leave in (True, False):\n for _ in tqdm(range(3), leave=leave): pass",
         "import matplotlib.pyplot as plt\nfrom eora_lab.plots import tell, use_style\nuse_style()\n"
         "figure, axes = plt.subplots()\ntell(figure, 'It is 7', 'A line.')\nplt.show()",
         "ipywidgets.VBox([ipywidgets.IntSlider(3, description='Rank'), ipywidgets.HTML('<b>told</b>')])",

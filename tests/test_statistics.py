@@ -175,3 +175,29 @@ def test_the_energies_with_a_path_are_those_of_both_matrices(diagonal):
     before, after = energies_with_path(R, A, B, metric)
     wanted = [output_energy(matrix.double(), metric.double()) for matrix in (R, R.double() - B.double() @ A.double())]
     assert [before, after] == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("features", [511, 512, 513, 1300])
+def test_energies_of_wide_layers_are_those_of_all_of_the_second_moment(features):
+    x = tokens(90, features)
+    S, generator = x.T @ x / len(x), torch.Generator().manual_seed(1)
+    R, B = (torch.randn(7, n, generator=generator) for n in (features, 2))
+    A = B.T @ R / 10
+    left = R.double() - B.double() @ A.double()
+    wanted = [(matrix @ S.double() * matrix).sum().item() for matrix in (R.double(), left)]
+    assert output_energy(R, S) == pytest.approx(wanted[0], rel=1e-5)
+    assert energies_with_path(R, A, B, S) == pytest.approx(wanted, rel=1e-5)
+
+
+def test_what_a_path_leaves_is_told_exactly_where_it_is_next_to_nothing():
+    """The difference of two large numbers would be of rounding alone."""
+    x, generator = tokens(90, 600), torch.Generator().manual_seed(2)
+    S = x.T @ x / len(x)
+    A, B = torch.randn(4, 600, generator=generator), torch.randn(5, 4, generator=generator)
+    R = B @ A
+    R[0, 0] += 0.1
+    exact = (R.double() - B.double() @ A.double()) @ S.double()
+    wanted = (exact * (R.double() - B.double() @ A.double())).sum().item()
+    before, after = energies_with_path(R, A, B, S)
+    assert after == pytest.approx(wanted, rel=1e-3)
+    assert before == pytest.approx(((R.double() @ S.double()) * R.double()).sum().item(), rel=1e-5)

@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from dataclasses import fields
+from datetime import datetime, timedelta
 from pathlib import Path
 from subprocess import DEVNULL
 
@@ -24,8 +25,10 @@ from eora_lab.errors import MachineError, WriteError
 from eora_lab.experiment.cache import ContentCache
 from eora_lab.experiment.cells import Cell
 from eora_lab.experiment.estimate import work
+from eora_lab.experiment.running import running
 from eora_lab.experiment.store import ResultStore
-from eora_lab.experiment.sweep import expand, highest_ranks, named_grids, on_model, plan, read_grid, sweep
+from eora_lab.experiment.sweep import expand, highest_ranks, named_grids, on_model, plan, read_grid, run_plan, sweep
+from eora_lab.progress import Stopped
 from eora_lab.run.budget import Budget
 from eora_lab.run.recipe import BaseSettings
 from tests.tiny import CELL, TEXT, compress, moe_model, tiny_model, tiny_tokenizer, tiny_tokens
@@ -68,7 +71,7 @@ def test_a_grid_is_the_product_of_its_axes_without_repeats():
 def test_the_named_grids_are_well_formed():
     assert set(named_grids()) == {
         "rank", "calibration-size", "source", "inputs", "group-size", "factor-bits", "modules", "equal-bytes",
-        "task-mix", "rivals", "formats", "beyond",
+        "task-mix", "rivals", "formats", "beyond", "front", "front-small",
     }  # fmt: skip
     for name in named_grids():
         cells = expand(read_grid(name))
@@ -332,6 +335,66 @@ def test_a_sweep_killed_three_times_ends_like_an_undisturbed_one(workplace):
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())  # nothing done twice
     assert contents(Path("killed")) == contents(Path("undisturbed"))
     assert not list(Path("killed").glob(".*")) or all(p.name.endswith(".partial") for p in Path("killed").glob(".*"))
+
+
+@pytest.mark.parametrize("inputs", ["original", "compensated"])
+def test_who_watches_a_cell_can_stop_it_at_every_step_and_it_goes_on(workplace, inputs):
+    """Nothing half made is kept, and the numbers in the end are the same."""
+    grid = SMALL | {"compressor": "gptq", "rank": 4, "inputs": inputs}
+    quiet_sweep(grid, "undisturbed")
+    cells, store = expand(grid), ResultStore("store")
+    told: list[str] = []
+    noted: list[str] = []
+
+    def stop_one_step_later(step):
+        noted.append(str(step))
+        if len(noted) > len(told):
+            raise Stopped
+
+    for _ in range(100):
+        noted.clear()
+        if list(run_plan(plan(cells, store), cells, store, watch=stop_one_step_later)):
+            break
+        assert list(store.cells()) == [] and running(store) == []
+        told.append(noted[-1])
+    assert {"load", "compress, block 2 of 2"} <= set(told), told
+    assert any(one.startswith("perplexity") for one in told), told
+    assert ("statistics, block 2 of 2" in told) == (inputs == "original")
+    assert contents(Path("store")) == contents(Path("undisturbed"))
+
+
+def test_a_watcher_that_stopped_in_a_cell_loses_no_layer_that_was_finished(workplace):
+    cells, store = expand(SMALL | {"compressor": "gptq", "rank": 4}), ResultStore("store")
+
+    def stop_at_the_second_block(step):
+        if str(step) == "compress, block 2 of 2":
+            raise Stopped
+
+    assert list(run_plan(plan(cells, store), cells, store, watch=stop_at_the_second_block)) == []
+    kept = {path: path.stat().st_mtime_ns for path in Path("store/cache").rglob("*.safetensors")}
+    assert len([path for path in kept if "solves" in path.parts]) == 7  # the layers of the first block
+    assert list(run_plan(plan(cells, store), cells, store)) == [""]
+    assert all(path.stat().st_mtime_ns == at for path, at in kept.items())
+
+
+def test_what_runs_can_be_seen_from_elsewhere(workplace):
+    """By another process, too: it is in a file of the store, as long as the cell runs."""
+    cells, store, seen = expand(SMALL | {"rank": 4}), ResultStore("store"), []
+    assert list(run_plan(plan(cells, store), cells, store, watch=lambda _: seen.extend(running(store)))) == [""]
+    assert seen and {one.cell.config() == cells[0].config() for one in seen} == {True}
+    assert seen[0].step.what == "load" and seen[0].began <= seen[0].heard
+    assert running(store) == []
+    Path("store/running").mkdir(exist_ok=True)
+    Path(f"store/running/{'0' * 24}.json").write_text('{"config": {"bitz": 3}}')  # none of ours
+    assert running(store) == []
+
+
+def test_a_sweep_stops_in_time_and_says_what_is_left(workplace):
+    grid, plans = SMALL | {"method": ["svd", "eora"], "rank": [2, 4]}, []
+    frame = sweep(grid, "store", announce=plans.append, until=datetime.now() - timedelta(seconds=1))
+    assert frame.empty and [(one.done, len(one.todo)) for one in plans] == [(0, 4), (0, 4)]
+    frame = sweep(grid, "store", announce=plans.append, until=datetime.now() + timedelta(hours=1))
+    assert frame["status"].tolist() == ["done"] * 4 and len(plans) == 3
 
 
 def test_the_plan_says_what_is_left_and_refuses_what_cannot_fit(workplace, monkeypatch):

@@ -1,7 +1,9 @@
 """lm-eval on tiny models, offline, from a mirror made here; intervals between two models."""
 
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,9 +57,9 @@ def mirror(tmp_path, monkeypatch):
     return tmp_path
 
 
-def right_answers(model, tokenizer, questions: list[tuple[str, list[str], int]]) -> list[float]:
-    """Accuracy by hand: the choice with the highest total log-probability after its prompt."""
-    scores = []
+def margins_by_hand(model, tokenizer, questions: list[tuple[str, list[str], int]]) -> list[float]:
+    """Total log-probability of the right choice after its prompt, minus that of the best wrong one."""
+    margins = []
     for prompt, choices, answer in questions:
         totals = []
         for choice in choices:
@@ -66,17 +68,19 @@ def right_answers(model, tokenizer, questions: list[tuple[str, list[str], int]])
             with torch.no_grad():
                 logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
             totals.append(sum(logits[i - 1, whole[i]].item() for i in range(len(context), len(whole))))
-        scores.append(float(int(np.argmax(totals)) == answer))
-    return scores
+        margins.append(totals.pop(answer) - max(totals))
+    return margins
 
 
 def test_multiple_choice_is_what_a_hand_count_says(mirror):
     model, tokenizer = tiny_model("llama"), tiny_tokenizer()
     result = evaluate_tasks(model, tokenizer, ["arc_easy"])["arc_easy"]
     choices = ["one", "two", "six", "ten"]
-    by_hand = right_answers(
-        model, tokenizer, [(f"Question: Which is {i}?\nAnswer:", choices, i % 4) for i in range(12)]
-    )
+    questions = [(f"Question: Which is {i}?\nAnswer:", choices, i % 4) for i in range(12)]
+    margins = margins_by_hand(model, tokenizer, questions)
+    by_hand = [float(margin > 0) for margin in margins]
+    assert result.margins == pytest.approx(margins, abs=1e-4)
+    assert result.margin == pytest.approx((np.mean(margins), np.std(margins, ddof=1) / 12**0.5), abs=1e-4)
     assert result.outcomes == by_hand and result.metric == "acc" and result.num_fewshot == 0
     assert result.value == pytest.approx(np.mean(by_hand))
     assert result.stderr == pytest.approx(np.std(by_hand, ddof=1) / 12**0.5)
@@ -93,6 +97,11 @@ def test_tasks_of_the_paper_run_offline_from_the_mirror(mirror):
         "ai2_arc": 6, "mathqa": 3, "gsm8k": 3, "cnn_dailymail": 2, "exemplars": 3,
     }  # fmt: skip
     assert set(results["ai2_arc"].parts) == {"arc_easy", "arc_challenge"}
+    assert {name: len(result.margins) for name, result in results.items()} == {
+        "ai2_arc": 6, "mathqa": 3, "gsm8k": 0, "cnn_dailymail": 0, "exemplars": 3,
+    }  # fmt: skip
+    for name in ("ai2_arc", "mathqa", "exemplars"):
+        assert [float(margin > 0) for margin in results[name].margins] == results[name].outcomes
     assert results["mathqa"].chance == pytest.approx(0.2)
     assert (results["gsm8k"].metric, results["gsm8k"].num_fewshot, results["gsm8k"].chance) == ("exact_match", 5, None)
     assert results["cnn_dailymail"].metric == "rougeLsum"
@@ -245,6 +254,20 @@ def test_intervals_refuse_what_is_not_paired():
         paired_bootstrap([1.0, float("nan")], [1.0, 1.0])
 
 
+def test_a_margin_decides_what_as_many_answers_cannot():
+    rng = np.random.default_rng(0)
+    before = rng.normal(0, 3, 200)
+    after = before + 0.2 + rng.normal(0, 0.5, 200)  # a little surer of the right answer, and right hardly more often
+    a, b = (
+        replace(result(0.5, 200), outcomes=(margins > 0).astype(float).tolist(), margins=margins.tolist())
+        for margins in (before, after)
+    )
+    found = compare_results(a, b)
+    assert found["margin"].decided and not found["acc"].decided
+    assert found["margin"].difference == pytest.approx(np.mean(after - before))
+    assert set(compare_results(replace(a, margins=[]), b)) == {"acc"}  # of an older measurement
+
+
 def test_window_losses_are_what_perplexity_averages():
     model = tiny_model("llama")
     windows = torch.randint(3, 97, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -264,5 +287,9 @@ def test_the_command_prints_tasks_and_intervals(mirror, monkeypatch, capsys):
     text = ["--perplexity", "text.txt", "--windows", "4", "--window-length", "32"]
     assert main(["evaluate", "one", *text, "--tasks", "arc_easy", "--limit", "8", "--against", "two"]) == 0
     captured = capsys.readouterr()
-    assert captured.out.count("arc_easy acc") == 3 and "two minus one" in captured.out
+    assert captured.out.count("arc_easy acc") == 3 and captured.out.count("margin") == 3
+    assert (
+        re.search(r"^arc_easy margin [+-]\d\.\d{4} \[.*\] nats$", captured.out, re.M)
+        and "two minus one" in captured.out
+    )
     assert "log perplexity" in captured.out and "within noise of chance" in captured.err

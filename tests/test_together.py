@@ -18,7 +18,7 @@ from eora_lab.calibrate.drift import DriftStream
 from eora_lab.calibrate.stream import BlockStream
 from eora_lab.model.structure import block_linears
 from eora_lab.run.budget import Budget
-from eora_lab.run.fit import Steps, fit_layer
+from eora_lab.run.fit import Steps, fit_group
 from tests.test_drift import LAST
 from tests.test_rounds import layer
 from tests.tiny import SMALL, compress, logits, save_tiny, tiny_model, tiny_tokens
@@ -65,8 +65,9 @@ def test_more_rounds_cost_no_more_in_the_metric_of_both_sides(seed, base, decade
 
     def cost(rounds):
         recipe = Recipe(method="eora_fisher", group_size=16, rounds=rounds, **base)
-        fit = fit_layer("layer", weight, statistics, Steps(recipe, outputs={"layer": outputs}), 4, step)
-        left = weight.double() + step.double() - fit.compressed.dense().double() - fit.path.double()
+        steps = Steps(recipe, outputs={"layer": outputs})
+        fit = fit_group(steps.group(["layer"], [weight], statistics), statistics, steps, 4, step)
+        left = weight.double() + step.double() - fit.compressed[0].dense().double() - fit.path.double()
         return (F @ left @ statistics.second_moment.double() @ left.T).trace().item()
 
     once, more = cost(1), cost(4)

@@ -1,27 +1,29 @@
 """Widgets driven by their controls, on a tiny model: what a reader sees must be what the package computes."""
 
 import copy
-import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
+from docs.stills import still
 from eora_lab import Adapters, EoraLabError, calibration_batches, collect_statistics, solve_adapter
+from eora_lab.board import board
 from eora_lab.calibrate.statistics import output_energy
 from eora_lab.compensate import solve
-from eora_lab.experiment.cells import Cell
 from eora_lab.experiment.store import ResultStore
 from eora_lab.experiment.sweep import expand, plan, run_plan, sweep
+from eora_lab.measure.at_rank import AtRank
 from eora_lab.measure.explore import Exploration
 from eora_lab.model.generate import generate
+from eora_lab.plots.looks import LOOKS
 from eora_lab.run.budget import Budget, allocate_ranks, factor_bytes, predicted_error
 from eora_lab.run.ranks import layer_spectra
 from eora_lab.run.recipe import Recipe
 from tests.tiny import TEXT, compress, tiny_model, tiny_tokenizer
 
-pytest.importorskip("ipywidgets", reason="ipywidgets is the extra `lab`")
+pytest.importorskip("anywidget", reason="anywidget is the extra `lab`")
 
 from eora_lab import widgets
 
@@ -107,28 +109,41 @@ def test_a_lower_highest_rank_changes_no_answer(exploration):
         few.weight("lm_head")
 
 
-def test_the_spectrum_explorer_follows_its_controls(exploration):
-    explorer = widgets.SpectrumExplorer(exploration)
-    seen = {pictures(explorer.curves, explorer.map)}
-    for change in (("rank", 8), ("rank", 9), ("method", "svd"), ("layer", exploration.layers[-1]), ("rank", 0)):
-        getattr(explorer, change[0]).value = change[1]
-        seen.add(pictures(explorer.curves, explorer.map))
-        layer, method, rank = explorer.layer.value, explorer.method.value, explorer.rank.value
-        losses = exploration.losses(layer, method)
-        told = f"at rank {rank}: output error {losses[0]:.4f} → {losses[rank]:.4f}"
-        assert told in words(explorer.status.value)
-        assert all(told in re.search(r'alt="([^"]*)"', one.value)[1] for one in (explorer.curves, explorer.map))
-    assert len(seen) == 6
-    assert "EoRA needs rank 0 for this" in words(explorer.status.value)
+def test_the_rank_explorer_has_a_layer_at_all_ranks_and_solves_it_when_it_is_looked_at(exploration):
+    explorer = widgets.RankExplorer(exploration, layer=exploration.layers[2], rank=9)
+    assert (explorer.rank, explorer.ranks[-1]) == (8, 64)  # the nearest stop
+    assert list(explorer.views) == [exploration.layers[2]] and not explorer.writes
+    explorer.layer = exploration.layers[-1]
+    view = explorer.views[exploration.layers[-1]]
+    losses = exploration.losses(explorer.layer, "svd")
+    assert view["left"]["svd"][explorer.ranks.index(8)] == pytest.approx((losses[8] / losses[0]).item(), rel=1e-3)
+    assert [one["name"] for one in explorer.methods] == ["SVD", "Act-S", "QERA-approx", "EoRA"]
+    assert explorer.methods[-1]["colour"] == LOOKS["eora"].colour
+    kept = still({"m": {"state": explorer.get_state()}}, "IPY_MODEL_m")  # what a page without a kernel has of it
+    assert 'type="module"' in kept and f"SVD leaves {100 * view['left']['svd'][6]:.1f} %" in kept
+    with pytest.raises(EoraLabError, match="no layer 'lm_head'"):
+        explorer.layer = "lm_head"
 
 
-def test_a_layer_with_a_lower_highest_rank_lowers_the_slider(exploration):
-    explorer = widgets.SpectrumExplorer(exploration)
-    explorer.rank.value = 64
-    explorer.layer.value = "model.layers.0.self_attn.k_proj"  # 32 rows
-    assert (explorer.rank.max, explorer.rank.value) == (32, 32)
-    explorer.layer.value = "model.layers.0.self_attn.q_proj"
-    assert (explorer.rank.max, explorer.rank.value) == (64, 32)
+def test_the_rank_explorer_writes_what_the_model_at_this_rank_writes(exploration):
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    explorer = widgets.RankExplorer(exploration, model, tokenizer, rank=6, prompt="Fox", tokens=12)
+    at, whole = explorer.ranks.index(6), AtRank(model, exploration, progress=False)
+
+    def texts(rank):
+        return {method: generate(whole.model(method, rank), tokenizer, "Fox", 12) for method in ("svd", "eora")}
+
+    shown = explorer.texts["Fox"]
+    assert shown["original"] == generate(model, tokenizer, "Fox", 12)
+    assert {method: shown[method][at] for method in ("svd", "eora")} == texts(6)
+    assert shown["eora"].count(None) == len(explorer.ranks) - 1
+    done = []
+    explorer.send = done.append  # what the browser hears
+    explorer._handle_custom_msg({"prompt": "Fox", "rank": 64}, [])
+    shown = explorer.texts["Fox"]
+    assert {method: shown[method][-1] for method in ("svd", "eora")} == texts(64) and shown["eora"][at] is not None
+    explorer._handle_custom_msg({"prompt": "", "rank": 64}, [])
+    assert "the prompt is empty" in explorer.problem and done == [{"done": True}] * 2
 
 
 # --- side by side --------------------------------------------------------------------------------------------------
@@ -206,6 +221,8 @@ def test_a_plan_that_is_stopped_keeps_what_it_ran(workplace):
 
 def test_the_form_builds_the_grid_of_its_controls(workplace):
     form = widgets.AblationForm("store", **SMALL, **AXES, seed=7)
+    assert [cell["status"] for cell in form.board.data["cells"]] == ["waiting"] * 5  # with all axes, before any runs
+    assert {one["key"] for one in form.board.data["columns"]} >= {"compressor", "bits", "method", "rank"}
     assert {(c.recipe.method, c.recipe.rank) for c in expand(form.grid) if c.recipe} == {
         ("none", 0), ("eora", 4), ("eora", 8), ("eora", 16),
     }  # fmt: skip
@@ -248,7 +265,7 @@ def test_the_form_runs_stops_and_goes_on(workplace):
     assert form.state == "finished" and form.run.disabled
     assert len(list(Path("store").glob("*.json"))) == 5
     assert all(path.stat().st_mtime_ns == at for path, at in kept.items())  # nothing done twice
-    assert form._table.value.count("<tr") == 1 + 5
+    assert [cell["status"] for cell in form.board.data["cells"]] == ["done"] * 5
 
 
 def test_the_form_says_what_failed(workplace):
@@ -257,34 +274,31 @@ def test_the_form_says_what_failed(workplace):
     )
     form.run.click()
     form.join()
-    assert "2 cells run, 1 failed" in form._status.value and "absent.txt" in form._table.value
+    assert "2 cells run, 1 failed" in form._status.value and "absent.txt" in form.board.data["failures"][0][0]
     assert form.run.disabled  # failed cells wait until they are asked for
     form.retry.value = True
     assert not form.run.disabled
 
 
-def test_the_browser_filters_sorts_and_shows_a_cell(workplace):
-    browser = widgets.RunBrowser("store")
-    assert "no cells yet" in browser._table.value
-    grid = SMALL | {"inputs": "original", "method": ["none", "eora"], "rank": [4, 8, 500]}
+def test_the_form_stops_within_a_cell(workplace):
+    form = widgets.AblationForm("store", **SMALL, **AXES)
+    form._status.observe(lambda change: form.stop.click() if "running cell 1" in change["new"] else None, "value")
+    form.run.click()
+    form.join()
+    assert form.state == "stopped" and "0 cells run, 0 failed, 5 left" in form._status.value
+    assert [cell["status"] for cell in form.board.data["cells"]] == ["waiting"] * 5 and form.board.running == []
+    form._status.unobserve_all()
+    form.run.click()
+    form.join()
+    assert form.state == "finished" and len(list(ResultStore("store").cells())) == 5
+
+
+def test_the_board_follows_its_store(workplace):
+    shown = widgets.Board("store")
+    assert shown.data["cells"] == [] and shown.running == []
+    grid = SMALL | {"inputs": "original", "method": ["none", "eora"], "rank": [4, 500]}
     sweep(grid, "store", announce=lambda plan: None)
-    browser.refresh.click()
-    assert len(browser.frame) == 4 and "4 of 4 cells" in browser._table.value
-    assert browser.sort.value and browser.cell.value in browser.frame.index and browser._details.value
-    browser.filter.value = "EORA done"
-    assert sorted(browser.frame["rank"]) == [4, 8] and browser._table.value.count("<tr") == 3
-    browser.sort.value = "rank"
-    assert browser.frame["rank"].tolist() == [4, 8]
-    browser.descending.value = True
-    assert browser.frame["rank"].tolist() == [8, 4]
-    browser.cell.value = browser.frame.index[1]
-    config = Cell.from_config(expand(grid)[1].config()).config()
-    assert config["rank"] == 4
-    assert (
-        json.dumps(config["rank"]) in browser._details.value
-        and "model.layers.1.mlp.down_proj" in browser._details.value
-    )
-    browser.filter.value = "failed"
-    assert "rank 500 is larger than" in browser._details.value
-    browser.filter.value = "no such words"
-    assert browser.frame.empty and browser.cell.value is None and browser._details.value == ""
+    shown.refresh()
+    assert [cell["status"] for cell in shown.data["cells"]] == ["done", "done", "failed"]
+    assert shown.data == board(ResultStore("store"))
+    assert widgets.Board("store", expand(grid)[:1]).data["cells"] == shown.data["cells"][:1]

@@ -4,7 +4,7 @@ import eora_lab
 
 project, author, copyright = "EoRA Lab", "the EoRA Lab authors", "the EoRA Lab authors, Apache-2.0"
 version = release = eora_lab.__version__
-extensions = ["myst_nb", "sphinx_design", "sphinx.ext.autodoc", "docs.docstrings", "docs.mathml"]
+extensions = ["myst_nb", "sphinx_design", "sphinx.ext.autodoc", "docs.docstrings", "docs.explorable", "docs.mathml"]
 myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # outputs are those recorded
@@ -14,7 +14,7 @@ autodoc_member_order = "groupwise"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100
-html_sidebars = {name: [] for name in ("index", "teach", "docs/guides/results")}  # nothing stands below them
+html_sidebars = {name: [] for name in ("index", "docs/guides/results")}  # nothing stands below them
 html_theme = "pydata_sphinx_theme"
 html_title = "EoRA Lab"
 html_static_path = ["_static"]

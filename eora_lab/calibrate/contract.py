@@ -46,6 +46,10 @@ class Contract:
     shared: dict[str, str] = field(default_factory=dict)
 
 
+_NONE = frozenset[str]()
+UNTRIED = Contract({}, _NONE, _NONE, _NONE, _NONE)  # of a model that nothing runs through
+
+
 @step("checks")
 @torch.no_grad()
 def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Contract:
@@ -59,7 +63,7 @@ def check_blocks(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> Co
     probes = tokens[:SEQUENCES, :TOKENS].to(next(model.parameters()).device).split(1)
     versions = {name: parameter._version for name, parameter in model.named_parameters()}
     called = set[nn.Module]()
-    plain = [_plain_pass(model, blocks, probe, called) for probe in probes]
+    plain = [plain_pass(model, blocks, probe, called) for probe in probes]
     if changed := [name for name, parameter in model.named_parameters() if parameter._version != versions[name]]:
         raise EoraLabError(f"{changed[0]} is changed by the model itself as it runs: what it was cannot be compressed")
     rest = _rest(plain[0])
@@ -94,7 +98,7 @@ def returned(model: nn.Module, tokens: Int[Tensor, "nsamples seqlen"]) -> dict[s
     Raises EoraLabError when a block does not run once, in order.
     """
     probe = tokens[:1, :TOKENS].to(next(model.parameters()).device)
-    return _rest(_plain_pass(model, decoder_blocks(model), probe, set()))
+    return _rest(plain_pass(model, decoder_blocks(model), probe, set()))
 
 
 def _rest(outputs: dict[str, Any]) -> dict[str, tuple | list]:
@@ -119,10 +123,13 @@ def _check_modules(model: nn.Module, blocks: dict[str, nn.Module]) -> None:
                 )
 
 
-def _plain_pass(
-    model: nn.Module, blocks: dict[str, nn.Module], tokens: Tensor, called: set[nn.Module]
+def plain_pass(
+    model: nn.Module, blocks: dict[str, nn.Module], tokens: Int[Tensor, "1 seqlen"], called: set[nn.Module]
 ) -> dict[str, Any]:
-    """What every block returns within the model, for one sequence. Adds all modules that run to `called`."""
+    """What every block returns within the model, for one sequence. Adds all modules that run to `called`.
+
+    Raises EoraLabError when the model does not run, or a block does not run once, in order.
+    """
     ran: list[str] = []
     outputs: dict[str, Any] = {}
 

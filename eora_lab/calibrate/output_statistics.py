@@ -77,9 +77,18 @@ class OutputStatistics(Moments):
         """Drop the root: statistics of all layers are held together, and it is larger than F."""
         self._root = None
 
+    @property
+    def seen(self) -> bool:
+        """Whether there was any gradient."""
+        return bool(self.second_moment.any())
+
     def whitened(self, error: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Lᵀ D, float64: its output energy E|Lᵀ D x|² is what D costs with the damped F."""
         return self.root().T @ error.double()
+
+    def unwhitened(self, B: Float[Tensor, "out rank"]) -> Float[Tensor, "out rank"]:
+        """L^-T B, float64: takes a factor of a whitened error back."""
+        return torch.linalg.solve_triangular(self.root().T, B.double(), upper=True)
 
     def cost(self, error: Float[Tensor, "out in"], metric: Float[Tensor, "*in in"]) -> float:
         """tr(F D S Dᵀ) of an error D of the weight, with F as it is. Half of it is nats a token, see above.

@@ -19,6 +19,7 @@ from eora_lab.errors import EoraLabError, unknown
 from eora_lab.model.structure import block_linears, decoder_blocks
 from eora_lab.model.unfold import unfold
 from eora_lab.products import fast_products
+from eora_lab.progress import each
 from eora_lab.text.batches import Batches, as_tokens
 
 Labels = Literal["model", "text"]
@@ -57,8 +58,6 @@ def collect_output_statistics(
     Raises EoraLabError when no layer matches, when these are no token ids of the model, with the name of a block whose
     gradients cannot be had from that block alone, and on NaN or Inf in a gradient, with the layer's name.
     """
-    from tqdm.auto import tqdm
-
     if labels not in get_args(Labels):
         raise unknown("labels", labels, get_args(Labels))
     unfold(model)
@@ -82,9 +81,7 @@ def collect_output_statistics(
         backward = BackwardPass(model, contract, tokens)
         handles = [linear.register_forward_hook(outputs.hook(name)) for name, linear in linears.items()]
         try:
-            for _, ((part, held), (drawn, _)) in tqdm(
-                parts, desc="gradients", unit="batch", disable=not progress, leave=False
-            ):
+            for _, ((part, held), (drawn, _)) in each(parts, "gradients", "batch", progress):
                 outputs.held_out = held
                 for few, own in zip(part.split(backward.sequences), drawn.split(backward.sequences), strict=True):
                     for block, _ in backward.gradients(few, towards(few, own if labels == "model" else None)):

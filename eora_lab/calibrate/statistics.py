@@ -13,6 +13,7 @@ from torch import Tensor
 from eora_lab.calibrate.moments import Moments, check_second_moment
 from eora_lab.errors import EoraLabError
 
+CHANNELS = 512  # of an input, of which errors are taken at once
 CHANNELS_A_TOKEN = 32  # below in_features / 32 tokens, GPTQ no longer beats round to nearest on other tokens
 
 
@@ -163,10 +164,21 @@ class InputStatistics(Moments):
 def output_energy(
     matrix: Float[Tensor, "out in"], second_moment: Float[Tensor, "in in"] | Float[Tensor, " in"]
 ) -> float:
-    """E|M x|² = tr(M S Mᵀ); of the diagonal (in,) of S alone, as if the channels of x were not correlated."""
+    """E|M x|² = tr(M S Mᵀ); of the diagonal (in,) of S alone, as if the channels of x were not correlated.
+
+    S is symmetric: a little more than half of M S is multiplied, some channels at a time.
+    """
     if second_moment.ndim == 1:
         return (matrix.square() @ second_moment).sum().item()
-    return ((matrix @ second_moment) * matrix).sum().item()
+    channels = matrix.T.contiguous()  # parts of these are plain matrices, as products like them
+    found = torch.zeros((), dtype=torch.float64, device=matrix.device)
+    for start in range(0, len(channels), CHANNELS):
+        stop = start + CHANNELS
+        part = second_moment[start:stop, :stop].clone()
+        part[:, :start] *= 2  # these stand for those right of the diagonal too
+        through = part @ channels[:stop]
+        found += through.mul_(channels[start:stop]).sum()
+    return found.item()
 
 
 def energies_with_path(
@@ -175,11 +187,12 @@ def energies_with_path(
     B: Float[Tensor, "out rank"],
     second_moment: Float[Tensor, "in in"] | Float[Tensor, " in"],
 ) -> tuple[float, float]:
-    """`output_energy` of R and of R - B A, from one product of a layer's size: (R - B A) S = R S - B (A S)."""
+    """`output_energy` of R and of L = R - B A, from one product of a layer's size.
+
+    E|R x|² = E|L x|² + 2 tr(L S Aᵀ Bᵀ) + tr(B A S Aᵀ Bᵀ), whose terms are thin; at the optimum the one between is 0.
+    """
     left = residual - B @ A
-    if second_moment.ndim == 1:
-        return output_energy(residual, second_moment), output_energy(left, second_moment)
-    through = residual @ second_moment
-    before = (through * residual).sum().item()
-    through -= B @ (A @ second_moment)
-    return before, (through * left).sum().item()
+    after = output_energy(left, second_moment)
+    AS = A * second_moment if second_moment.ndim == 1 else A @ second_moment
+    between, path = (AS * (B.T @ left)).sum().item(), ((AS @ A.T) * (B.T @ B)).sum().item()
+    return after + 2 * between + path, after

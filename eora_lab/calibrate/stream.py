@@ -27,6 +27,7 @@ from eora_lab.errors import EoraLabError
 from eora_lab.model.structure import block_linears, decoder_blocks, linears
 from eora_lab.model.unfold import unfold
 from eora_lab.products import fast_products
+from eora_lab.progress import each
 from eora_lab.text.batches import Batches, as_tokens
 
 BATCH = 4  # sequences that run through a block at once
@@ -306,8 +307,6 @@ def collect_statistics(
     Raises EoraLabError when no layer matches, when these are no token ids of the model, and with the name of a block
     that cannot be run by itself.
     """
-    from tqdm.auto import tqdm
-
     unfold(model)
     decoder_blocks(model)  # is it such a model at all
     stream = BlockStream(model, as_tokens(model, batches), held_out, processes=processes)
@@ -323,7 +322,7 @@ def collect_statistics(
         raise EoraLabError(f"no layer matches {only!r}; names are like {next(iter(block_linears(model)))}")
     last = max(index for index, names in enumerate(wanted) if names)
     found: dict[str, InputStatistics] = {}
-    for index in tqdm(range(last + 1), desc="statistics", unit="block", disable=not progress, leave=False):
+    for index in each(range(last + 1), "statistics", "block", progress):
         if wanted[index]:
             found |= stream.statistics(index, True, wanted[index], owners=owners)
         else:

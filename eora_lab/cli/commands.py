@@ -1,5 +1,6 @@
 """All commands: the arguments are parsed into one of them, which then runs."""
 
+import inspect
 import os
 import sys
 import warnings
@@ -10,7 +11,9 @@ from typing import Any
 import tyro
 
 from eora_lab.cli.adapter import Adapter
+from eora_lab.cli.allocator import keep_freed_memory
 from eora_lab.cli.bench import Bench
+from eora_lab.cli.board import Board
 from eora_lab.cli.chat import Chat
 from eora_lab.cli.compare import Compare
 from eora_lab.cli.compress import Compress
@@ -24,10 +27,18 @@ from eora_lab.cli.mend import Mend
 from eora_lab.cli.models import Models
 from eora_lab.cli.paper import Paper
 from eora_lab.cli.sweep import Sweep
-from eora_lab.errors import EoraLabError, ToldElsewhere, machine_error
+from eora_lab.errors import EoraLabError, ToldElsewhere, machine_error, unknown
 
 DEFAULT = warnings.formatwarning
 PLUGINS = "eora_lab.plugins"  # the entry points of installed ones
+OPENING = """usage: eora-lab COMMAND ...     `eora-lab COMMAND --help` tells the rest; start with `eora-lab demo`
+
+Compress large language models without training, and compensate the error.
+"""
+CLOSING = """
+--plugin FILE.py, in every command and as often as you like, adds methods, texts and formats of yours.
+Exit codes: 0 done, 1 the input cannot be used or the machine failed (one line says why), 2 wrong usage,
+3 cells of a sweep failed, 4 --until left some of its cells, 130 stopped."""
 COMMANDS: dict[str, Callable[..., Any]] = {
     "demo": Demo,
     "compare": Compare,
@@ -40,6 +51,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "adapter": Adapter,
     "finetune": Finetune,
     "sweep": Sweep,
+    "board": Board,
     "paper": Paper,
     "imatrix": Imatrix,
     "models": Models,
@@ -51,19 +63,11 @@ def run(arguments: list[str]) -> int:
     """Run a command, and print what is wrong in one line. Returns the exit code."""
     warnings.formatwarning = in_one_line
     try:
-        command = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS,
-            prog="eora-lab",
-            description="Compress large language models without training, and compensate the error. "
-            "Start with `eora-lab demo`; `eora-lab COMMAND --help` tells the rest. "
-            "--plugin FILE.py, in every command and as often as you like, adds methods, texts and formats of yours. "
-            "Exit codes: 0 done, 1 the input cannot be used or the machine failed (one line says why), 2 wrong usage, "
-            "3 cells of a sweep failed, 130 stopped.",
-            args=with_plugins(arguments),
-        )
+        command = parsed(with_plugins(arguments))
         if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not isinstance(command, Compress | Mend):
             said = ToldElsewhere if os.environ.get("RANK", "0") != "0" else EoraLabError
             raise said("only compress and mend run in several processes: start this one without torchrun")
+        keep_freed_memory()
         return command.run() or 0
     except ToldElsewhere:
         return 1
@@ -77,6 +81,28 @@ def run(arguments: list[str]) -> int:
             raise
         print(f"eora-lab: {failure}", file=sys.stderr)
         return 1
+
+
+def parsed(arguments: list[str]) -> Any:
+    """The command that is asked for. Exits with 2 where there is none, or an option is not its own."""
+    name, *rest = arguments or [""]
+    if name in COMMANDS:  # its own parser, which names no other command's options
+        return tyro.cli(COMMANDS[name], prog=f"eora-lab {name}", args=rest)
+    if name in ("-h", "--help"):
+        print(overview())
+        raise SystemExit(0)
+    if name == "--version":
+        print(f"eora-lab {metadata.version('eora-lab')}")
+        raise SystemExit(0)
+    print(f"eora-lab: {unknown('command', name, COMMANDS)}" if name else overview(), file=sys.stderr)
+    raise SystemExit(2)
+
+
+def overview() -> str:
+    """All commands, a line each."""
+    first = {name: inspect.cleandoc(one.__doc__ or "").partition("\n\n")[0] for name, one in COMMANDS.items()}
+    lines = [f"  {name:10}{' '.join(text.split()).partition('. ')[0].rstrip('.')}" for name, text in first.items()]
+    return "\n".join([OPENING, *lines, CLOSING])
 
 
 def in_one_line(message: Warning | str, category: type[Warning], *where: Any, **line: Any) -> str:

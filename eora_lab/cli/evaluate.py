@@ -60,7 +60,8 @@ class Evaluate:
             except EoraLabError as error:
                 print(f"log perplexity on {text}: {error}")
         for task, result in first[1].items():
-            print(f"{task} {result.metric} {compare_results(result, second[1][task])}")
+            for measure, interval in compare_results(result, second[1][task]).items():
+                print(f"{task} {measure} {interval}{' nats' if measure == 'margin' else ''}")
 
     def measure(self, name: str, loading: Loading, adapter: str | None = None) -> tuple:
         """(text -> losses of its windows, results of the tasks) of one model, printed as they come."""

@@ -21,8 +21,6 @@ def eora_fisher(
     different layers are in one currency. It is 0 where no gradient was seen; the answer is then that of `eora`.
     F x S is the Kronecker-factored Fisher information (Martens and Grosse, arXiv 1503.05671).
     """
-    L = outputs.root()
-    answer = principal_errors((L.T @ residual.double()).to(residual.dtype), statistics, rank)
-    B = torch.linalg.solve_triangular(L.T, answer.B.double(), upper=True).to(answer.B.dtype)
-    spectrum = answer.spectrum if outputs.second_moment.any() else torch.zeros_like(answer.spectrum)
-    return LowRank(A=answer.A, B=B, spectrum=spectrum)
+    answer = principal_errors(outputs.whitened(residual).to(residual.dtype), statistics, rank)
+    spectrum = answer.spectrum if outputs.seen else torch.zeros_like(answer.spectrum)
+    return LowRank(A=answer.A, B=outputs.unwhitened(answer.B).to(answer.B.dtype), spectrum=spectrum)

@@ -34,12 +34,13 @@ def column_sweep(
     steps = factor / factor.diagonal()[:, None]
     starts = sorted({start for period in (BLOCK, *looks_ahead) for start in range(0, in_features, period)})
     errors = torch.empty_like(columns)
+    rows, error_rows = columns.unbind(), errors.unbind()
     for start, stop in zip(starts, [*starts[1:], in_features], strict=True):
         for i in range(start, stop):
             compressed = compress(i)
-            torch.sub(columns[i], compressed, out=errors[i])
-            columns[i] = compressed
-            columns[i + 1 : stop].addr_(steps[i, i + 1 : stop], errors[i], alpha=-1)
+            torch.sub(rows[i], compressed, out=error_rows[i])
+            rows[i].copy_(compressed)
+            columns[i + 1 : stop].addr_(steps[i, i + 1 : stop], error_rows[i], alpha=-1)
         columns[stop:].addmm_(steps[start:stop, stop:].T, errors[start:stop], alpha=-1)
 
 

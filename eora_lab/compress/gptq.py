@@ -40,6 +40,8 @@ def gptq(
     codes = torch.empty_like(columns, dtype=torch.uint8)
     fitted = [part.T.contiguous() for part in chosen.fit(weight, power)]  # (groups, out)
     ready = chosen.ready(*fitted)
+    grids = list(zip(*(part.unbind() for part in ready), strict=True))  # of every group, which follow what it becomes
+    rows, code_rows = columns.unbind(), codes.unbind()
 
     def compress(i: int) -> Float[Tensor, " out"]:
         g = group[i]
@@ -50,9 +52,9 @@ def gptq(
                 part[g] = new[:, 0]
             for part, new in zip(ready, chosen.ready(*(part[g : g + 1] for part in fitted)), strict=True):
                 part[g] = new[0]
-        found = chosen.nearest(columns[i], *(part[g] for part in ready))
-        codes[i] = found
-        return chosen.points(found, *(part[g] for part in ready))
+        found = chosen.nearest(rows[i], *grids[g])
+        code_rows[i].copy_(found)
+        return chosen.points(found, *grids[g])
 
     column_sweep(columns, factor, compress, *([] if desc_act else [group_size]))
     in_place = torch.empty_like(codes)

@@ -34,6 +34,7 @@ from eora_lab.files import (
     write_safetensors,
 )
 from eora_lab.run.fit import Steps
+from eora_lab.run.groups import Group
 from eora_lab.run.recipe import Recipe
 
 T = TypeVar("T")
@@ -186,15 +187,15 @@ class SharedSteps(Steps):
         )
 
     def compensate(
-        self, name: str, error: Float[Tensor, "out in"], statistics: InputStatistics, rank: int
+        self, group: Group, error: Float[Tensor, "out in"], statistics: InputStatistics, rank: int
     ) -> tuple[LowRank, float]:
         recipe = self.recipe
         if not rank or recipe.method == "none" or recipe.shrink:  # shrinkage depends on the rank
-            return super().compensate(name, error, statistics, rank)
+            return super().compensate(group, error, statistics, rank)
         highest = max(rank, min(self._highest, *error.shape))
         answer = self._cache.entry(
-            f"solves/{self._solve_key}-{highest}/{name}",
-            lambda: super(SharedSteps, self).compensate(name, error, statistics, highest)[0],
+            f"solves/{self._solve_key}-{highest}/{group.key}",
+            lambda: super(SharedSteps, self).compensate(group, error, statistics, highest)[0],
             lambda made, path: write_safetensors(path, {"A": made.A, "B": made.B, "spectrum": made.spectrum}, {}),
             lambda path: LowRank(**read_tensors(path, error.device)),
         )

@@ -34,7 +34,7 @@ from eora_lab.text.settings import Calibration, Evaluation
 DENSE = "dense"  # in place of a compressor: the model as it is
 LATER = {"skip": "", "keep_first": 0, "keep_last": 0, "rank_only": ""}  # named in a configuration where they differ
 GRID = {"grid": "integer"}
-LATER |= GRID | {"labels": "model", "distil": False}
+LATER |= GRID | {"labels": "model", "distil": False, "shared_factors": False, "preserve": False}
 MEASURED = ("perplexity", "tasks")  # fields whose lists are measured together, and are no axis of a grid
 
 
@@ -110,7 +110,7 @@ class Cell:
             recipe = Recipe(**own[Recipe])
             if recipe.method == "none":  # has no rank, no factors
                 plain: dict[str, Any] = {one.name: one.default for one in fields(PathSettings) if one.name != "method"}
-                recipe = replace(recipe, **plain | {"rank": 0})
+                recipe = replace(recipe, **plain | {"rank": 0, "preserve": False})
                 own[cls] |= {"rank_only": "", "budget": "uniform"}
             parts["recipe"] = recipe
         parts |= {"calibration": Calibration(**own[Calibration]), "evaluation": Evaluation(**own[Evaluation])}
@@ -120,9 +120,10 @@ class Cell:
     def shared(self) -> bool:
         """Whether calibration pass, compressed weights and solve can be shared with other cells.
 
-        With several rounds, the compressed weight depends on the low-rank path.
+        With several rounds, or a part preserved, the compressed weight depends on the low-rank path.
         """
-        return self.recipe is not None and self.recipe.inputs == "original" and self.recipe.rounds == 1
+        recipe = self.recipe
+        return recipe is not None and recipe.inputs == "original" and recipe.rounds == 1 and not recipe.preserve
 
 
 PARTS: dict[str, type] = {"recipe": Recipe, "calibration": Calibration, "evaluation": Evaluation}  # fields of a cell
@@ -232,6 +233,12 @@ def _outcome(report: Report, data_free: set[str], left: list[nn.Linear]) -> dict
     result |= {"nbytes": nbytes, "bits_per_weight": 8 * nbytes / weights}
     result["layers"] = [[la.name, la.rank, la.error_before, la.error_after] for la in report.layers]
     result["tier"] = report.tier
+    if all(layer.nats_after is not None for layer in report.layers):
+        result["nats"] = {
+            when: sum(getattr(la, f"nats_{when}") for la in report.layers) for when in ("before", "after")
+        }
+    if any(layer.drift for layer in report.layers):
+        result["drift"] = mean("drift")
     if report.distilled:
         result["divergence"] = {one: report.distilled[one] for one in ("before", "after", "share")}
     result["data_free"] = [la.name for la in report.layers if la.data_free or la.name in data_free]
@@ -253,6 +260,8 @@ def _tasks(model: nn.Module, tokenizer, cell: Cell, batch_size: int) -> dict:
             "questions": result.questions,
             "outcomes": result.outcomes,
         }
+        | ({"margin": result.margin[0], "margin_stderr": result.margin[1]} if result.margin else {})
+        | ({"margins": result.margins} if result.margins else {})
         for name, result in found.items()
     }
 

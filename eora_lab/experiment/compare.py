@@ -31,6 +31,7 @@ class ComparisonRow:
     nbytes: int  # of the compressed linears
     bits_per_weight: float
     seconds: float  # of compressing and compensating
+    shared_factors: bool = False
 
 
 def compare(cells: list[Cell], store: ResultStore, device: str = "cpu") -> Iterator[ComparisonRow]:
@@ -65,6 +66,7 @@ def comparison_row(cell: Cell, found: dict) -> ComparisonRow:
         nbytes=result["nbytes"],
         bits_per_weight=result["bits_per_weight"],
         seconds=found["cost"].get("compress", 0.0),
+        shared_factors=recipe is not None and recipe.shares,
     )
 
 
@@ -78,7 +80,8 @@ def header(texts: list[str]) -> str:
 def format_row(row: ComparisonRow, texts: list[str]) -> str:
     """One line of the printed table."""
     settings = [row.base, row.method, str(row.rank)]
-    settings += [row.budget, f"{row.factor_bits}-bit"] if row.rank > 0 else ["", ""]
+    factors = f"{row.factor_bits}-bit" + (" shared" if row.shared_factors else "")
+    settings += [row.budget, factors] if row.rank > 0 else ["", ""]
     numbers = ["" if row.error is None else f"{row.error:.5f}", f"{row.nbytes / 1e6:.1f}"]
     numbers += [f"{row.bits_per_weight:.2f}", f"{row.seconds:.1f}"]
     names = texts if len(texts) > 1 else ["perplexity"]
@@ -99,4 +102,5 @@ def table(rows: list[ComparisonRow], model: str) -> "pandas.DataFrame":
         for row in rows
         for text, value in row.perplexity.items()
     ]
-    return pandas.DataFrame(lines).drop(columns="seconds")
+    rows_alike = not any(row.shared_factors for row in rows)
+    return pandas.DataFrame(lines).drop(columns=["seconds", *(["shared_factors"] if rows_alike else [])])

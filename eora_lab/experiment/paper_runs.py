@@ -11,13 +11,14 @@ come from the original model, so that all rows of a table share them.
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from eora_lab.errors import EoraLabError
+from eora_lab.errors import EoraLabError, meant
 from eora_lab.experiment.cells import Cell
-from eora_lab.experiment.paper import METHODS, published
-from eora_lab.experiment.store import ResultStore, row, scores
+from eora_lab.experiment.paper import METHODS, TABLES, published
+from eora_lab.experiment.store import MARGIN, ResultStore, row, scores
 from eora_lab.run.intervals import Interval, Outcomes, paired
 
 if TYPE_CHECKING:
@@ -90,7 +91,11 @@ def table_rows(
     import pandas
 
     if table not in RUNNABLE:
-        raise EoraLabError(f"{table} cannot be run here; these can: {', '.join(RUNNABLE)}")
+        near = "" if table in TABLES else meant(f"T{table}", RUNNABLE)
+        raise EoraLabError(
+            f"{table} cannot be run here; these can: {', '.join(RUNNABLE)}{near}; "
+            "`eora-lab paper` says why, table by table"
+        )
     if scale not in ("full", "small"):
         raise EoraLabError(f"unknown scale {scale!r}; known: full, small")
     frame = published(table)
@@ -156,7 +161,7 @@ def _figure(task: str, found: dict | None) -> str:
     if found is None or found["status"] == "failed":
         return "not run" if found is None else "failed"
     value, low, high = _bounds(task, found)
-    return f"{value:.2f}" if task == "wikitext2" else f"{value:.2f} +- {(high - low) / 2:.2f}"
+    return f"{value:.2f}" if task == "wikitext2" else f"{value:.2f} ± {(high - low) / 2:.2f}"
 
 
 def _bounds(task: str, found: dict) -> tuple[float, float, float]:
@@ -195,33 +200,57 @@ def both_sides(rows: list[TableRow], store: ResultStore) -> "pandas.DataFrame":
     return pandas.DataFrame(lines)
 
 
-def rivalry(rows: list[TableRow], store: ResultStore) -> dict[str, dict[str, Interval]]:
-    """EoRA minus each rival on the same base and rank, with paired intervals: what and its unit -> which pair -> it."""
-    found: dict[str, dict[str, Interval]] = {}
+def rivals(rows: list[TableRow]) -> Iterator[tuple[TableRow, TableRow]]:
+    """Each row of EoRA with each row that it is to beat: a rival's on the same base and rank, and the base alone."""
     for eora in (one for one in rows if one.method == "EoRA"):
         for rival in rows:
             same = replace(rival, method="", published={}, cells={}) == replace(eora, method="", published={}, cells={})
-            if rival.method == "EoRA" or not (same or (rival.method == "none" and rival.base == eora.base)):
-                continue
-            for task, cell in eora.cells.items():
-                theirs, ours = (_scores(store.get(one.cells[task].config())) for one in (rival, eora))
-                if theirs and ours and cell.recipe:
-                    pair = ", ".join(filter(None, (eora.base, f"rank {cell.recipe.rank}", eora.extra)))
-                    against = rival.method if rival.method != "none" else "no compensation"
-                    try:
-                        interval = paired(theirs, ours)
-                        found.setdefault(_difference(task), {})[f"{pair}: against {against}"] = interval
-                    except EoraLabError as error:
-                        warnings.warn(f"{task}, {pair}: against {against}: {error}", stacklevel=2)
+            if rival.method != "EoRA" and (same or (rival.method == "none" and rival.base == eora.base)):
+                yield eora, rival
+
+
+def differences(eora: TableRow, rival: TableRow, task: str, store: ResultStore) -> dict[str, Interval]:
+    """What was measured of a task -> EoRA minus the rival, paired. Empty where one of the two is not measured.
+
+    Raises EoraLabError when they are not scores of the same windows or questions.
+    """
+    theirs, ours = (_scores(store.get(one.cells[task].config())) for one in (rival, eora))
+    return {measure: paired(theirs[measure], ours[measure]) for measure in theirs if measure in ours}
+
+
+def against(rival: TableRow) -> str:
+    """The name of a rival in a sentence."""
+    return rival.method if rival.method != "none" else "no compensation"
+
+
+def rivalry(rows: list[TableRow], store: ResultStore) -> dict[str, dict[str, Interval]]:
+    """EoRA minus each rival on the same base and rank, with paired intervals: what and its unit -> which pair -> it."""
+    found: dict[str, dict[str, Interval]] = {}
+    for eora, rival in rivals(rows):
+        for task, cell in eora.cells.items():
+            rank = f"rank {cell.recipe.rank}" if cell.recipe else ""
+            pair = f"{', '.join(filter(None, (eora.base, rank, eora.extra)))}: against {against(rival)}"
+            try:
+                for measure, interval in differences(eora, rival, task, store).items():
+                    found.setdefault(_difference(task, measure), {})[pair] = interval
+            except EoraLabError as error:
+                warnings.warn(f"{task}, {pair}: {error}", stacklevel=2)
     return found
 
 
-def _difference(task: str) -> str:
+def measured_name(task: str, measure: str) -> str:
+    """What a difference is one of."""
     if task == "wikitext2":
-        return "wikitext2 log perplexity, nats a token (below 0: EoRA is better)"
-    return f"{task} mean score of a question (above 0: EoRA is better)"
+        return "wikitext2 log perplexity"
+    return f"{task} margin of the right answer" if measure.endswith(MARGIN) else f"{task} mean score of a question"
 
 
-def _scores(found: dict | None) -> Outcomes | None:
-    """Of the one thing that a cell of a table measures."""
-    return next(iter(scores(found).values()), None) if found else None
+def _difference(task: str, measure: str) -> str:
+    unit = ", nats a token" if task == "wikitext2" else ", nats" if measure.endswith(MARGIN) else ""
+    side = "below" if task == "wikitext2" else "above"
+    return f"{measured_name(task, measure)}{unit} ({side} 0: EoRA is better)"
+
+
+def _scores(found: dict | None) -> dict[str, Outcomes]:
+    """Of what a cell of a table measures: of a task first its metric, then margins."""
+    return scores(found) if found else {}

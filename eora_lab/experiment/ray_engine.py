@@ -9,19 +9,29 @@ from eora_lab.experiment.cache import ContentCache
 from eora_lab.experiment.cells import Cell
 from eora_lab.experiment.identity import Identities, differences
 from eora_lab.experiment.job import run_and_keep
+from eora_lab.experiment.running import EVERY, note_of
 from eora_lab.experiment.store import ResultStore
+from eora_lab.progress import Step, Stopped, Watch
 from eora_lab.run.plugins import load_plugin, plugin_files
 
 RETRIES = 3  # of a cell whose worker died
+GRACE = 30.0  # seconds in which workers end
 
 
 def run_on_ray(
-    jobs: list[tuple[Cell, int]], folder: Path, batch_size: int, device: str, workers: int, address: str | None
+    jobs: list[tuple[Cell, int]],
+    folder: Path,
+    batch_size: int,
+    device: str,
+    workers: int,
+    address: str | None,
+    watch: Watch | None = None,
 ) -> Iterator[str]:
     """The error of each cell (empty for none) as cells finish, in any order.
 
     folder:  of the store; on a cluster, one that all its machines see.
     address: of a running cluster; None starts one of `workers` processes here, and stops it at the end.
+    watch:   is told every second how many cells are done, and stops all workers by raising Stopped.
     Raises EoraLabError when Ray is not installed, the cluster does not answer, or the store cannot be written.
     """
     try:
@@ -42,9 +52,17 @@ def run_on_ray(
         plugins = [str(path) for path in plugin_files()]
         waiting = [remote.remote(c.config(), highest, folder, batch_size, device, plugins) for c, highest in jobs]
         while waiting:
-            (ready, *_), waiting = ray.wait(waiting, num_returns=1)
             try:
-                yield ray.get(ready)
+                if watch:
+                    watch(Step("cells", len(jobs) - len(waiting), len(jobs), "cell"))
+            except Stopped:
+                _cancel(waiting, jobs, folder)
+                return
+            found, waiting = ray.wait(waiting, num_returns=1, timeout=EVERY)
+            if not found:
+                continue
+            try:
+                yield ray.get(found[0])
             except ray.exceptions.RayTaskError as error:  # of the task itself: the cell keeps its own
                 if isinstance(error.cause, WriteError):
                     raise error.cause from None
@@ -54,6 +72,17 @@ def run_on_ray(
     finally:
         if ours:
             ray.shutdown()
+
+
+def _cancel(waiting: list, jobs: list[tuple[Cell, int]], folder: Path) -> None:
+    """Kill the workers of cells that are not done, which leave their notes behind."""
+    import ray
+
+    for one in waiting:
+        ray.cancel(one, force=True)
+    ray.wait(waiting, num_returns=len(waiting), timeout=GRACE)
+    for cell, _ in jobs:
+        note_of(folder, cell.config()).unlink(missing_ok=True)
 
 
 def run_one(config: dict, highest: int, folder: Path, batch_size: int, device: str, plugins: list[str]) -> str:

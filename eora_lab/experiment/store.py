@@ -2,6 +2,7 @@
 
 <hash>.json     configuration, identity, result or error, environment (versions, commit, machine) and cost of one cell
 aside/          files that could not be trusted, moved there with a warning
+running/        what cells are doing now (`eora_lab.experiment.running`)
 cache/          what cells share (`eora_lab.experiment.cache`); may be deleted at any time
 
 A cell is written once, in one step, so a killed sweep leaves whole cells and no others.
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 OLDER, FORMAT = "eora-lab cell 1", "eora-lab cell 2"
 CELL = f"{'[0-9a-f]' * 24}.json"  # the name of a cell's file
 FOREIGN = ("config.json", "adapter_config.json", "finetune.json", "*.safetensors", "*.gguf")  # no store has these
+MARGIN = " margin"  # ends the name of a task's margins among scores
 SUFFIXES = (".parquet", ".csv", ".md", ".tex")
 
 
@@ -155,11 +157,14 @@ def row(cell: dict) -> dict:
 
 
 def scores(cell: dict) -> dict[str, Outcomes]:
-    """What a cell measured item by item, for paired intervals: log loss of a text's windows, scores of questions."""
+    """What a cell measured item by item, for paired intervals: log loss of a text's windows, of a task the score of
+    each question and, of multiple choice, its margin (nats; cells of before have none)."""
     result = cell["result"] or {}
     tokens = dict(result.get("window_tokens", []))
-    losses = {f"log perplexity {text}": Outcomes(tokens.get(text), of) for text, of in result.get("window_losses", [])}
-    return losses | {
-        f"{task} {kept['metric']}": Outcomes([kept.get("num_fewshot"), kept.get("questions")], kept["outcomes"])
-        for task, kept in result.get("tasks", {}).items()
-    }
+    found = {f"log perplexity {text}": Outcomes(tokens.get(text), of) for text, of in result.get("window_losses", [])}
+    for task, kept in result.get("tasks", {}).items():
+        of = [kept.get("num_fewshot"), kept.get("questions")]
+        found[f"{task} {kept['metric']}"] = Outcomes(of, kept["outcomes"])
+        if kept.get("margins"):
+            found[f"{task}{MARGIN}"] = Outcomes(of, kept["margins"])
+    return found

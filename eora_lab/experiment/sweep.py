@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from eora_lab.experiment.identity import Identities, differences
 from eora_lab.experiment.job import run_and_keep
 from eora_lab.experiment.store import ResultStore
 from eora_lab.files import digest
+from eora_lab.progress import Step, Stopped, Watch
 
 if TYPE_CHECKING:
     import pandas
@@ -167,6 +169,7 @@ def sweep(
     batch_size: int = 8,
     device: str = "cpu",
     announce: Callable[[Plan], None] = print,
+    until: datetime | None = None,
 ) -> "pandas.DataFrame":
     """Run the cells of a grid that a store does not have yet. Returns the rows of the grid's cells.
 
@@ -176,12 +179,14 @@ def sweep(
 
     engine:   "local": one cell after another, here. "ray": one cell a task, on `workers` processes of this machine, or
               on the cluster at `address`, which must see the same store folder.
-    announce: is handed the plan before the first cell runs.
+    announce: is handed the plan before the first cell runs, and what is left of it where time ran out.
+    until:    the (local) time at which it stops, also within a cell: as if it had been killed, at the next of the steps
+              that bars show.
     Why cells failed, now or before, goes to stderr.
     Raises EoraLabError when the grid cannot be understood, before anything runs when the memory is too small, and
     when the store cannot be written.
     """
-    from tqdm.auto import tqdm
+    from eora_lab.progress import tqdm
 
     store = store if isinstance(store, ResultStore) else ResultStore(store)
     if engine not in ("local", "ray"):
@@ -190,14 +195,22 @@ def sweep(
     cells = expand(grid)
     left = plan(cells, store, retry_failed, device, workers if engine == "ray" and not address else 1)
     announce(left)
+
+    def watch(_: Step) -> None:
+        if until and datetime.now() >= until:
+            raise Stopped
+
     with tqdm(total=len(left.todo), desc="sweep", unit="cell", disable=not left.todo) as bar:
         reasons = list(left.reasons)
-        for error in run_plan(left, cells, store, engine, workers, address, batch_size, device, progress=True):
+        for error in run_plan(left, cells, store, engine, workers, address, batch_size, device, True, watch):
             bar.update()
             if error:
                 reasons.append(error)
                 bar.set_postfix_str(f"{len(reasons) - left.failed} failed")
+        stopped = bar.n < len(left.todo)
     tell_failures(reasons)
+    if stopped:
+        announce(plan(cells, store, retry_failed, device))
     return rows(cells, store)
 
 
@@ -211,6 +224,7 @@ def run_plan(
     batch_size: int = 8,
     device: str = "cpu",
     progress: bool = False,
+    watch: Watch | None = None,
 ) -> Iterator[str]:
     """Run what a plan has left, a cell a step: its error, empty when there was none. `sweep` with a hand on the brake.
 
@@ -218,6 +232,8 @@ def run_plan(
 
     cells:    the whole grid that `left` is the rest of. The others as for `sweep`.
     progress: show bars within a cell.
+    watch:    is told of every step of a cell (on Ray, every second how many cells are done), and ends the sweep there
+              by raising Stopped. What the cell has in the cache stays.
     """
     load.cache_clear()  # a folder may hold another model by now
     highest = highest_ranks(cells)
@@ -225,12 +241,16 @@ def run_plan(
     if engine == "ray":
         from eora_lab.experiment.ray_engine import run_on_ray
 
-        yield from run_on_ray(jobs, store.folder, batch_size, device, workers, address)
+        yield from run_on_ray(jobs, store.folder, batch_size, device, workers, address, watch)
     else:
         cache, identities = ContentCache(store.folder / "cache"), Identities(hub=True)
         try:
             for cell, rank in jobs:
-                yield run_and_keep(cell, rank, store, cache, identities, batch_size, device, progress)
+                try:
+                    error = run_and_keep(cell, rank, store, cache, identities, batch_size, device, progress, watch)
+                except Stopped:
+                    return
+                yield error
         finally:
             load.cache_clear()
 

@@ -40,7 +40,7 @@ class Bar(transformers.TrainerCallback):
     """A progress bar with the last training loss."""
 
     def on_train_begin(self, args, state, control, **kwargs):
-        from tqdm.auto import tqdm
+        from eora_lab.progress import tqdm
 
         self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc="training", unit="step", leave=False)
 

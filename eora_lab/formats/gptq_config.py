@@ -78,7 +78,9 @@ class GptqConfig:
 
     def __str__(self) -> str:
         kind = f"{self.checkpoint_format}, {self.bits} bits, groups of {self.group_size}"
-        return f"{kind}, sym={self.sym}, desc_act={self.desc_act}"
+        refused = not self.sym and self.checkpoint_format == "gptq"
+        hint = " (GPTQModel takes asymmetric grids in format gptq_v2 only)" if refused else ""
+        return f"{kind}, sym={self.sym}, desc_act={self.desc_act}{hint}"
 
 
 def unquantised(left: Iterable[str], quantised: Collection[str]) -> dict:

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from eora_lab.compensate.factors import StoredFactors
 from eora_lab.compress import Compressed
 from eora_lab.compress.storage import UNCOUNTED, tagged_state_dict, weight_from_state_dict
 from eora_lab.errors import EoraLabError
-from eora_lab.layer.backends import AUTO, BACKENDS, PackedLayer, Product, check_backend, choose
+from eora_lab.layer.backends import AUTO, BACKENDS, KEPT, PackedLayer, Product, check_backend, choose
 from eora_lab.layer.row_paths import RowPaths
 
 
@@ -53,15 +54,17 @@ class CompensatedLinear(PackedLayer):
         if weight:
             self.made: dict[str, Any] = {}
             self._sample: Compressed | None = None
-        self._made_of = self._stamp(), list(self._buffers.values())  # held, so that no other buffer gets their ids
+        self._held = list(self._buffers.values())  # so that no other buffer gets their ids
+        self._counted = [one for one in self._held if one is not None and not one.is_inference()]
+        self._writes = [one._version for one in self._counted]
 
-    def _stamp(self) -> list[tuple[int, int]]:
-        """It changes when a buffer is written to, or another put in its place."""
-        buffers = [tensor for tensor in self._buffers.values() if tensor is not None]
-        try:
-            return [(id(tensor), tensor._version) for tensor in buffers]
-        except RuntimeError:  # what is made in inference mode does not count how often it is written to
-            return [(id(tensor), 0) for tensor in buffers]
+    def _is_as_made(self) -> bool:
+        """Whether nobody wrote to a buffer, or put another in its place, since products were made.
+
+        Tensors that are made in inference mode do not count how often they are written to.
+        """
+        same = all(map(is_, self._buffers.values(), self._held))
+        return same and [one._version for one in self._counted] == self._writes
 
     def set_factors(self, factors: StoredFactors) -> None:
         """Put another low-rank path beside the same compressed weight. Of rank 0: none."""
@@ -128,6 +131,7 @@ class CompensatedLinear(PackedLayer):
         layer = cls(old, compressed, StoredFactors.from_state_dict(tensors), backend)
         for name in layer._packed:  # the same numbers, where they are: such as in a mapped file
             setattr(layer, name, tensors[name].to(old.weight.device))
+        layer._forget()  # the packed tensors that it was made with would be held until it is first used
         return layer
 
     def _apply(self, fn, recurse=True):
@@ -141,7 +145,7 @@ class CompensatedLinear(PackedLayer):
 
     def forward(self, x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
         """Raises EoraLabError when a backend is asked for that does not take this layer."""
-        if self._stamp() != self._made_of[0]:
+        if not self._is_as_made():
             self._forget()
         gradients = torch.is_grad_enabled() and any(t.requires_grad for t in (x, self.lora_A, self.lora_B))
         rows = max(x.numel() // self.in_features, 1)
@@ -164,7 +168,14 @@ class CompensatedLinear(PackedLayer):
 
     def __getstate__(self) -> dict:
         """A copy makes its own products."""
-        return self.__dict__ | {"_products": {}, "_chosen": {}, "made": {}, "_sample": None, "_made_of": ([], [])}
+        return self.__dict__ | {
+            "_products": {},
+            "_chosen": {},
+            "made": {},
+            "_sample": None,
+            "_held": [None],
+            "_counted": [],
+        }
 
     def extra_repr(self) -> str:
         """What torch prints of the layer."""
@@ -197,12 +208,28 @@ def use_backend(model: nn.Module, name: str) -> None:
 
 
 @contextmanager
+def as_stored(model: nn.Module) -> Iterator[None]:
+    """Keep nothing beside W^ as it is stored within this context: what makes few rows fast is a second copy of it.
+
+    Layers on a GPU, where the fast form is the only one, and those with a backend of their own go on as they are.
+    """
+    layers = [one for one in compensated(model).values() if one.backend == AUTO and one.lora_A.device.type == "cpu"]
+    for layer in layers:
+        layer.backend = "tiles"
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.backend = AUTO
+
+
+@contextmanager
 def unpacked(model: nn.Module) -> Iterator[None]:
     """Keep W^ of every `CompensatedLinear` dense within this context: for the many products of a measurement.
 
     It costs the memory of the dense weights, and saves unpacking them for every batch.
     """
-    layers = [one for one in compensated(model).values() if one.backend in (AUTO, "dense")]
+    layers = [one for one in compensated(model).values() if one.backend in (AUTO, *KEPT)]
     for layer in layers:
         layer.keep_dense = True
     try:
@@ -210,5 +237,6 @@ def unpacked(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.keep_dense = False
-            layer._products.pop("dense", None)
+            for name in KEPT:
+                layer._products.pop(name, None)
             layer._chosen.clear()

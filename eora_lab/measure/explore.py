@@ -86,18 +86,26 @@ class Exploration:
         return self._losses[layer, method]
 
     @torch.no_grad()
-    def error_map(self, layer: str, method: str, rank: int, bins: int = 64) -> Float[Tensor, "rows columns"]:
+    def error_map(
+        self, layer: str, method: str, rank: int, bins: int = 64, doubling: bool = False
+    ) -> Float[Tensor, "rows columns"]:
         """Where the output error lies: mean energy of (R - B A) Q Λ^½ in bins x bins blocks, S = Q Λ Qᵀ.
 
         Rows are output channels; columns are eigenvectors of S, the loudest first. The sum of all energies is the
         loss E|(R - B A) x|². Values are relative to the mean without compensation.
+
+        doubling: columns are even steps of the logarithm of the direction's number, for the first few hold most; where
+            these are less than one direction wide, it fills several.
         """
         answer = self.answer(layer, method)
         RT = self._in_directions(layer, "residual", self.residual(layer))
         AT = self._in_directions(layer, method, answer.A)
-        left = torch.addmm(RT, answer.B[:, :rank].float(), AT[:rank], alpha=-1)
-        shape = (min(bins, left.shape[0]), min(bins, left.shape[1]))
-        return F.adaptive_avg_pool2d(left.square()[None], shape)[0].cpu() / RT.square().mean().cpu()
+        energy = torch.addmm(RT, answer.B[:, :rank].float(), AT[:rank], alpha=-1).square()
+        rows = min(bins, energy.shape[0])
+        if doubling:
+            energy = energy @ _steps(energy.shape[1], bins).to(energy)
+        columns = min(bins, energy.shape[1])
+        return F.adaptive_avg_pool2d(energy[None], (rows, columns))[0].cpu() / RT.square().mean().cpu()
 
     def _in_directions(self, layer: str, name: str, matrix: Float[Tensor, "rows in"]) -> Float[Tensor, "rows in"]:
         """matrix Q Λ^½, kept under a name."""
@@ -105,3 +113,13 @@ class Exploration:
             T = self.statistics[layer].root().flip(1)  # (in, in), loudest first
             self._directions[layer, name] = (matrix.double() @ T).float()
         return self._directions[layer, name]
+
+
+def _steps(directions: int, bins: int) -> Float[Tensor, "directions bins"]:
+    """What takes the mean of the directions in each of `bins` even steps of log2 from 1 to the number of directions."""
+    edges = (directions + 1) ** (torch.arange(bins + 1, dtype=torch.float64) / bins)  # 1 to directions + 1
+    number = torch.arange(1, directions + 1, dtype=torch.float64)[:, None]
+    first = edges[:-1].floor().clamp_max(directions)
+    last = torch.maximum(first, (edges[1:] - 1e-9).floor().clamp_max(directions))
+    inside = ((number >= first) & (number <= last)).float()
+    return inside / inside.sum(0)

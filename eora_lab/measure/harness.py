@@ -5,6 +5,7 @@ import warnings
 from lm_eval.models.huggingface import HFLM
 
 from eora_lab.errors import EoraLabError
+from eora_lab.progress import at
 
 
 class Harness(HFLM):
@@ -22,6 +23,20 @@ class Harness(HFLM):
             )
         super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size)
         self.cut = 0
+        self._asked = 0
+
+    def _model_call(self, inps, *args, **options):
+        self._tell(len(inps))
+        return super()._model_call(inps, *args, **options)
+
+    def _model_generate(self, context, *args, **options):
+        self._tell(len(context))
+        return super()._model_generate(context, *args, **options)
+
+    def _tell(self, count: int) -> None:
+        """So many more are put to the model: answers of multiple choice, questions of others."""
+        self._asked += count
+        at(f"tasks, {self._asked} answers")
 
     def _loglikelihood_tokens(self, requests, *args, **options):
         for _, context, answer in requests:

@@ -17,6 +17,7 @@ from jaxtyping import Float, Float32, UInt8
 from torch import Tensor
 
 from eora_lab.errors import EoraLabError
+from eora_lab.progress import each
 from eora_lab.text.batches import Batches
 
 SETTINGS = 2048  # bytes, more than any of the structures has
@@ -185,9 +186,7 @@ class LlamaCpp:
 
     def window_losses(self, token_windows: Batches, progress: bool = False) -> Float[Tensor, " n"]:
         """Mean negative log-likelihood a token (nats) of every window, as `measure.evaluate.window_losses`."""
-        from tqdm.auto import tqdm
-
-        windows = tqdm(list(token_windows), desc="llama.cpp", unit="window", disable=not progress, leave=False)
+        windows = each(list(token_windows), "llama.cpp", "window", progress)
         losses = []
         for window in windows:
             tokens = torch.as_tensor(window).long()

@@ -6,6 +6,8 @@ Data comes from the mirror that EORA_LAB_DATA names (`eora_lab.text.hub`), else 
 import copy
 import difflib
 import logging
+import math
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,6 +35,9 @@ class TaskResult:
     value, stderr: of `metric`, in its own unit (accuracy: 0 to 1); stderr None where lm-eval knows none.
     chance:        what guessing reaches on multiple choice, else None.
     questions:     a hash of every question; outcomes: its score. Empty where a metric has no score a question.
+    margins:       of multiple choice, log-probability of the right answer minus that of the best wrong one (nats), a
+                   question each: above 0 where `acc` counts it as right. It says by how much, so that a difference
+                   between two models is decided by far fewer questions. Empty where lm-eval gives no such numbers.
     parts:         value of each task of a group.
     """
 
@@ -44,6 +49,7 @@ class TaskResult:
     chance: float | None
     questions: list[str] = field(repr=False)
     outcomes: list[float] = field(repr=False)
+    margins: list[float] = field(default_factory=list, repr=False)
     parts: dict[str, float] = field(default_factory=dict, repr=False)
 
     @property
@@ -56,10 +62,22 @@ class TaskResult:
             "looks broken, or too small for the task; do not report gains over it"
         )
 
+    @property
+    def margin(self) -> tuple[float, float | None] | None:
+        """The mean margin and its standard error (None of a single question); None without margins."""
+        if not self.margins:
+            return None
+        n = len(self.margins)
+        return statistics.fmean(self.margins), statistics.stdev(self.margins) / n**0.5 if n > 1 else None
+
     def __str__(self) -> str:
-        spread = "" if self.stderr is None else f" +- {self.stderr:.4f}"
         count = f", {len(self.outcomes)} questions" if self.outcomes else ""
-        return f"{self.task} {self.metric} {self.value:.4f}{spread} ({self.num_fewshot}-shot{count})"
+        line = f"{self.task} {self.metric} {_spread(self.value, self.stderr)} ({self.num_fewshot}-shot{count})"
+        return line + (f", margin {_spread(*self.margin)} nats" if self.margin else "")
+
+
+def _spread(value: float, stderr: float | None) -> str:
+    return f"{value:.4f}" + ("" if stderr is None else f" +- {stderr:.4f}")
 
 
 @fast_products()
@@ -149,12 +167,16 @@ def _manager():
     return TaskManager()
 
 
-def compare_results(a: TaskResult, b: TaskResult) -> Interval:
-    """The paired interval of b - a. Raises EoraLabError unless both answered the same questions the same way."""
+def compare_results(a: TaskResult, b: TaskResult) -> dict[str, Interval]:
+    """The paired intervals of b - a: of the metric, by its name, and "margin" (nats) of multiple choice.
+
+    Raises EoraLabError unless both answered the same questions the same way.
+    """
     same = (a.task, a.metric, a.num_fewshot, a.questions) == (b.task, b.metric, b.num_fewshot, b.questions)
     if not same:
         raise EoraLabError(f"{a.task}: the two models did not answer the same questions: evaluate both alike")
-    return paired_bootstrap(a.outcomes, b.outcomes)
+    found = {a.metric: paired_bootstrap(a.outcomes, b.outcomes)}
+    return found | ({"margin": paired_bootstrap(a.margins, b.margins)} if a.margins and b.margins else {})
 
 
 def _result(name: str, task, found: dict) -> TaskResult:
@@ -176,7 +198,27 @@ def _result(name: str, task, found: dict) -> TaskResult:
         chance=sum(1 / n for n in choices) / len(choices) if task.OUTPUT_TYPE == "multiple_choice" else None,
         questions=[sample["doc_hash"][:16] for sample in samples] if scored else [],
         outcomes=[float(sample[metric]) for sample in samples] if scored else [],
+        margins=_margins(task, samples) if scored and metric == "acc" else [],
     )
+
+
+def _margins(task, samples: list[dict]) -> list[float]:
+    """The margin of every question of plain multiple choice; nothing where one has none that is finite."""
+    if task.OUTPUT_TYPE != "multiple_choice" or task.config.process_results is not None:
+        return []
+    found = []
+    for sample in samples:
+        doc = sample["doc"]
+        choices = task.doc_to_choice(doc)
+        gold = task.doc_to_text(doc) if task.multiple_input else sample["target"]
+        right = {choices.index(one) if one in choices else one for one in (gold if isinstance(gold, list) else [gold])}
+        chances = [float(answer[0]) for answer in sample["filtered_resps"][: len(choices)]]
+        ours = [chance for index, chance in enumerate(chances) if index in right]
+        others = [chance for index, chance in enumerate(chances) if index not in right]
+        if not ours or not others:
+            return []
+        found.append(max(ours) - max(others))
+    return found if all(map(math.isfinite, found)) else []
 
 
 def _pool(name: str, parts: list[TaskResult]) -> TaskResult:
@@ -198,6 +240,7 @@ def _pool(name: str, parts: list[TaskResult]) -> TaskResult:
         chance=sum(guessed) / n if len(guessed) == n else None,
         questions=[question for part in parts for question in part.questions],
         outcomes=outcomes,
+        margins=[one for part in parts for one in part.margins] if all(part.margins for part in parts) else [],
         parts={part.task: part.value for part in parts},
     )
 

@@ -61,7 +61,9 @@ def load_model(
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:  # torch asserts when it was built without the device
-        raise EoraLabError(f"cannot put the model on device {device!r}: {one_line(error)}") from error
+        unknown = any(words in str(error) for words in ("Expected one of", "Invalid device string"))
+        reason = "name cpu or cuda" if unknown else one_line(error)
+        raise EoraLabError(f"cannot put the model on device {device!r}: {reason}") from error
     model.config.name_or_path = str(Path(asked).expanduser().resolve()) if Path(asked).expanduser().exists() else asked
     return model.requires_grad_(False).eval(), tokenizer
 

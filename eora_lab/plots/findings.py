@@ -10,7 +10,7 @@ from eora_lab.plots.words import number
 
 MEASURING = ("perplexity", "windows", "window_length")
 SETTINGS = tuple(name for name in (*Cell().config(), *LATER) if name not in MEASURING)
-OF_THE_PATH = ("rank", "factor_bits", "refit", "shrink", "rank_only")  # a base alone has none of it
+OF_THE_PATH = ("rank", "factor_bits", "shared_factors", "refit", "shrink", "rank_only")  # a base alone has none of it
 OF_THE_BASE = ("model", "compressor", "bits", "grid", "group_size", "sparsity")
 
 

@@ -7,8 +7,7 @@ from matplotlib.figure import Figure
 
 from eora_lab.errors import EoraLabError
 from eora_lab.experiment.cells import DENSE
-from eora_lab.plots.curves import plot_setting
-from eora_lab.plots.findings import cell_names, touched, varied
+from eora_lab.plots.findings import cell_names
 from eora_lab.plots.labels import LINE, End, label_ends
 from eora_lab.plots.looks import INK, looks, method_name
 from eora_lab.plots.scales import AXES, figures, metric_name, metrics, plain_log_axis
@@ -69,17 +68,3 @@ def pareto(cost: Float[np.ndarray, " n"], loss: Float[np.ndarray, " n"]) -> list
         if not found or loss[i] < loss[found[-1]]:
             found.append(i)
     return found
-
-
-def plot_sweep(frame: pandas.DataFrame) -> Figure:
-    """A grid's results: `plot_setting` where one or two settings vary besides the method, else `plot_front`.
-
-    Of two settings the one with more values is the axis, the other one a panel or a line a value.
-    """
-    done = frame[frame["status"] == "done"]
-    others = [name for name in varied(done) if name != "method"] if len(done) else []
-    if len(others) > 2 or not others:
-        return plot_front(frame)
-    return plot_setting(
-        frame, max(others, key=lambda name: (done.loc[touched(done, name), name].nunique(), name != "bits"))
-    )

@@ -31,12 +31,14 @@ AXES = {
     "method": "compensation",
 }
 WORDS = {("rank_only", ""): "all", ("group_size", -1): "whole row", ("base_source", ""): "as for the path"}
+WORDS |= {("shared_factors", True): "one A", ("shared_factors", False): "an A each"}
 WORDS |= {("only", ""): "all", ("skip", ""): "none", ("sparsity", ""): "not pruned"}
 SHORT = {"model": "{}", "compressor": "{}", "grid": "{}", "bits": "{}-bit", "sparsity": "{}"}
 SHORT |= {
     "source": "calibrated on {}",
     "rank": "rank {}",
     "factor_bits": "{}-bit factors",
+    "shared_factors": "{}",
     "group_size": "groups of {}",
 }
 ERRORS = {"output_error": "error on calibration tokens", "held_out_error": "error on held-out tokens"}
@@ -67,6 +69,8 @@ def metric_name(frame: pandas.DataFrame, metric: str) -> str:
     kind, _, rest = metric.partition(".")
     if kind == "perplexity":
         return f"perplexity on {rest}\n(lower is better)"
+    if kind == "tasks" and rest.endswith(".margin"):
+        return f"{rest.removesuffix('.margin')} margin of the right answer\n(nats, higher is better)"
     if kind == "tasks":
         name = frame[metric.removesuffix("value") + "metric"].dropna().iloc[0]
         unit = "%, " if name in PERCENT else ""
@@ -90,6 +94,9 @@ def figures(frame: pandas.DataFrame, metric: str) -> tuple[np.ndarray, np.ndarra
     if kind == "perplexity":
         factor = np.exp(column(f"loss_stderr.{rest}"))
         return values, values / factor, values * factor
+    if kind == "tasks" and rest.endswith(".margin"):
+        error = column(f"{metric}_stderr")
+        return values, values - error, values + error
     if kind == "tasks":
         prefix = metric.removesuffix("value")
         percent = np.where(frame[prefix + "metric"].isin(PERCENT), 100.0, 1.0)

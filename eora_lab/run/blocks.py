@@ -6,6 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from eora_lab.compensate.factors import with_shared
 from eora_lab.errors import EoraLabError, naming, one_line
 from eora_lab.files import DamagedError, read_checked, write_checked
 from eora_lab.layer.linear import CompensatedLinear
@@ -22,13 +23,15 @@ def write_block(path: Path, modules: dict[str, CompensatedLinear], layers: list[
 
 
 def load_block(path: Path) -> tuple[list[LayerReport], dict[str, Tensor]]:
-    """Its part of the report, and the tensors of its layers by full name; these are mapped into memory.
+    """Its part of the report, and the tensors of its layers by full name, A of layers that share it with each of them.
+
+    Tensors are mapped into memory.
 
     Raises DamagedError when the file is damaged, and EoraLabError when it cannot be read.
     """
     tensors, metadata = read_checked(path)
     try:
-        return [layer_report(data) for data in json.loads(metadata["layers"])], tensors
+        return [layer_report(data) for data in json.loads(metadata["layers"])], with_shared(tensors)
     except (KeyError, TypeError, ValueError, EoraLabError) as error:
         raise DamagedError(f"{path} is damaged ({one_line(error)})") from error
 

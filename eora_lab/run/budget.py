@@ -22,6 +22,7 @@ class LayerSpectrum:
     signal: float  # E|W x|², what relative errors are relative to
     out_features: int
     in_features: int
+    highest: int | None = None  # rank, where that is lower than both
 
 
 @settings
@@ -70,7 +71,8 @@ def allocate_ranks(layers: dict[str, LayerSpectrum], average_rank: int | float, 
         return rank * (layers[name].in_features + layers[name].out_features)
 
     def limit(name: str) -> int:
-        full = min(layers[name].in_features, layers[name].out_features) // multiple * multiple
+        layer = layers[name]
+        full = min(layer.in_features, layer.out_features, layer.highest or layer.in_features) // multiple * multiple
         return full if budget.maximum is None else min(full, budget.maximum)
 
     left = int(sum(cost(name, 1) for name in layers) * average_rank)

@@ -34,12 +34,14 @@ def card_text(settings: Mapping, report: Report, made_for: MadeFor, serving: Map
     """
     model, checkpoint = str(settings.get("model", "")), settings.get("checkpoint")
     ranks = sorted({layer.rank for layer in report.layers})
+    shares = any(layer.A_of for layer in report.layers)
     facts = {
         "made from": f"{model or 'a model in memory'}, SHA-256 of its weights {made_for.base or 'not known'}",
         "compressed": f"{report.base}, SHA-256 of the compressed weights {made_for.weights}",
         "checkpoint": checkpoint
         and f"{Path(checkpoint).name}, SHA-256 {settings.get('checkpoint_sha256', 'not known')}",
         "low-rank path": f"{settings.get('method')}, rank {ranks[0]}{f' to {ranks[-1]}' if len(ranks) > 1 else ''}",
+        "lora_A": shares and "the same for layers that read one input, and repeated here for each",
         "statistics": _statistics(settings),
         "written by": f"EoRA Lab {versions()['eora-lab']}",
     }

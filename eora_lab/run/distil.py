@@ -19,6 +19,7 @@ from eora_lab.errors import naming
 from eora_lab.layer.linear import CompensatedLinear, compensated, unpacked
 from eora_lab.model.structure import decoder_blocks
 from eora_lab.products import fast_products
+from eora_lab.progress import each
 from eora_lab.run.recipe import Recipe
 
 SHARES = tuple(2.0**-k for k in range(6))  # of the step, that are tried
@@ -34,13 +35,11 @@ def distil(model: nn.Module, targets: Targets, recipe: Recipe, progress: bool = 
 
     targets: of the original model. Only layers that enough tokens came to change.
     """
-    from tqdm.auto import tqdm
-
     started = time.perf_counter()
     layers = {name: one for name, one in compensated(model).items() if one.rank}
     before = {name: one.factors for name, one in layers.items()}
     made: dict[float, dict[str, StoredFactors]] = {share: dict(before) for share in SHARES}
-    for names in tqdm(list(sweeps(model, layers)), desc="distil", unit="sweep", disable=not progress, leave=False):
+    for names in each(list(sweeps(model, layers)), "distil", "sweep", progress):
         pulls, far = targets.pulls(model, names)
         for name in names:
             pull, layer = pulls.pop(name), layers[name]

@@ -1,8 +1,8 @@
-"""One layer: compress its weight, compensate the error. The pass, the rank plan and sweeps all go through here."""
+"""One layer, or several that share A: compress, compensate the error. Pass, rank plan and sweeps go through here."""
 
 import inspect
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from eora_lab.calibrate.output_statistics import OutputStatistics
 from eora_lab.calibrate.statistics import InputStatistics, output_energy
-from eora_lab.compensate import LowRank, StoredFactors, needs_outputs, solve, store_factors
-from eora_lab.compensate.shrinkage import solve_shrunk
+from eora_lab.compensate import LowRank, StoredFactors, needs_outputs, store_factors
+from eora_lab.compensate.preserve import preserved
+from eora_lab.compensate.shared import solve_in_rows
 from eora_lab.compress import COMPRESSORS, Compressed, Grid, reround, residual
 from eora_lab.environment import step as timing
 from eora_lab.errors import EoraLabError
+from eora_lab.run.groups import Group, grouped, stacked
 from eora_lab.run.recipe import Recipe
 
 
@@ -39,6 +41,8 @@ def check_statistics(
         raise EoraLabError(f"{recipe.method} needs gradients: give token ids, or measure them before (outputs=)")
     if recipe.distil and not batches:
         raise EoraLabError("a step of distillation needs token ids: give them, or leave distil out")
+    if recipe.shared_factors and not batches:
+        raise EoraLabError("which layers share an input is seen on token ids: give them, or leave shared_factors out")
     if statistics is None:
         if not batches:
             raise EoraLabError(
@@ -61,7 +65,7 @@ def check_diagonal(recipe: Recipe, given: bool) -> None:
     try:
         if not given:
             steps.compress("", weight, statistics)
-        low_rank, _ = steps.compensate("", weight, statistics, 1)
+        low_rank, _ = steps.compensate(steps.group([""], [weight], statistics), weight, statistics, 1)
         store_factors(low_rank, recipe.factor_bits, (weight, statistics) if recipe.refit else None)
     except EoraLabError as error:
         what = recipe.method if given else f"{recipe.compressor} and {recipe.method}"
@@ -116,35 +120,43 @@ class Steps:
             return self.compress(name, weight, statistics)
         return reround(weight, statistics, before) if self.reround else before
 
-    def loss(self, name: str, error: Float[Tensor, "out in"], statistics: InputStatistics) -> float:
-        """What an error of the layer of that name costs, in the metric of a method that is an optimum; rounds too
-        are judged by it.
+    def group(
+        self, names: Sequence[str], weights: Sequence[Float[Tensor, "_ in"]], statistics: InputStatistics
+    ) -> Group:
+        """Layers that are compensated together, see `grouped`."""
+        return grouped(self.recipe.method, names, weights, statistics, self.outputs)
 
-        E|D x|², or tr(F D S Dᵀ) with F damped where the method needs gradients.
+    def loss(self, group: Group, error: Float[Tensor, "out in"], statistics: InputStatistics) -> float:
+        """What an error of these layers costs, in the metric of a method that is an optimum; rounds too are judged by
+        it.
+
+        E|D x|², relative to the output of each where there are several; or tr(F D S Dᵀ) with F damped where the method
+        needs gradients.
         """
-        if needs_outputs(self.recipe.method) and name in self.outputs:
-            error = self.outputs[name].whitened(error).float()
+        if group.rows:
+            error = group.rows.whitened(error).float()
         return output_energy(error, statistics.metric)
 
     def compensate(
-        self, name: str, error: Float[Tensor, "out in"], statistics: InputStatistics, rank: int
+        self, group: Group, error: Float[Tensor, "out in"], statistics: InputStatistics, rank: int
     ) -> tuple[LowRank, float]:
         """The answer to R = W - W^, and the shrinkage that was chosen."""
-        if self.recipe.shrink:
-            return solve_shrunk(self.recipe.method, error, statistics, rank, self.outputs.get(name))
-        return solve(self.recipe.method, error, statistics, rank, self.outputs.get(name)), 0.0
+        return solve_in_rows(self.recipe.method, error, statistics, rank, group.rows, self.recipe.shrink)
 
 
 @dataclass
 class Fit:
-    """A weight compressed and compensated: R = W - W^ (or what is aimed at, less W^), and the answer to it."""
+    """Weights compressed and compensated: R = W - W^ (or what is aimed at, less W^), and the answer to it.
 
-    compressed: Compressed
+    compressed: W^ of each layer. All else is of their rows together.
+    """
+
+    compressed: list[Compressed]
     residual: Float[Tensor, "out in"]
     low_rank: LowRank
     factors: StoredFactors
     shrinkage: float
-    loss: float = 0.0  # `Steps.loss` of what is left, with the factors as they are stored, where there are rounds
+    loss: float = 0.0  # `Steps.loss` of what is left, with factors as stored, where several are tried
     seconds_compress: float = 0.0
     seconds_solve: float = 0.0
 
@@ -155,9 +167,8 @@ class Fit:
         return B @ A
 
 
-def fit_layer(
-    name: str,
-    weight: Float[Tensor, "out in"],
+def fit_group(
+    group: Group,
     statistics: InputStatistics,
     steps: Steps,
     rank: int,
@@ -165,33 +176,67 @@ def fit_layer(
 ) -> Fit:
     """Compress W, compensate; then compress W - B A, compensate again, for as many rounds as the recipe says.
 
-    weight: in the dtype of the model. step: what is added to it, where the layer aims at more than W.
+    step: what is added to the weights, where layers aim at more than W.
     The best of all rounds is kept. One that does not lower the loss, which greedy compressors can cause, ends them.
+    Where the recipe preserves a part of W (`compensate.preserve`), W^ of the rest is tried first.
     """
-    aim = weight.float() if step is None else weight.float() + step
-    recipe, best, seconds = steps.recipe, None, [0.0, 0.0]
-    outputs = steps.outputs.get(name) if needs_outputs(recipe.method) else None
-    for _ in range(recipe.rounds if rank else 1):
-        start = time.perf_counter()
-        with timing("compress"):
-            if best is None:
-                compressed = steps.compress(name, aim, statistics)
-            else:
-                compressed = steps.again(name, aim - best.path, statistics, best.compressed)
-        compressed_at = time.perf_counter()
-        with timing("solve"):
-            error = residual(weight, compressed) if step is None else residual(weight, compressed) + step
-            low_rank, shrinkage = steps.compensate(name, error, statistics, rank)
-            refit = (error, statistics) if recipe.refit else None
-            factors = store_factors(low_rank, recipe.factor_bits, refit, outputs)
-        seconds[0] += compressed_at - start
-        seconds[1] += time.perf_counter() - compressed_at
-        fit = Fit(compressed, error, low_rank, factors, shrinkage)
-        if recipe.rounds > 1:
-            fit.loss = steps.loss(name, error - fit.path, statistics)
-        if best and not fit.loss < best.loss:
+    weight = group.weight.float()
+    aim = weight if step is None else weight + step
+    best = _tried(group, aim, None, None, statistics, steps, rank, step)
+    kept = _preserved(group, aim, best, statistics, steps, rank)
+    takes = [None] * ((steps.recipe.rounds if rank else 1) - 1)  # out of the weight: the path of the best so far
+    for take in [*([] if kept is None else [kept]), *takes]:
+        found = _tried(group, aim, best.path if take is None else take, best, statistics, steps, rank, step)
+        better = found.loss < best.loss
+        best, spent = (found if better else best), (best, found)
+        best.seconds_compress, best.seconds_solve = (
+            sum(getattr(one, f"seconds_{what}") for one in spent) for what in ("compress", "solve")
+        )
+        if not better and take is None:
             break
-        best = fit
-    assert best is not None
-    best.seconds_compress, best.seconds_solve = seconds
     return best
+
+
+def _tried(
+    group: Group,
+    aim: Float[Tensor, "out in"],
+    take: Float[Tensor, "out in"] | None,
+    before: Fit | None,
+    statistics: InputStatistics,
+    steps: Steps,
+    rank: int,
+    step: Float[Tensor, "out in"] | None,
+) -> Fit:
+    """Compress what `take` leaves of the aim, compensate. before: what was found, with the weights to round again."""
+    recipe, start = steps.recipe, time.perf_counter()
+    with timing("compress"):
+        parts = group.parts(aim if take is None else aim - take).items()
+        if before is None:
+            compressed = [steps.compress(name, one, statistics) for name, one in parts]
+        else:
+            pairs = zip(parts, before.compressed, strict=True)
+            compressed = [steps.again(name, one, statistics, old) for (name, one), old in pairs]
+    compressed_at = time.perf_counter()
+    with timing("solve"):
+        error = stacked([residual(one, made) for one, made in zip(group.weights, compressed, strict=True)])
+        error = error if step is None else error + step
+        low_rank, shrinkage = steps.compensate(group, error, statistics, rank)
+        refit = (error, statistics) if recipe.refit else None
+        factors = store_factors(low_rank, recipe.factor_bits, refit, group.rows)
+    fit = Fit(compressed, error, low_rank, factors, shrinkage)
+    fit.seconds_compress, fit.seconds_solve = compressed_at - start, time.perf_counter() - compressed_at
+    if recipe.rounds > 1 or recipe.preserve:
+        fit.loss = steps.loss(group, error - fit.path, statistics)
+    return fit
+
+
+def _preserved(
+    group: Group, aim: Float[Tensor, "out in"], plain: Fit, statistics: InputStatistics, steps: Steps, rank: int
+) -> Float[Tensor, "out in"] | None:
+    """The part of the aim that is kept from the compressor; None: nothing is. plain: the fit without it."""
+    if not steps.recipe.preserve or not rank:
+        return None
+    whole, _ = steps.compensate(group, aim, statistics, rank)
+    energies = steps.loss(group, aim, statistics), steps.loss(group, plain.residual, statistics)
+    count = preserved(whole.spectrum, plain.low_rank.spectrum, energies, rank)
+    return whole.truncate(count).dense().float() if count else None

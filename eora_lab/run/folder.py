@@ -27,6 +27,7 @@ from eora_lab.errors import EoraLabError, as_setting
 from eora_lab.files import LOCK, PARTIAL, DamagedError, locked, read_json, set_aside, write_json
 from eora_lab.formats import peft
 from eora_lab.layer.backends import AUTO
+from eora_lab.layer.head import quicken_head
 from eora_lab.layer.linear import CompensatedLinear, compensated, use_backend
 from eora_lab.model.digest import TENSORS, files_digest, tensors_digest, tokenizer_digest
 from eora_lab.model.load import as_dtype, load_model, local_path
@@ -44,6 +45,8 @@ SINCE = {field.name: field.default for field in fields(Selection)} | {
     "grid": "integer",
     "labels": "model",
     "distil": False,
+    "shared_factors": False,
+    "preserve": False,
 }  # nor these; they did the same
 NAMED = 4  # settings that differ
 BLOCKS, HIDDEN = "blocks/*.safetensors", "hidden"
@@ -237,6 +240,7 @@ def load_run(
     if report.distilled:
         install_distilled(path / DISTILLED, compensated(base))
     use_backend(base, backend)
+    quicken_head(base)
     return base, tokenizer, report
 
 

@@ -12,6 +12,7 @@ from eora_lab.environment import step
 from eora_lab.errors import EoraLabError
 from eora_lab.formats.checkpoint import Checkpoint
 from eora_lab.model.structure import block_linears
+from eora_lab.progress import each
 
 STEPS = 1.5  # of its grid, that GPTQ's W^ may be away from W: 0.3 to 0.7 in a real model, 0.96 at the worst seen
 SHIFT = 0.5  # of a step, that W^ may be off on average: 0.01 in a real model, 1 where zero points are read one off
@@ -38,11 +39,9 @@ def check_given(model: nn.Module, weights: Mapping, source: str = "", progress: 
     Raises EoraLabError when one belongs to no linear, is of another shape, or cannot be a compression of that linear:
     when it is further from W than `farthest`, or further than its own grid explains, see `steps_away`.
     """
-    from tqdm.auto import tqdm
-
     modules, digest = block_linears(model), hashlib.sha256()
     source = f"{source}: " if source else ""
-    for name in tqdm(weights, desc="compressed weights", unit="layer", disable=not progress, leave=False):
+    for name in each(weights, "compressed weights", "layer", progress):
         if name not in modules:
             raise EoraLabError(f"{source}{name} comes compressed, but is no linear in the decoder blocks of this model")
         given = weights[name]

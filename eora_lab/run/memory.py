@@ -18,10 +18,11 @@ from eora_lab.environment import free_memory, own_memory
 from eora_lab.errors import EoraLabError
 from eora_lab.model.structure import decoder_blocks, linears
 from eora_lab.run.distil import SHARES, SUMS, sums
+from eora_lab.run.groups import sharing
 from eora_lab.run.recipe import Recipe
 
 FLOAT, DOUBLE = 4, 8
-MATRICES = 5  # of a layer's size, in float32: W, R, what is left of it, a product, a temporary one
+MATRICES = 4  # of a layer's size, in float32: W, R, what is left of it, a temporary one
 CHOLESKY = 6  # of S's size, in float64, that GPTQ's factor passes through
 ITERATIVE = ("gptq", "sparsegpt")  # compressors that need it
 EIGEN = 4  # of the smaller side's size squared, in float64: a matrix, its eigenvectors, LAPACK's workspace
@@ -79,7 +80,9 @@ def needed(
         chosen = [linear for name, linear in own.items() if name not in left]
         gradients += held * sum(linear.out_features**2 for linear in chosen)
         kept = sum(stored(linear, recipe, given) for linear in chosen)
-        layers = [of_layer(linear, recipe, given) for linear in chosen]
+        as_one = sharing([name for name in own if name not in left], contract, recipe.shares)
+        shapes = [(sum(own[n].out_features for n in one), own[one[0]].in_features) for one in as_one]
+        layers = [of_layer(*shape, recipe, given) for shape in shapes]
         dense = sum(linear.weight.nbytes for linear in chosen)  # as the compressed block runs on
         work = max([work, kept + dense, *(kept + needs for needs in layers)])
         widest = max([widest, *(linear.out_features for linear in own.values())])
@@ -114,9 +117,9 @@ def stored(linear: nn.Linear, recipe: Recipe, given: bool) -> int:
     return size * bits // 8 + (2 + linear.weight.dtype.itemsize) * recipe.rank * sides
 
 
-def of_layer(linear: nn.Linear, recipe: Recipe, given: bool) -> int:
-    """Bytes while a layer is compressed and compensated."""
-    (rows, columns), size = linear.weight.shape, linear.weight.numel()
+def of_layer(rows: int, columns: int, recipe: Recipe, given: bool) -> int:
+    """Bytes while a layer, or those that share A, row under row, are compressed and compensated."""
+    size = rows * columns
     judged = MATRICES * FLOAT * size
     compressed = 0 if given or recipe.compressor not in ITERATIVE else CHOLESKY * DOUBLE * columns**2 + 3 * FLOAT * size
     solved = 0

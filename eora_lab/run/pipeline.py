@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from eora_lab.calibrate.contract import Contract, check_blocks
+from eora_lab.calibrate.contract import UNTRIED, Contract, check_blocks
 from eora_lab.calibrate.distillation import Targets
 from eora_lab.calibrate.output_statistics import OutputStatistics
 from eora_lab.calibrate.outputs import collect_output_statistics
@@ -35,6 +35,7 @@ from eora_lab.run.distil import distil
 from eora_lab.run.fit import Steps, check_statistics
 from eora_lab.run.folder import RunFolder
 from eora_lab.run.given import check_given, named_for, origin_of
+from eora_lab.run.groups import check_ranks
 from eora_lab.run.memory import check_room, needed
 from eora_lab.run.owners import owners
 from eora_lab.run.ranks import check_budget, given_ranks, spread
@@ -46,8 +47,6 @@ from eora_lab.run.walk import walk
 from eora_lab.text.batches import Batches, as_tokens
 
 Place = Literal["memory", "disk"]
-NONE = frozenset[str]()
-UNTRIED = Contract({}, NONE, NONE, NONE, NONE)  # of a model that nothing runs through
 
 
 @timed()
@@ -125,6 +124,7 @@ def compress_model(
         if names <= left:
             raise EoraLabError("nothing is left to compress: the model reads the weights of these linears itself")
         left |= block_linears(model).keys() - names
+        check_ranks(asked or {}, contract, recipe.shares)
         steps = steps or Steps(recipe, weights, reround, outputs)
         if weights is not None:
             came["given"] = check_given(model, weights, came.get("checkpoint", ""), progress)
@@ -165,7 +165,7 @@ def compress_model(
                     found = collect_statistics(model, tokens, recipe.held_out, progress, "", processes, owned)
                 if recipe.inputs == "original":
                     statistics = found
-                return spread(model, found, steps, budget, progress, left, processes, owned)
+                return spread(model, found, steps, budget, contract, progress, left, processes, owned)
 
             asked = run.planned(plan) if run else plan()
             recipe.check_fit(model, asked, given=weights)  # they may come from a file

@@ -67,6 +67,9 @@ class PathSettings:
     """rank of the compensation in every layer; a smaller layer gets the highest that it allows"""
     factor_bits: int = 16
     """bits of A and B: 16, or 2 to 8 on a grid"""
+    shared_factors: bool = False
+    """layers that read one input (q, k and v; gate and up) share A, which is stored and counted once (GlowQ, arXiv
+    2603.25385); a budget then spends what paths of the same rank with an A each would take"""
     refit: bool = True
     """round A and B to few bits as GPTQ does, so that the output error grows least, and not to nearest"""
     shrink: bool = False
@@ -101,6 +104,9 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
     """how often at most: compress what the low-rank path leaves of the weight, compensate again (LoftQ's alternation,
     arXiv 2310.08659, judged by the output error), and keep the best; above 1, the compressed weight is of use with its
     path only"""
+    preserve: bool = False
+    """try whether it helps to keep the largest part of the weight from the compressor, in as many of the ranks as
+    leave least by prediction (SRR, arXiv 2602.02001); the compressed weight is then of use with its path only"""
 
     def check(self) -> None:
         """Raise EoraLabError when a value is unknown or does not go with the others."""
@@ -119,6 +125,10 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
             raise EoraLabError("only a low-rank path can be distilled: take a method and a rank, or leave distil out")
         if self.distil and not self.held_out:
             raise EoraLabError("how far to distil is found on held-out samples: hold out a share, such as 0.125")
+        if self.distil and self.shared_factors:
+            raise EoraLabError(
+                "a step of distillation moves every layer's A by itself: leave distil or shared_factors out"
+            )
         if self.true_sequential and self.inputs == "original":
             raise EoraLabError(
                 'inputs measured within a block are those of the compressed one: use inputs="compensated"'
@@ -159,6 +169,10 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
         if self.shrink and not self.held_out:
             raise EoraLabError("shrinkage is chosen on held-out samples: hold out a share, such as 0.25")
         check_factor_bits(self.factor_bits)
+        if self.preserve and SOLVERS[self.method] not in (SOLVERS["eora"], SOLVERS["eora_fisher"]):
+            raise EoraLabError(
+                "what is preserved is judged by the output error: take eora or eora_fisher, or leave preserve out"
+            )
 
     @property
     def prunes(self) -> bool:
@@ -173,13 +187,19 @@ class Recipe(Selection, PassSettings, PathSettings, BaseSettings):
         return not (self.prunes and self.bits == 16)
 
     @property
+    def shares(self) -> bool:
+        """Whether layers that read one input share A."""
+        return self.shared_factors and self.method != "none"
+
+    @property
     def base(self) -> str:
         """The compressed model that is compensated, in short."""
         integer = f"{self.bits}-bit g{self.group_size}" if self.bits != 16 else ""
         quantised = integer if self.grid == "integer" else self.grid
         rounds = f"x{self.rounds}" if self.rounds > 1 else ""
+        preserved = "preserved" if self.preserve else ""
         stays = [f"{name.replace('_', ' ')} {value}" for name, value in self.selection().items() if value]
-        return " ".join(part for part in (self.compressor, self.sparsity, quantised, rounds, *stays) if part)
+        return " ".join(part for part in (self.compressor, self.sparsity, quantised, preserved, rounds, *stays) if part)
 
     def base_settings(self) -> dict:
         """The fields of `BaseSettings`."""

@@ -50,6 +50,7 @@ class LayerReport:
     nats_after: float | None = None  # of W^ + B A
     drift: float = 0.0  # share of the step towards the outputs of the original model that the layer took
     data_free: bool = False  # too few tokens reached it: compressed, compensated and judged as if S were the identity
+    A_of: str = ""  # the layer whose A it uses, where layers share it: there it is stored and counted
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,8 @@ class Report:
         ]
         if self.tier:
             lines.append(f"tier {self.tier}")
+        if using := sum(bool(layer.A_of) for layer in self.layers):
+            lines.append(f"{using} of {len(self.layers)} layers use A of another one that reads the same input")
         if self.left is not None:
             lines.append(self.coverage_line())
         before, after = mean("error_before"), mean("error_after")

@@ -45,7 +45,7 @@ def solve_and_report(
     progress: bool = True,
 ) -> tuple[Factors, Report]:
     """The same, and the report of the pass."""
-    recipe = replace(recipe or Recipe(), rounds=1)
+    recipe = replace(recipe or Recipe(), rounds=1, preserve=False)
     layers, dense = compensated_layers(model), block_linears(original)
     for name, layer in layers.items():
         if name not in dense or tuple(dense[name].weight.shape) != (layer.out_features, layer.in_features):

@@ -23,7 +23,14 @@ def tier(recipe: Recipe, spreads: bool = False, given: bool = False, reround: bo
     looks = [
         recipe.method not in DATA_FREE,
         reround if given else recipe.compressor not in DATA_FREE,
-        path and (spreads or recipe.rounds > 1 or (recipe.factor_bits < 16 and recipe.refit) or recipe.shrink),
+        path
+        and (
+            spreads
+            or recipe.rounds > 1
+            or recipe.preserve
+            or (recipe.factor_bits < 16 and recipe.refit)
+            or recipe.shrink
+        ),
         recipe.inputs == "drift",
     ]
     if not any(looks):

@@ -15,12 +15,16 @@ from eora_lab.calibrate.drift import DriftStream, put
 from eora_lab.calibrate.processes import ALONE, Processes
 from eora_lab.calibrate.statistics import InputStatistics
 from eora_lab.calibrate.stream import BlockStream
+from eora_lab.compensate.factors import with_shared
 from eora_lab.errors import EoraLabError
+from eora_lab.files import read_ahead
 from eora_lab.layer.linear import CompensatedLinear, unpacked
 from eora_lab.model.structure import decoder_blocks, linear_at, linears
+from eora_lab.progress import each, pause
 from eora_lab.run.fit import Steps
 from eora_lab.run.folder import RunFolder
-from eora_lab.run.linear import compress_linear
+from eora_lab.run.groups import with_ranks
+from eora_lab.run.linear import compress_linears
 from eora_lab.run.report import LayerReport
 
 SHARES = (1.0, 0.0)  # of the step towards the original's outputs, that a block is made with; the better one is kept
@@ -49,8 +53,6 @@ def walk(
     contract: of the model. left: linears that stay as they are.
     processes: that share the work, by the owners of linears.
     """
-    from tqdm.auto import tqdm
-
     recipe, blocks = steps.recipe, decoder_blocks(model)
     todo = [index for index in range(len(blocks)) if not (run and run.has_block(index))]
     stream: BlockStream | None = None
@@ -62,13 +64,15 @@ def walk(
             else:
                 stream = BlockStream(model, tokens, recipe.held_out, contract, hidden, processes)
         start = stream.resume(todo[0])
+    needed = range(start, todo[-1] + 1) if todo else range(0)
     ranks = recipe.ranks(model, left) if ranks is None else ranks
-    one = _Blocks(model, blocks, steps, ranks, left, stream, statistics or {}, processes, owners or {})
+    one = _Blocks(model, blocks, steps, ranks, left, contract, stream, statistics or {}, processes, owners or {})
     reports: list[LayerReport] = []
-    bar = tqdm(blocks.values(), desc="compress", unit="block", disable=not progress, leave=False)
-    for index, block in enumerate(bar):
+    for index, block in enumerate(each(blocks.values(), "compress", "block", progress)):
         originals = linears(block)
-        moving = stream if stream and start <= index <= todo[-1] else None
+        if index + 1 in needed:
+            read_ahead(list(blocks.values())[index + 1].parameters())
+        moving = stream if stream and index in needed else None
         if moving:
             moving.begin(index)
         if run and index not in todo:
@@ -108,6 +112,7 @@ class _Blocks:
     steps: Steps
     ranks: Mapping[str, int]
     left: Container[str]
+    contract: Contract
     stream: BlockStream | None
     known: Mapping[str, InputStatistics]
     processes: Processes
@@ -128,14 +133,16 @@ class _Blocks:
             names = [f"{prefix}.{local}" for local in chosen]
             own = _Made({}, [])
             with self.processes.agree():
-                for name in names:
-                    if self.owners.get(name, 0) != self.processes.rank:
+                for together, rank in with_ranks(names, self.ranks, self.contract, recipe.shares):
+                    pause()
+                    first = together[0]
+                    if self.owners.get(first, 0) != self.processes.rank:
                         continue
-                    if name not in found:
-                        raise EoraLabError(f"{name}: no statistics")
-                    rank = self.ranks.get(name, 0)
-                    own.modules[name], layer = compress_linear(self.model, name, found[name], self.steps, rank, share)
-                    own.layers.append(layer)
+                    if first not in found:
+                        raise EoraLabError(f"{first}: no statistics")
+                    made_here = compress_linears(self.model, together, found[first], self.steps, rank, share)
+                    own.modules |= {layer.name: module for module, layer in made_here}
+                    own.layers += [layer for _, layer in made_here]
             del found
             self._exchange(own)
             made.modules |= {name: own.modules[name] for name in names}
@@ -146,12 +153,14 @@ class _Blocks:
         """Put in place, and add, what the other processes made of the linears that they own."""
         if self.processes.count == 1:
             return
-        packed = {name: {key: t.cpu() for key, t in m.stored().items()} for name, m in own.modules.items()}
-        for rank, (tensors, layers) in enumerate(self.processes.gather((packed, own.layers))):
+        packed = {f"{name}.{key}": t.cpu() for name, m in own.modules.items() for key, t in m.stored().items()}
+        for rank, (tensors, layers) in enumerate(self.processes.gather((packed, list(own.layers)))):
             if rank == self.processes.rank:
                 continue
             own.layers += layers
-            for name, stored in tensors.items():
+            tensors = with_shared(tensors)
+            for name in (layer.name for layer in layers):
+                stored = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
                 own.modules[name] = CompensatedLinear.from_stored(stored, linear_at(self.model, name))
         put(self.model, own.modules)
 

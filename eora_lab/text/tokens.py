@@ -198,7 +198,7 @@ def _sample_from_model(
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[operator, union-attr]
     if limit is not None and seqlen > limit:
         raise EoraLabError(f"the model takes at most {limit} tokens, seqlen is {seqlen}: use a shorter seqlen")
-    from tqdm.auto import tqdm
+    from eora_lab.progress import tqdm
 
     generator = torch.Generator().manual_seed(seed)  # our own: the global state stays as it is
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]

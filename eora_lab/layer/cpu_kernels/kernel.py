@@ -1,8 +1,8 @@
 """The loops of the product, compiled by numba for the processor at hand and kept on disk.
 
-A step is sixteen lanes of codes as they are stored; x lies in the same order, field by field of a step. Each group of
-a row has a scale s and the weight o of code 0: its part of the product is s (codes . x) + o (sum of x). With these sums
-made once for all rows, offsets of any kind cost one addition a group.
+A step is sixteen lanes of codes as they are stored, or sixteen weights of 16 or 32 bits; x lies in the same order,
+field by field of a step. Each group of a row has a scale s and the weight o of code 0: its part of the product is
+s (codes . x) + o (sum of x). With these sums made once for all rows, offsets of any kind cost one addition a group.
 """
 
 from functools import lru_cache
@@ -12,7 +12,7 @@ from zlib import crc32
 import numpy as np
 from numba import carray, cfunc, from_dtype, literally, njit, types
 
-from eora_lab.layer.cpu_kernels.packed import FIELDS, LANES
+from eora_lab.layer.cpu_kernels.packed import BLOCK, FIELDS, LANES
 from eora_lab.layer.cpu_kernels.team import Call
 from eora_lab.layer.cpu_kernels.vectors import (
     add,
@@ -30,7 +30,6 @@ from eora_lab.layer.cpu_kernels.vectors import (
 )  # fmt: skip
 
 CALL = types.CPointer(from_dtype(np.dtype(Call)))
-BLOCK = 4  # rows of x that share the unpacking
 AHEAD = 4096  # bytes of codes that are asked for before they are needed: what is next has not been read lately
 TOGETHER = 16  # outputs for which such rows stay in the cache
 barrier = types.ExternalFunction("eora_lab_barrier", types.void())
@@ -67,8 +66,8 @@ def totals_of(call, step):
 
 @njit
 def down_of(call, step):
-    """Where A x lies."""
-    return totals_of(call, step) + 4 * call.padded * call.blocks * LANES
+    """Where A x lies, behind those of other layers that share x."""
+    return totals_of(call, step) + 4 * call.padded * (call.blocks * LANES + call.ranks_before)
 
 
 @njit
@@ -99,7 +98,7 @@ def gather(call, step, blocks):
                 totals[sum_at + i % LANES] += value
 
 
-@njit
+@njit(forceinline=True)
 def add_path(total, half, matrix, at, other, stride, count):
     """total[r] + a row of A or B, from its element `at`, times `count` numbers of the r-th other row."""
     for i in range(0, count, LANES):
@@ -179,31 +178,35 @@ def unpack(call, step, outputs, bits, groups):
 
 @lru_cache
 def product_kernel(bits: int, groups: int, steps: int):
-    """y = W^ x + B (A x) + bias for codes of some bits, where a step spans so many groups, or a part of one.
+    """y = W^ x + B (A x) + bias for codes of some bits, where a step spans so many groups, or a part of one; of one
+    layer, or several that share x and all of this.
 
     steps: of a block, which are then unrolled; 0: any number.
     """
-    step, sources = LANES * FIELDS[bits], sources_sum()
+    step, sources = LANES * FIELDS.get(bits, 1), sources_sum()
 
     def product(calls):
-        """What every thread of a team does."""
+        """What every thread of a team does, for all layers that share x."""
         _ = sources  # part of what numba finds the function by
-        call = carray(calls, 1)[0]
-        me, threads = (thread_number(), thread_count()) if call.threads > 1 else (0, 1)
-        gather(call, step, share(call.blocks, me, threads))
+        first = carray(calls, 1)[0]
+        layers = carray(calls, first.count)
+        me, threads = (thread_number(), thread_count()) if first.threads > 1 else (0, 1)
+        gather(first, step, share(first.blocks, me, threads))
         if threads > 1:
             barrier()
-        if call.rank:
-            if call.padded == 1:
-                down(call, step, share(call.rank, me, threads), zeros(1))
-            else:
-                down(call, step, share(call.rank, me, threads), zeros(BLOCK))
+        if layers[-1].ranks_before + layers[-1].rank:
+            for layer in layers:
+                if first.padded == 1:
+                    down(layer, step, share(layer.rank, me, threads), zeros(1))
+                else:
+                    down(layer, step, share(layer.rank, me, threads), zeros(BLOCK))
             if threads > 1:
                 barrier()
-        if call.padded == 1:
-            up(call, step, share(call.outputs, me, threads), zeros(1), bits, groups, steps)
-        else:
-            up(call, step, share(call.outputs, me, threads), zeros(BLOCK), bits, groups, steps)
+        for layer in layers:
+            if first.padded == 1:
+                up(layer, step, share(layer.outputs, me, threads), zeros(1), bits, groups, steps)
+            else:
+                up(layer, step, share(layer.outputs, me, threads), zeros(BLOCK), bits, groups, steps)
 
     return compiled(product)
 

@@ -1,4 +1,4 @@
-"""A grid weight as the kernel reads it: its codes as they are stored, float32 grids, and the order that x must have."""
+"""A weight as the kernel reads it: its codes as they are stored, float32 grids, and the order that x must have."""
 
 from dataclasses import dataclass
 from math import gcd
@@ -13,6 +13,8 @@ from eora_lab.compress.packing import pack
 
 LANES = 16  # of a vector
 FIELDS = {2: 4, 3: 8, 4: 2, 8: 1}  # bits -> codes in a lane: as many as fill whole bytes
+NUMBERS = {torch.bfloat16: 16, torch.float32: 32}  # what is read as it is, and its bits
+BLOCK = 4  # rows of x that share the unpacking
 EXTRA = 8  # bytes that the kernel may read behind those it needs
 
 
@@ -20,7 +22,8 @@ EXTRA = 8  # bytes that the kernel may read behind those it needs
 class PackedGrid:
     """A row is `blocks` blocks of `steps` steps of 16 lanes; `groups` groups share a block, more than one of a step.
 
-    codes:   the stored bit streams, one a row; the weight's own tensor where its groups are in place.
+    codes:   the stored bit streams, one a row; the weight's own tensor where its groups are in place. Of 16 and 32
+             bits, they are the weights themselves.
     last:    the rows of it that a whole number of steps would read beyond, padded.
     scales:  float32, and offsets: the weight of code 0; padded to whole blocks.
     place:   the channel of x for every code of the steps, step by step and field by field of their lanes; -1: none.
@@ -46,6 +49,13 @@ def why_not_packed(weight: Compressed) -> str | None:
     if weight.mask is not None and weight.offsets.dtype != torch.uint8:
         return "it reads a mask with integer zero points only"
     return None
+
+
+def why_not_dense(weight: Float[Tensor, "out in"]) -> str | None:
+    """What the kernel cannot read of a weight that is not compressed; or None."""
+    if not weight.is_cpu or weight.dtype not in NUMBERS:
+        return f"it reads {' and '.join(map(str, NUMBERS))} on a CPU"
+    return None if weight.is_contiguous() and weight.shape[1] % LANES == 0 else f"it reads rows of whole {LANES}s"
 
 
 def pack_grid(weight: GridWeight, stored: UInt8[Tensor, "out bytes"]) -> PackedGrid:
@@ -74,6 +84,15 @@ def pack_grid(weight: GridWeight, stored: UInt8[Tensor, "out bytes"]) -> PackedG
     place = place.view(-1, LANES, FIELDS[weight.bits]).transpose(1, 2).flatten().int()
     last = beyond(codes, blocks * steps * step * weight.bits // 8 + EXTRA)
     return PackedGrid(codes, last, grids(scales), grids(offsets), place, weight.bits, blocks, steps, groups)
+
+
+def pack_dense(weight: Float[Tensor, "out in"]) -> PackedGrid:
+    """A weight that `why_not_dense` lets through, where it lies; all rows share a grid that changes nothing."""
+    steps = gcd(weight.shape[1] // LANES, 4)
+    blocks = weight.shape[1] // LANES // steps
+    scales, offsets = (make(1, blocks).expand(len(weight), -1) for make in (torch.ones, torch.zeros))
+    codes, place = weight.detach().view(torch.uint8), torch.arange(weight.shape[1], dtype=torch.int32)
+    return PackedGrid(codes, codes[:0], scales, offsets, place, NUMBERS[weight.dtype], blocks, steps, 1)
 
 
 def in_order(weight: GridWeight) -> tuple[Int64[Tensor, " padded_in"] | None, int]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from eora_lab.layer.cpu_kernels.joined import FewRows
 from eora_lab.layer.cpu_kernels.packed import LANES, PackedGrid
 from eora_lab.layer.cpu_kernels.team import Call, openmp, run
 
@@ -20,10 +21,10 @@ Product = Callable[[Float[Tensor, "... in"]], Float[Tensor, "... out"]]
 
 def few_rows(
     weight: PackedGrid, A: Float[Tensor, "rank in"], B: Float[Tensor, "out rank"], bias: Float[Tensor, " out"] | None
-) -> Product:
-    """x -> W^ x + B (A x) + bias in float32, for x in float32, bfloat16 or float16; y has the dtype of x."""
+) -> FewRows:
+    """x -> W^ x + B (A x) + bias, by the kernel for these codes."""
     openmp()
-    from eora_lab.layer.cpu_kernels.kernel import BLOCK, product_kernel
+    from eora_lab.layer.cpu_kernels.kernel import product_kernel
 
     function = product_kernel(weight.bits, weight.groups, weight.steps if weight.steps in UNROLLED else 0)
     in_features = A.shape[1]
@@ -32,27 +33,9 @@ def few_rows(
     A = F.pad(A[:, weight.place.clamp(min=0)] * (weight.place >= 0), (0, 0, 0, rank - len(A)))
     B, factor = (F.pad(t, (0, rank - t.shape[-1])).contiguous() for t in (B, factor))
     tensors = {"A": A, "B": B, "factor": factor} | ({} if bias is None else {"bias": bias.float().contiguous()})
-    fixed = _call_of(weight, **tensors)
-    fixed.features, fixed.rank, fixed.half_path = in_features, rank, A.dtype == torch.float16
-    numbers = len(weight.place) + weight.blocks * LANES + rank  # of scratch, for a row of x
-
-    def product(x: Float[Tensor, "... in"]) -> Float[Tensor, "... out"]:
-        if x.dtype == torch.float16:
-            return product(x.float()).half()
-        rows = x.numel() // in_features
-        y = x.new_empty(*x.shape[:-1], fixed.outputs)
-        if not rows:
-            return y
-        padded = 1 if rows == 1 else -(-rows // BLOCK) * BLOCK
-        x, scratch, call = x.contiguous(), torch.empty(padded * numbers), Call.from_buffer_copy(fixed)
-        call.x, call.y, call.scratch = x.data_ptr(), y.data_ptr(), scratch.data_ptr()
-        call.rows, call.padded = rows, padded
-        call.half = x.dtype is torch.bfloat16
-        run(function, call)
-        return y
-
-    product.held = tensors, weight  # type: ignore[attr-defined]  # the addresses are theirs
-    return product
+    call = _call_of(weight, **tensors)
+    call.features, call.rank, call.half_path = in_features, rank, A.dtype == torch.float16
+    return FewRows(function, call, weight, tensors)
 
 
 def many_rows(weight: PackedGrid) -> Product:
@@ -65,9 +48,8 @@ def many_rows(weight: PackedGrid) -> Product:
     place, nowhere = weight.place.clamp(min=0), weight.place < 0
 
     def product(x: Float[Tensor, "tokens in"]) -> Float[Tensor, "tokens out"]:
-        if x.dtype == torch.float16:  # few processors multiply that, and W^ need not fit it
-            return product(x.float()).half()
-        x = x[:, place].masked_fill_(nowhere, 0)
+        half = x.dtype == torch.float16  # few processors multiply that, and W^ need not fit it
+        x = (x.float() if half else x)[:, place].masked_fill_(nowhere, 0)
         y, tile, call = x.new_empty(len(x), fixed.outputs), torch.empty(height, length), Call.from_buffer_copy(fixed)
         call.y = tile.data_ptr()
         for call.first in range(0, fixed.outputs, height):
@@ -75,7 +57,7 @@ def many_rows(weight: PackedGrid) -> Product:
             run(function, call)
             part = slice(call.first, call.first + call.rows)
             torch.mm(x, tile[: call.rows].to(x.dtype).T, out=y[:, part])
-        return y
+        return y.half() if half else y
 
     product.held = weight  # type: ignore[attr-defined]
     return product
@@ -90,7 +72,7 @@ def _call_of(weight: PackedGrid, **more: Tensor) -> Call:
         safe=len(weight.codes) - len(weight.last),
         code_stride=weight.codes.shape[1],
         last_stride=weight.last.shape[1],
-        grid_stride=weight.scales.shape[1],
+        grid_stride=weight.scales.stride(0),
         blocks=weight.blocks,
         steps=weight.steps,
     )

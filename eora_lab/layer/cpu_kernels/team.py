@@ -1,7 +1,7 @@
 """A compiled function on torch's own threads: two OpenMP libraries in a process would wait for each other's."""
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -11,6 +11,7 @@ FIELDS = (
     "x y scratch place codes last scales offsets A B factor bias"  # addresses
     " first rows padded half threads features outputs safe code_stride last_stride grid_stride"
     " blocks steps rank half_path"
+    " count ranks_before"  # layers that share x, as the first of them says; ranks of those before
 )
 
 
@@ -53,11 +54,17 @@ def openmp() -> ctypes.CDLL | None:
     return library
 
 
+@lru_cache
+def entry(function: int) -> Callable[[int], None]:
+    """Compiled code as Python calls it."""
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)
+
+
 def run(function: int, call: Call) -> None:
     """Call compiled code on torch's threads, or on one where they cannot be had."""
     library = openmp()
     call.threads = torch.get_num_threads() if library else 1
-    if library:
+    if library and call.threads > 1:
         library.GOMP_parallel(function, ctypes.addressof(call), call.threads, 0)
     else:
-        ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function)(ctypes.addressof(call))
+        entry(function)(ctypes.addressof(call))

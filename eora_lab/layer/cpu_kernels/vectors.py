@@ -142,14 +142,17 @@ def add_codes(typing, totals, codes, address, stride, bits):
 
     def make(context, builder, signature, arguments):
         totals, codes, address, stride, _ = arguments
-        totals = unpacked(builder, totals)
-        for value in numbers(builder, codes, bits.literal_value):
-            row = address
-            for r in range(len(totals)):
-                totals[r] = add_product(builder, totals[r], value, read(builder, row, FLOATS))
+        values, chains = numbers(context, builder, codes, bits.literal_value), [unpacked(builder, totals)]
+        if len(chains[0]) == 1 and len(values) > 4:  # each addition waits for the one before: two sums, in turn
+            chains.append([ir.Constant(FLOATS, None)])
+        for field, value in enumerate(values):
+            row, chain = address, chains[field % len(chains)]
+            for r in range(len(chain)):
+                chain[r] = add_product(builder, chain[r], value, read(builder, row, FLOATS))
                 row = builder.add(row, stride)
             address = builder.add(address, ir.Constant(address.type, 4 * LANES))
-        return context.make_tuple(builder, signature.return_type, totals)
+        found = chains[0] if len(chains) == 1 else [builder.fadd(chains[0][0], chains[1][0])]
+        return context.make_tuple(builder, signature.return_type, found)
 
     return totals(totals, types.int64, types.int64, types.int64, bits), make
 
@@ -160,7 +163,7 @@ def store_codes(typing, address, codes, factor, summand, bits):
 
     def make(context, builder, signature, arguments):
         address, codes, factor, summand, _ = arguments
-        for value in numbers(builder, codes, bits.literal_value):
+        for value in numbers(context, builder, codes, bits.literal_value):
             place = builder.inttoptr(address, ir.PointerType(FLOATS))
             builder.store(add_product(builder, summand, value, factor), place, align=4)
             address = builder.add(address, ir.Constant(address.type, 4 * LANES))
@@ -217,12 +220,46 @@ def unpacked(builder, rows) -> list:
     return [builder.extract_value(rows, i) for i in range(rows.type.count)]
 
 
-def numbers(builder, address, width: int):
-    """The codes of sixteen lanes, a vector for each field."""
-    words, mask = lanes_of(builder, address, width * FIELDS[width] // 8), constant(2**width - 1)
-    for field in range(FIELDS[width]):
-        code = builder.lshr(words, constant(width * field)) if field else words
-        yield builder.sitofp(code if field == FIELDS[width] - 1 else builder.and_(code, mask), FLOATS)
+def numbers(context, builder, address, width: int):
+    """The codes of sixteen lanes, a vector for each field; or sixteen weights, of 32 bits, or 16 (bfloat16)."""
+    if width == 32:
+        return [read(builder, address, FLOATS)]
+    if width == 16:
+        bits = builder.zext(read(builder, address, ir.VectorType(ir.IntType(16), LANES)), INTS)
+        return [builder.bitcast(builder.shl(bits, constant(16)), FLOATS)]
+    words, number = lanes_of(builder, address, width * FIELDS[width] // 8), number_of(context, builder, width)
+    last = FIELDS[width] - 1
+    return [
+        number(builder.lshr(words, constant(width * field)) if field else words, field == last)
+        for field in range(last + 1)
+    ]
+
+
+def number_of(context, builder, width: int):
+    """How the lowest `width` bits of every lane become a number, as a function of lanes and whether no other bits are
+    set. Where a register holds all numbers there are, the processor looks them up, and other bits do not matter.
+    """
+    features = context.codegen().magic_tuple()[2]
+    lanes = LANES if "+avx512f" in features else LANES // 2
+    if 2**width > lanes or "+avx2" not in features:
+        mask = constant(2**width - 1)
+        return lambda words, alone: builder.sitofp(words if alone else builder.and_(words, mask), FLOATS)
+    part = ir.VectorType(FLOAT, lanes)
+    table = ir.Constant(part, [float(lane % 2**width) for lane in range(lanes)])
+    name = "llvm.x86.avx512.permvar.sf.512" if lanes == LANES else "llvm.x86.avx2.permps"
+    kind = ir.FunctionType(part, [part, ir.VectorType(INT, lanes)])
+    look_up = cgutils.get_or_insert_function(builder.module, kind, name)
+
+    def number(words, alone):
+        if alone:  # as fast, and by another unit of the processor
+            return builder.sitofp(words, FLOATS)
+        if lanes == LANES:
+            return builder.call(look_up, [table, words])
+        low, high = (ir.Constant(ir.VectorType(INT, lanes), [at + i for i in range(lanes)]) for at in (0, lanes))
+        halves = [builder.call(look_up, [table, builder.shuffle_vector(words, words, half)]) for half in (low, high)]
+        return builder.shuffle_vector(*halves, ir.Constant(INTS, list(range(LANES))))
+
+    return number
 
 
 def lanes_of(builder, address, width: int):
