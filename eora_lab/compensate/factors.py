@@ -13,6 +13,7 @@ from eora_lab.compensate.lowrank import LowRank
 from eora_lab.compress import Compressed, gptq, rtn, tagged_state_dict, weight_from_state_dict
 from eora_lab.errors import EoraLabError
 
+FACTORS = ("lora_A", "lora_B")  # begin the names of the tensors of a low-rank path
 OF = "lora_A.of"  # the tensor that names the layer whose A is used
 
 

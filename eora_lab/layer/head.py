@@ -28,7 +28,7 @@ class FewRowsLinear(nn.Linear):
         few = x.numel() <= CPU_ROWS * self.in_features and x.dtype == W.dtype and self.bias is None
         if gradients or not few or why_not_dense(W):
             return super().forward(x)
-        where = W.data_ptr(), W.dtype  # the kernel reads what lies there now
+        where = W.data_ptr(), W.dtype, W.shape  # the kernel reads what lies there now
         if self._made is None or self._made[0] != where:
             self._made = where, few_rows(pack_dense(W), W[:0], W[:, :0], None)
         return self._made[1](x)

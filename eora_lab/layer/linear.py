@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from eora_lab.compensate.factors import StoredFactors
+from eora_lab.compensate.factors import FACTORS, StoredFactors
 from eora_lab.compress import Compressed
 from eora_lab.compress.storage import UNCOUNTED, tagged_state_dict, weight_from_state_dict
 from eora_lab.errors import EoraLabError
@@ -26,9 +26,17 @@ class CompensatedLinear(PackedLayer):
 
     factors: A and B as stored. lora_A: (rank, in_features); lora_B: (out_features, rank). Rank 0: no path.
     backend: who multiplies, a name of `eora_lab.layer.backends.BACKENDS`; "auto": the first that takes the layer.
+    state: the packed tensors of W^ where they are there already, such as in a mapped file; None: they are made.
     """
 
-    def __init__(self, old: nn.Linear, compressed: Compressed, factors: StoredFactors, backend: str = AUTO):
+    def __init__(
+        self,
+        old: nn.Linear,
+        compressed: Compressed,
+        factors: StoredFactors,
+        backend: str = AUTO,
+        state: dict[str, Tensor] | None = None,
+    ):
         super().__init__()
         check_backend(backend)
         self.backend, self.keep_dense = backend, False
@@ -36,7 +44,8 @@ class CompensatedLinear(PackedLayer):
         self.transposed = getattr(old, "transposed", False)  # as files hold the original (`Conv1DLinear`)
         self.out_features, self.in_features = compressed.shape
         self.bits, self.factors = compressed.bits, factors
-        state, device, dtype = tagged_state_dict(compressed), old.weight.device, old.weight.dtype
+        state = tagged_state_dict(compressed) if state is None else dict(state)
+        device, dtype = old.weight.device, old.weight.dtype
         whole = ("kind", *compressed.whole)
         self.whole = {name: state.pop(name) for name in whole if name in state}  # stays on the CPU
         self._kind, self._packed = type(compressed), tuple(state)
@@ -128,11 +137,8 @@ class CompensatedLinear(PackedLayer):
         compressed = weight_from_state_dict(tensors)
         if compressed.shape != old.weight.shape:
             raise KeyError(f"a weight of {tuple(compressed.shape)} for a layer of {tuple(old.weight.shape)}")
-        layer = cls(old, compressed, StoredFactors.from_state_dict(tensors), backend)
-        for name in layer._packed:  # the same numbers, where they are: such as in a mapped file
-            setattr(layer, name, tensors[name].to(old.weight.device))
-        layer._forget()  # the packed tensors that it was made with would be held until it is first used
-        return layer
+        state = {name: tensor for name, tensor in tensors.items() if not name.startswith(FACTORS)}
+        return cls(old, compressed, StoredFactors.from_state_dict(tensors), backend, state)
 
     def _apply(self, fn, recurse=True):
         """Move or cast the layer: the packed tensors follow to another device, and keep their dtypes."""

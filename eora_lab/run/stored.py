@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from eora_lab.compensate.factors import StoredFactors
+from eora_lab.compensate.factors import FACTORS, StoredFactors
 from eora_lab.errors import EoraLabError
 from eora_lab.files import digest, file_digest
 from eora_lab.formats.fused import Shapes
@@ -23,7 +23,6 @@ from eora_lab.run.folder import is_run, read_config, read_report
 
 OWN = ("adapter", "blocks")  # folders of a run
 EXPERT = re.compile(r"\.\d+\..*\.\d+\.")  # a linear in a list within a block
-FACTORS = ("lora_A", "lora_B")  # begin the names of the tensors that are not W^
 
 
 def run_factors(path: Path | str) -> Factors:
