@@ -70,8 +70,6 @@ def walk(
     reports: list[LayerReport] = []
     for index, block in enumerate(each(blocks.values(), "compress", "block", progress)):
         originals = linears(block)
-        if index + 1 in needed:
-            read_ahead(list(blocks.values())[index + 1].parameters())
         moving = stream if stream and index in needed else None
         if moving:
             moving.begin(index)
@@ -84,6 +82,8 @@ def walk(
             if run:
                 run.save_block(index, made.modules, made.layers)
             reports += made.layers
+        if index + 1 in needed:  # not before: while layers are solved, memory may be short
+            read_ahead(list(blocks.values())[index + 1].parameters())
         if moving and recipe.inputs != "original" and index < todo[-1]:
             with unpacked(block):
                 moving.advance(index)
