@@ -292,6 +292,21 @@ def of_passes() -> Iterator[Claim]:
         yield Claim(words, "arithmetic", lambda text, words=words: _ratio(*text(words)))
 
 
+def of_peers() -> Iterator[Claim]:
+    both = ["quantise", "eora"]
+    yield Claim(
+        "| GPTQModel, GPTQ, then EoRA in float16 | {:.0f} | {:.2f} |",
+        "peers",
+        lambda found: (found["seconds"][both].sum(), found["perplexity"]["eora"]),
+    )
+    for name, step in (("same grids", "matched grids"), ("its defaults", "its defaults")):
+        yield Claim(
+            f"| EoRA Lab, {name} | {{:.0f}} | {{:.2f}} |",
+            "peers",
+            lambda found, step=step: (found["seconds"][step], found["perplexity"][step]),
+        )
+
+
 def _times(printed: str) -> Numbers:
     dense, compressed = said(printed, r"perplexity on .*: dense ([\d.]+), compressed ([\d.]+)")
     return compressed, compressed / dense
@@ -317,6 +332,7 @@ CLAIMS = [
     *of_round_to_nearest(),
     *of_bases(),
     *of_passes(),
+    *of_peers(),
     *of_cpu(),
 ]
 EXEMPT = (  # numbers that are not measured; and a time to load, which has no command

@@ -78,6 +78,11 @@ def scale() -> dict:
     return found
 
 
+def peers() -> pandas.DataFrame:
+    """What `docs.peers` printed: by step."""
+    return pandas.read_csv(MEASURED / "peers.csv").set_index("step")
+
+
 def cpu() -> dict | None:
     """What `kernels.bench --cpu` recorded on the machine that the README speaks of."""
     path = ROOT / "kernels" / "results" / "cpu" / "AMD-EPYC.json"
@@ -87,6 +92,7 @@ def cpu() -> dict | None:
 READERS: dict[str, Callable[[], Any]] = {
     "cpu": cpu,
     "scale": scale,
+    "peers": peers,
     "formats": formats,
     "gguf": gguf,
     "gguf-speed": gguf_speed,
