@@ -170,7 +170,7 @@ def test_the_quickstart_shows_before_and_after(lab, server):
     page = lab("00_quickstart.ipynb")
     page.run_all()
     printed = page.page.locator(".jp-OutputArea-output", has_text="=== compressed + EoRA: perplexity")
-    assert re.search(r"=== original: perplexity \d+\.\d\d\n.+=== compressed: perplexity", printed.inner_text(), re.S)
+    assert re.search(r"=== original: perplexity \d+\.\d\d\n.+=== compressed: perplexity", printed.text_content(), re.S)
     page.picture("before-after", ".jp-OutputArea-output:has-text('=== compressed + EoRA')")
     button = page.page.get_by_role("button", name="Write")
     button.scroll_into_view_if_needed()
