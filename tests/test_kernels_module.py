@@ -315,16 +315,18 @@ def test_a_checkpoints_group_index_is_followed():
 @pytest.mark.parametrize("gpu", GPUS.values(), ids=list(GPUS))
 @pytest.mark.parametrize("rows", [1, 16, 17, 64, 65, 512, 513])
 @pytest.mark.parametrize("bits", [3, 4])
-def test_the_rule_gives_blocks_that_fit(rows, bits, gpu):
+@pytest.mark.parametrize("group", [0, 16, 32, 64, 128])
+def test_the_rule_gives_blocks_that_fit(rows, bits, gpu, group):
     for columns, channels in ((128, 128), (1024, 4096), (14336, 4096), (4096, 14336), (28672, 8192)):
-        config, block = rule(rows, columns, channels, bits, 64, gpu), 128 if bits == 4 else 256
+        config, block = rule(rows, columns, channels, bits, group, gpu), 128 if bits == 4 else 256
         blocks = -(-channels // block)
         assert 128 % config.block_n == 0 and 1 <= config.split_k <= blocks
         many = "cublas" if gpu.capability == 100 or rows > 512 else "prefill"
         assert config.path == ("decode" if rows <= 64 else many)
         if config.path == "decode":
             assert -(-blocks // config.split_k) * block <= SERIAL
-            assert config.shared(bits, 64) + 1024 <= gpu.shared
+        if config.path != "cublas":
+            assert config.shared(bits, group) + 1024 <= gpu.shared
 
 
 def test_buckets():
