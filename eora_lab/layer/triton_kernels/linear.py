@@ -49,7 +49,7 @@ class FusedLinear(nn.Module):
         Raises EoraLabError when x is not of the dtype that the layer was packed for, or of another width.
         """
         tensors = self._buffers  # attributes of a module are slow to find
-        if x.dtype != (dtype := tensors["A"].dtype):
+        if x.dtype != (dtype := self.A.dtype):
             raise EoraLabError(f"the layer is packed for {dtype}, and x is {x.dtype}; pack it for that dtype")
         return fused_linear(x, ids, *[tensors[name] for name in TENSORS], *self.numbers.values())
 

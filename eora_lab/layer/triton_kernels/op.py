@@ -28,7 +28,8 @@ torch.library.define(
 def weight_of(*fields: Any) -> FusedWeight:
     """From the operator's last arguments, the fields of a `FusedWeight`; lists are its tuples."""
     *others, out_features, ranks = fields
-    return FusedWeight(*others, tuple(out_features), tuple(ranks))
+    lists: tuple[Any, ...] = tuple(out_features), tuple(ranks)
+    return FusedWeight(*others, *lists)
 
 
 def on_cpu(x, ids, *fields):
