@@ -241,6 +241,14 @@ def of_all_parts() -> Iterator[Claim]:
         "WikiText-2 is at {:.2f}, where EoRA", "together-wanda", lambda out: [compared(out, method="eora_fisher")]
     )
     yield Claim("on a frozen base is at {:.2f}", "wanda", lambda out: [compared(out, method="eora")])
+    yield Claim(
+        "on six bases) come to {:.2f} and {:.2f}",
+        "beyond",
+        lambda found: found["sparsegpt 2:4 4-bit g64 x3"].values(),
+    )
+    yield Claim(
+        "EoRA on the frozen base is at {:.2f} on WikiText-2", "sparsegpt-4", lambda out: [compared(out, method="eora")]
+    )
 
 
 def of_bases() -> Iterator[Claim]:

@@ -41,6 +41,16 @@ def task_mix() -> list[dict]:
     return [by_source[name] for name in order] + [one for one in found if one and one["config"]["method"] == "none"]
 
 
+def beyond() -> dict[str, dict[str, float]]:
+    """Base -> perplexities with all parts together and 16-bit factors, where that is recorded."""
+    store, found = ResultStore(MEASURED / "beyond"), {}
+    for cell in expand(read_grid("beyond")):
+        whole = cell.recipe and cell.recipe.inputs == "drift" and cell.recipe.method == "eora_fisher"
+        if whole and cell.recipe.factor_bits == 16 and not cell.recipe.distil and (known := store.get(cell.config())):
+            found[cell.recipe.base] = known["result"]["perplexity"]
+    return found
+
+
 def formats() -> dict[tuple, dict]:
     """(grid, compressor, method, rank) -> the cell's row."""
     store = ResultStore(MEASURED / "formats")
@@ -93,6 +103,7 @@ READERS: dict[str, Callable[[], Any]] = {
     "cpu": cpu,
     "scale": scale,
     "peers": peers,
+    "beyond": beyond,
     "formats": formats,
     "gguf": gguf,
     "gguf-speed": gguf_speed,

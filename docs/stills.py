@@ -8,6 +8,7 @@ import re
 from PIL import Image
 
 from eora_lab.plots.explorable import FIELDS, as_page
+from eora_lab.plots.output import LAB
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 PNG = re.compile(r"data:image/png;base64,([A-Za-z0-9+/=]+)")
@@ -36,7 +37,7 @@ def _shown(data: dict, state: dict) -> dict:
     if set(data) == {"text/plain"} and (BAR.search(data["text/plain"]) or not data["text/plain"].strip()):
         return {}  # a bar of ours
     if 'class="eora-figure"' in data.get("text/html", ""):
-        return {"text/html": re.sub(r"<style>.*?</style>", "", data["text/html"])}
+        return {"text/html": data["text/html"].removeprefix(LAB)}  # the figure has a style of its own, which stays
     if "image/png" in data:
         data["image/png"] = base64.b64encode(_less(base64.b64decode(data["image/png"]))).decode()
     return data

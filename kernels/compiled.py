@@ -46,6 +46,8 @@ def jobs() -> list[Job]:
         found += [Job("decode", rows, gpu, {"bits": bits}) for bits in (4, 3) for rows in (1, 32)]
         found += [Job("prefill", 256, gpu, {"bits": bits}) for bits in (4, 3) if gpu != "B200"]
         found.append(Job("down", 1, gpu))
+    small = ("RTX 3090", "RTX 4090")  # of the least shared memory
+    found += [Job("prefill", 256, gpu, {"bits": 3, "dtype": "fp16", "group": 32}) for gpu in small]
     others = [
         Job("decode", 1, "", {"dtype": "fp16", "group": 128, "offsets": "fp16"}),
         Job("decode", 1, "", {"offsets": "u8", "bias": True}),
@@ -55,6 +57,7 @@ def jobs() -> list[Job]:
         Job("decode", 1, "", {"paths": "rows"}),
         Job("decode", 32, "", {"paths": "rows"}),
         Job("decode", 1, "", {"paths": "experts"}),
+        Job("decode", 32, "", {"paths": "experts"}),
         Job("down", 1, "", {"paths": "rows"}),
         Job("down", 1, "", {"paths": "experts"}),
         Job("dense", 1, ""),

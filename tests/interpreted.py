@@ -130,16 +130,33 @@ def relative_error(case: Case, seed: int, device: str = "cpu") -> float:
         y = x.cpu().double() @ W.T + x.cpu().double() @ A.double().T @ B.double().T
         reference.append(y + bias.double() if case.bias else y)
     weight = (merge(layers) if len(layers) > 1 else layers[0]).to(device)
-    y = launch(rows(x, weight), weight, blocks(case, 64 if seed % 2 else 32, device)).cpu().double()
+    y = launch(rows(x, weight), weight, blocks(case, 64 if case.M <= 16 else 128, device)).cpu().double()
     expected = torch.cat(reference, 1)
     return ((y - expected).norm() / expected.norm()).item()
+
+
+def overflown(path: str, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """y of five rows, and y with Inf in the second row of x and NaN in the fourth."""
+    from eora_lab.compress import GridWeight
+    from eora_lab.layer.triton_kernels import fused_weight
+    from eora_lab.layer.triton_kernels.configs import Config
+    from eora_lab.layer.triton_kernels.launch import launch
+
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (40, 300), generator=generator, dtype=torch.uint8)
+    scales, A, B, x = (torch.rand(shape, generator=generator) for shape in ((40, 5), (3, 300), (40, 3), (5, 300)))
+    weight = fused_weight(GridWeight(codes, scales, -7.3 * scales, 4, group_size=64), A / 300, B).to(device)
+    x = x.half().to(device)
+    broken = x.clone()
+    broken[1, 70], broken[3, 299] = torch.inf, torch.nan
+    return tuple(launch(one, weight, Config(path, split_k=2)) for one in (x, broken))
 
 
 def blocks(case: Case, columns: int, device: str) -> "Config":
     """As the rule ships them, but for the split, the columns and, where there is no GPU to see it, the early launch."""
     from eora_lab.layer.triton_kernels.configs import Config
 
-    shipped = {"num_warps": 2, "num_stages": 4} if case.path == "decode" else {}
+    shipped = {"num_warps": columns // 32, "num_stages": 4} if case.path == "decode" else {}
     early = device != "cpu" and case.path == "decode" and torch.cuda.get_device_capability() >= (9, 0)
     block_m = 16 if case.M <= 16 else 32
     return Config(case.path, block_m, columns, case.split_k, pdl=early, **shipped)

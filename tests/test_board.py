@@ -17,7 +17,7 @@ from eora_lab.board import board, page, write_page
 from eora_lab.board.serve import Server
 from eora_lab.cli import main
 from eora_lab.errors import EoraLabError
-from eora_lab.experiment import ResultStore, expand, paired, plan, run_plan, scores
+from eora_lab.experiment import MEASURED, ResultStore, expand, paired, plan, run_plan, scores
 from eora_lab.progress import Stopped
 from eora_lab.run.intervals import Outcomes, all_pairs, paired_bootstrap
 from tests.test_sweep import SMALL, quiet_sweep
@@ -245,3 +245,7 @@ def test_the_next_time_is_within_a_day():
         assert (found.hour, found.minute) == (asked.hour, asked.minute)
         assert now - timedelta(minutes=1) < found <= now + timedelta(days=1, minutes=1)
     assert issubclass(Stopped, KeyboardInterrupt)  # what catches errors lets it pass
+
+
+def test_a_setting_that_is_empty_has_a_word():
+    assert "['tasks', 'none, arc_easy']" in str(board(ResultStore(MEASURED / "paper")))

@@ -170,11 +170,18 @@ def test_the_quickstart_shows_before_and_after(lab, server):
     page = lab("00_quickstart.ipynb")
     page.run_all()
     printed = page.page.locator(".jp-OutputArea-output", has_text="=== compressed + EoRA: perplexity")
-    assert re.search(r"=== original: perplexity \d+\.\d\d\n.+=== compressed: perplexity", printed.inner_text(), re.S)
+    assert re.search(r"=== original: perplexity \d+\.\d\d\n.+=== compressed: perplexity", printed.text_content(), re.S)
     page.picture("before-after", ".jp-OutputArea-output:has-text('=== compressed + EoRA')")
     button = page.page.get_by_role("button", name="Write")
     button.scroll_into_view_if_needed()
     page.page.get_by_label("Prompt").fill("The sea is")
+    tokens = page.page.get_by_role("slider", name="Tokens")
+    before = int(tokens.input_value())
+    tokens.press("ArrowRight")  # which JupyterLab leaves to it
+    assert int(tokens.input_value()) == before + 1
+    for control in (tokens, button, page.page.get_by_label("Prompt")):
+        control.focus()
+        assert control.evaluate("one => getComputedStyle(one).outline").endswith("solid 2px"), "where are the keys?"
     button.focus()
     page.changes(
         "() => document.querySelectorAll('.jp-OutputArea-output section').length",

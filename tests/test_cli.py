@@ -13,7 +13,12 @@ import pytest
 
 from eora_lab.cli import main
 from eora_lab.cli.commands import COMMANDS
+from eora_lab.cli.options import field_texts
 from eora_lab.compensate import SOLVERS
+from eora_lab.compress import COMPRESSORS, GRIDS
+from eora_lab.run.recipe import Recipe
+from eora_lab.text.settings import Calibration
+from eora_lab.text.sources import SOURCES
 from tests.tiny import CELL, TEXT
 
 TEXTS = (
@@ -33,6 +38,21 @@ def test_help_names_every_command_and_setting(capsys):
             assert all(command in text for command in COMMANDS)
         else:
             assert len(text.split()) > 20
+
+
+def test_help_names_what_is_to_be_given_and_all_that_a_setting_takes(capsys):
+    for command, words in (
+        (["mend"], "CHECKPOINT OUTPUT"),
+        (["generate"], "MODEL PROMPT"),
+        (["evaluate"], r"\[MODEL\]"),
+        (["adapter", "export"], "RUN-FOLDER OUTPUT"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        assert re.search(rf"usage: .*{words}", " ".join(capsys.readouterr().out.split()))
+    texts = field_texts(Recipe) | field_texts(Calibration)
+    for setting, known in {"method": SOLVERS, "compressor": COMPRESSORS, "grid": GRIDS, "source": SOURCES}.items():
+        assert [name for name in known if not re.search(rf"\b{name}\b", texts[setting])] == [], setting
 
 
 def test_wrong_usage_names_what_may_be_meant_and_no_other_commands(capsys):
@@ -67,6 +87,32 @@ def test_compress_evaluate_generate(workplace, capsys):
     config = json.loads((workplace / "run/config.json").read_text())
     assert config["settings"]["bits"] == 4 and config["settings"]["seed"] == 0
     assert config["settings"]["source"] == "text.txt" and "torch" in config["versions"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "hint"),
+    [
+        ("--rank 8", None),
+        ("--rank 0 --method none", None),
+        ("--rank 0", "eora at rank 0 adds no path: give it a rank, or take method none"),
+        ("--bits 5 --rank 8", "5 bits are for measuring: kernels and checkpoints of other tools take 2, 3, 4 or 8"),
+        ("--rank 32", "rank 32 is the full rank of 4 of 14 layers, such as model.layers.0.self_attn.k_proj: "),
+        ("--rank 32 --budget.objective relative", None),
+        ("--compressor wanda --sparsity 2:4 --bits 16 --rank 8", None),
+        ("--compressor rtn --grid nf4 --rank 8", None),
+    ],
+)
+def test_what_may_not_be_meant_is_one_hint(workplace, capsys, settings, hint):
+    model = ["--model", "model", *(() if "nf4" in settings else ("--group-size", "32")), "--no-evaluate"]
+    assert main(["compress", "run", *model, *TEXTS, *settings.split()]) == 0
+    hints = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hint: ")]
+    assert len(hints) == bool(hint) and (not hint or hints[0].startswith(f"hint: {hint}"))
+
+
+def test_a_run_that_was_finished_says_so(workplace, capsys):
+    for said in ("wrote run: ", "run was finished before: "):
+        assert main(["compress", "run", *SMALL, *TEXTS, "--no-evaluate"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1].startswith(said)
 
 
 def test_sampling_repeats_with_its_seed(workplace, capsys):
@@ -140,15 +186,15 @@ sys.exit(f"imported: {heavy}" if (heavy := {"torch", "transformers", "numpy", "p
     assert done.returncode == 0, done.stderr
 
 
-GRIDS = {"text": {"source": "wikipedia"}, "model": {"model": "absent"}, "task": {"tasks": ["arc_eazy"]}}
-GRIDS |= {"method": {"method": "eroa"}, "good": {}}
+SWEEPS = {"text": {"source": "wikipedia"}, "model": {"model": "absent"}, "task": {"tasks": ["arc_eazy"]}}
+SWEEPS |= {"method": {"method": "eroa"}, "good": {}}
 
 
 @pytest.fixture
 def unloadable(workplace):
     """The workplace with a model whose weights cannot be read: who tries says so."""
     (workplace / "model/model.safetensors").write_bytes(b"no weights")
-    for name, grid in GRIDS.items():
+    for name, grid in SWEEPS.items():
         (workplace / f"{name}.yaml").write_text(json.dumps(CELL | grid))
     (workplace / "notes.md").write_text("my notes")
     (workplace / "notes.csv").write_text("day,note\n1,mine\n")

@@ -7,7 +7,7 @@ from eora_lab.compensate import solve
 from eora_lab.compensate.factors import store_factors
 from eora_lab.compress import rtn
 from eora_lab.layer.linear import CompensatedLinear
-from tests.interpreted import Case, cases, relative_error
+from tests.interpreted import Case, cases, overflown, relative_error
 
 pytest.importorskip("triton", reason="Triton is not installed")
 pytestmark = [
@@ -37,6 +37,12 @@ def layer(N=4096, K=4096, bits=4, rank=128, dtype=torch.float16):
 def test_agrees_with_float64(case: Case):
     for seed in (cases().index(case), 1000):
         assert relative_error(case, seed, "cuda") < TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize("path", ["decode", "prefill", "cublas"])
+def test_an_overflow_stays_in_its_row_and_is_seen_there(path: str):
+    y, broken = overflown(path, "cuda")
+    assert y.isfinite().all() and y[::2].equal(broken[::2]) and not broken[1::2].isfinite().any()
 
 
 @pytest.mark.parametrize("pdl", [False, True])
@@ -100,7 +106,7 @@ def test_compiles_with_inductor():
     tensors = [getattr(module, name) for name in TENSORS]
 
     def call(x):  # the module's own method carries a shape check, which cannot be traced
-        return torch.ops.eora_lab.fused_linear(x, *tensors, None, **module.numbers)
+        return torch.ops.eora_lab.fused_linear(x, None, *tensors, **module.numbers)
 
     assert torch.equal(torch.compile(call, fullgraph=True)(x), module(x))
 

@@ -55,6 +55,20 @@ def interpreted(code: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_an_overflow_stays_in_its_row_and_is_seen_there():
+    interpreted("""
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+from tests.fuzz_kernels import shuffle_programs
+from tests.interpreted import overflown
+shuffle_programs(0)
+for path in ("decode", "prefill", "cublas"):
+    y, broken = overflown(path)
+    assert y.isfinite().all() and y[::2].equal(broken[::2]) and not broken[1::2].isfinite().any(), path
+    assert broken[1].isnan().all() == (path == "decode")  # a dense layer keeps Inf
+""")
+
+
 def test_launches_are_on_the_device_of_x():
     """A GPU that is not the current one: every kernel is launched while x's device is the current one."""
     interpreted("""

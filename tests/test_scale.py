@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 
 import pandas
 import pytest
@@ -27,8 +28,13 @@ def test_the_shape_of_llama_3_8b_has_its_parameters():
 
 @LINUX
 def test_a_process_is_killed_once_it_has_come_far_enough(tmp_path):
-    program = f"import pathlib, time; pathlib.Path({str(tmp_path / 'there')!r}).touch(); time.sleep(60)"
-    found = scale.measure([sys.executable, "-c", program], None, (tmp_path / "there").exists)
+    there = tmp_path / "there"
+    program = f"import pathlib, time; pathlib.Path({str(there)!r}).touch(); time.sleep(60)"
+
+    def reached() -> bool:  # and was looked at
+        return there.exists() and time.time() > there.stat().st_mtime + 0.2
+
+    found = scale.measure([sys.executable, "-c", program], None, reached)
     assert found["seconds"] < 60 and 0 < found["anonymous"] < found["peak"]
     with pytest.raises(subprocess.CalledProcessError):
         scale.measure([sys.executable, "-c", ""], None, lambda: False)  # it ended before

@@ -102,6 +102,12 @@ def test_every_picture_says_what_it_shows(site, pages):
     assert any("EoRA, rank 64 17.85" in alt for alt in ours.values())
 
 
+def test_recorded_figures_have_an_ink_for_light_and_for_dark_pages(pages):
+    figures = [place for found in pages.values() for place, _ in found.pictures if place.startswith("data:image/svg")]
+    assert len(figures) > 9
+    assert all("svg {color: %231f2328}" in one and "prefers-color-scheme: dark" in one for one in figures)
+
+
 def test_formulas_need_no_script(site):
     text = (site / "index.html").read_text(encoding="utf-8")
     assert text.count("<math") > 5 and "MathJax" not in text
@@ -283,7 +289,10 @@ def test_a_run_is_kept_without_its_bars_and_with_its_widgets_as_they_stood(tmp_p
     assert found.digest == digest(notebook) and found.seconds > 0 and "torch" in found.versions
     assert found.outputs["c0"] == [{"output_type": "stream", "name": "stdout", "text": "seen\n"}]
     (figure,) = found.outputs["c1"]
-    assert list(figure["data"]) == ["text/html"] and 'alt="It is 7. A line."' in figure["data"]["text/html"]
+    shown = figure["data"]["text/html"]
+    assert (
+        list(figure["data"]) == ["text/html"] and 'alt="It is 7. A line."' in shown and "prefers-color-scheme" in shown
+    )
     (widget,) = found.outputs["c2"]
     assert "<em>Rank:</em> 3" in widget["data"]["text/html"] and "<b>told</b>" in widget["data"]["text/html"]
     (picture,) = found.outputs["c3"]

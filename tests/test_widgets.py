@@ -26,6 +26,7 @@ from tests.tiny import TEXT, compress, tiny_model, tiny_tokenizer
 pytest.importorskip("anywidget", reason="anywidget is the extra `lab`")
 
 from eora_lab import widgets
+from eora_lab.widgets.slider import Slider
 
 RECIPE = Recipe("rtn", bits=2, group_size=32)
 
@@ -161,15 +162,27 @@ def test_side_by_side_writes_what_each_model_would(batches):
     expected_svd = generate(alone, tokenizer, "Fox <b>", 12)
     box = widgets.SideBySide(tokenizer, dense, adapters, prompt="Fox <b>")
     box.tokens.value = 12
+    seen = []
+    box._view.observe(lambda change: seen.append(re.findall(r"<b>(.*?)</b>", change["new"])), "value")
     box.write.click()
-    assert list(box.answers) == ["dense", "compressed", "+ EoRA", "+ SVD"]
-    assert box.answers["dense"] == generate(dense, tokenizer, "Fox <b>", 12)
+    assert list(box.answers) == ["original", "compressed", "+ EoRA", "+ SVD"]
+    assert [set(cards) for cards in seen] == [set(box.answers)] * len(seen) and len(seen) > 4  # none moves
+    assert "After “Fox &lt;b&gt;”:" in box._view.value
+    assert box.answers["original"] == generate(dense, tokenizer, "Fox <b>", 12)
     assert box.answers["+ SVD"] == expected_svd
     assert adapters.active == "own"  # as it was
     assert box.answers["+ EoRA"] == generate(compressed, tokenizer, "Fox <b>", 12)
     box.prompt.value = ""
     box.write.click()
     assert "the prompt is empty" in box.status.value and not box.write.disabled
+
+
+def test_a_slider_stays_between_its_ends_and_says_on_a_page_where_it_stands():
+    slider = Slider(description="Rank", min=1, max=9, value=12)
+    assert slider.value == 9
+    slider.value = 0
+    assert slider.value == 1
+    assert still({"m": {"state": slider.get_state()}}, "IPY_MODEL_m") == "<div><em>Rank:</em> 1</div>"
 
 
 # --- budget --------------------------------------------------------------------------------------------------------

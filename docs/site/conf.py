@@ -14,7 +14,8 @@ autodoc_member_order = "groupwise"
 autodoc_typehints = "signature"
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 100
-html_sidebars = {name: [] for name in ("index", "docs/guides/results")}  # nothing stands below them
+WIDE = ("paper", "slides")  # what is there needs the room
+html_sidebars = {name: [] for name in ("index", "docs/guides/results", *WIDE)}  # nothing stands below the first two
 html_theme = "pydata_sphinx_theme"
 html_title = "EoRA Lab"
 html_static_path = ["_static"]
@@ -27,6 +28,7 @@ html_theme_options = {
     "navbar_end": ["theme-switcher"],
     "header_links_before_dropdown": 6,
     "show_prev_next": True,
+    "secondary_sidebar_items": {"**": ["page-toc"], **{name: [] for name in WIDE}},
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
     "footer_start": ["copyright"],

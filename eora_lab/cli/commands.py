@@ -31,6 +31,7 @@ from eora_lab.errors import EoraLabError, ToldElsewhere, machine_error, unknown
 
 DEFAULT = warnings.formatwarning
 PLUGINS = "eora_lab.plugins"  # the entry points of installed ones
+NAMED = (tyro.conf.PositionalMetavarFromFieldName,)  # CHECKPOINT OUTPUT, and not PATH PATH
 OPENING = """usage: eora-lab COMMAND ...     `eora-lab COMMAND --help` tells the rest; start with `eora-lab demo`
 
 Compress large language models without training, and compensate the error.
@@ -87,7 +88,7 @@ def parsed(arguments: list[str]) -> Any:
     """The command that is asked for. Exits with 2 where there is none, or an option is not its own."""
     name, *rest = arguments or [""]
     if name in COMMANDS:  # its own parser, which names no other command's options
-        return tyro.cli(COMMANDS[name], prog=f"eora-lab {name}", args=rest)
+        return tyro.cli(COMMANDS[name], prog=f"eora-lab {name}", args=rest, config=NAMED)
     if name in ("-h", "--help"):
         print(overview())
         raise SystemExit(0)

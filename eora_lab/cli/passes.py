@@ -63,6 +63,7 @@ class Pass:
         from eora_lab.measure.evaluate import window_losses
         from eora_lab.model.load import load_model
         from eora_lab.model.start import start_text
+        from eora_lab.run.hints import hints
         from eora_lab.run.pipeline import compress_model
 
         processes, imatrix, calibration = Processes.of_group(), self.imatrix, self.calibration
@@ -81,6 +82,8 @@ class Pass:
             begun = start_text(tokenizer)
             if not processes.rank:
                 say_start(begun)
+                for hint in hints(recipe, model, budget, given=weights is not None):
+                    print(f"hint: {hint}", file=sys.stderr)
             windows = evaluation.tokens(tokenizer) if evaluation else {}
             batches = None if imatrix else calibration.batches(model, tokenizer)
 
@@ -90,6 +93,7 @@ class Pass:
                 for text, tokens in windows.items()
             }
 
+        finished = (output / "report.json").exists()
         measured = {"imatrix": imatrix.name, "imatrix_sha256": file_digest(imatrix)} if imatrix else asdict(calibration)
         report = compress_model(
             model,
@@ -109,7 +113,8 @@ class Pass:
         print(report)
         if report.overlooked_share > OVERLOOKED:
             print(f"warning: only {report.coverage_line()}", file=sys.stderr)
-        print(f"wrote {output}: try  {shlex.join(['eora-lab', 'generate', str(output), 'The capital of France is'])}")
+        told = f"{output} was finished before" if finished else f"wrote {output}"
+        print(f"{told}: try  {shlex.join(['eora-lab', 'generate', str(output), 'The capital of France is'])}")
 
 
 def of_name(named: Named, settings: Mapping, budget: Budget) -> tuple[Recipe, Budget]:

@@ -32,7 +32,7 @@ AXES = {
 }
 WORDS = {("rank_only", ""): "all", ("group_size", -1): "whole row", ("base_source", ""): "as for the path"}
 WORDS |= {("shared_factors", True): "one A", ("shared_factors", False): "an A each"}
-WORDS |= {("only", ""): "all", ("skip", ""): "none", ("sparsity", ""): "not pruned"}
+WORDS |= {("only", ""): "all", ("skip", ""): "none", ("sparsity", ""): "not pruned", ("tasks", ""): "none"}
 SHORT = {"model": "{}", "compressor": "{}", "grid": "{}", "bits": "{}-bit", "sparsity": "{}"}
 SHORT |= {
     "source": "calibrated on {}",

@@ -21,7 +21,8 @@ class BaseSettings:
     compressor: str = "gptq"
     """how weights are compressed: rtn (round to nearest), gptq, or a pruner: magnitude, wanda, sparsegpt"""
     bits: int | None = None
-    """bits of a weight, 2 to 8; with a pruner also 16, which quantises nothing. None: 4, or those of the format"""
+    """bits of a weight, 2 to 8, of which kernels and checkpoints of other tools take 2, 3, 4 and 8; with a pruner also
+    16, which quantises nothing. None: 4, or those of the format"""
     group_size: int | None = None
     """input channels that share a grid; -1: one grid per output row. None: 64, or those of the format"""
     grid: str = "integer"
@@ -61,10 +62,12 @@ class PathSettings:
     """How the error is compensated: all that the low-rank path depends on beside the residual and its statistics."""
 
     method: str = "eora"
-    """how the error is compensated: none, svd, act_s, qera_approx, eora, or eora_fisher, which weighs an
-    output error by what it costs the model (one backward pass over the calibration texts)"""
+    """how the error is compensated: none, svd, act_s, lqer, qera_approx, eora (or qera_exact, the same optimum), or
+    eora_fisher, which weighs an output error by what it costs the model (one backward pass over the calibration texts);
+    act_s_released and eora_paper follow the released code and the paper to the letter"""
     rank: int = 64
-    """rank of the compensation in every layer; a smaller layer gets the highest that it allows"""
+    """rank of the compensation in every layer; a layer that allows less gets the highest that it does, and one that no
+    layer allows is refused"""
     factor_bits: int = 16
     """bits of A and B: 16, or 2 to 8 on a grid"""
     shared_factors: bool = False

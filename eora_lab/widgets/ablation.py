@@ -76,6 +76,7 @@ class AblationForm(ipywidgets.VBox):
         )
         buttons = ipywidgets.HBox([self.run, self.stop, self.dense, self.retry], layout={"flex_flow": "row wrap"})
         super().__init__([groups, buttons, self._plan, self._bar, self._status, self.board])
+        self.add_class("eora-controls")
         self.run.on_click(self._start)
         self.stop.on_click(self._ask_to_stop)
         for control in (*self.controls.values(), self.dense, self.retry):
@@ -84,7 +85,7 @@ class AblationForm(ipywidgets.VBox):
 
     def _group(self, title: str, names: dict[str, str]) -> ipywidgets.VBox:
         for name, said in names.items():
-            self.controls[name].description = said
+            self.controls[name].description, self.controls[name].tooltip = said, f"{title}: {said}"
         rows = [ipywidgets.HTML(f"<strong>{title}</strong>"), *(self.controls[name] for name in names)]
         return ipywidgets.VBox(rows, layout={"margin": "0 1.5em 0.5em 0"})
 

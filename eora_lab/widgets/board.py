@@ -10,6 +10,7 @@ from eora_lab.board.data import board, now
 from eora_lab.board.page import module, style
 from eora_lab.experiment.cells import Cell
 from eora_lab.experiment.store import ResultStore
+from eora_lab.widgets.slider import RING
 
 RENDER = """
 export default {
@@ -34,7 +35,7 @@ class Board(anywidget.AnyWidget):
     """
 
     _esm = module() + RENDER
-    _css = style()
+    _css = style() + RING
     data = traitlets.Dict().tag(sync=True)
     running: traitlets.List = traitlets.List().tag(sync=True)
     choice = traitlets.Dict().tag(sync=True)

@@ -3,10 +3,12 @@
 from functools import lru_cache
 
 import ipywidgets
+from matplotlib.colors import PowerNorm
 
 from eora_lab.plots import plot_budget, plot_ranks, rank_grid
 from eora_lab.run.budget import Budget, LayerSpectrum, allocate_ranks, factor_bytes, predicted_error
 from eora_lab.widgets.figure import LiveFigure
+from eora_lab.widgets.slider import Slider
 
 OBJECTIVES = ("uniform", "relative", "absolute")
 SHARES = tuple(k / 16 for k in range(17))  # of the highest average rank, where curves are drawn
@@ -20,16 +22,7 @@ class BudgetExplorer(ipywidgets.VBox):
 
     def __init__(self, layers: dict[str, LayerSpectrum], highest: int = 128):
         self._layers = layers
-        self.average = ipywidgets.IntSlider(
-            min(32, highest),
-            min=0,
-            max=highest,
-            step=4,
-            description="Average rank",
-            layout={"width": "min(100%, 46em)"},
-        )
-        self.average.style.description_width = "8em"
-        self.average.add_class("eora-budget")
+        self.average = Slider(description="Average rank", max=highest, step=4, value=min(32, highest))
         self.objective = ipywidgets.ToggleButtons(
             options=OBJECTIVES,
             value="relative",
@@ -45,6 +38,7 @@ class BudgetExplorer(ipywidgets.VBox):
         self.map = LiveFigure("Rank of every layer")
         figures = ipywidgets.HBox([self.curve, self.map], layout={"flex_flow": "row wrap"})
         super().__init__([self.average, self.objective, self.status, figures])
+        self.add_class("eora-controls")
         self._allocate = lru_cache(maxsize=None)(
             lambda average, objective: allocate_ranks(layers, average, Budget(objective))
         )
@@ -67,6 +61,7 @@ class BudgetExplorer(ipywidgets.VBox):
         most = max(max(self._allocate(highest, objective).values()) for objective in OBJECTIVES)
         figure = plot_ranks(dict.fromkeys(self._layers, 0), highest=most, size=(5.4, 3.5))
         self._cells = figure.axes[0].images[0]
+        self._cells.set_norm(PowerNorm(0.5, 0, most))  # low ranks differ, too, beside the highest of all
         self.map.show(figure, [self._cells], "")
 
     def _show(self, _=None) -> None:

@@ -1,10 +1,12 @@
 """Where Triton runs."""
 
+import functools
 import importlib.util
 
 import torch
 
 
+@functools.cache
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """What Triton lacks here, or None."""
     if device.type != "cuda" or not torch.cuda.is_available():

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -33,11 +33,14 @@ class Config:
         return 16 if self.block_m == 16 else 32
 
     def shared(self, bits: int, group: int) -> int:
-        """Bytes of shared memory of a decoding program: codes, x and scales of the blocks that are on their way."""
+        """Bytes of shared memory of a program: codes, x and grids of the blocks that are on their way.
+
+        In decoding these are scales alone. On 9.x and 10.x prefill needs more, and there is more.
+        """
         block = 16 * PLANES[bits]
         codes, x = LANES[bits] * 16 * self.block_n * 2, block * self.block_m * 2
-        scales = block // group * self.block_n * 4 if group else 0
-        return (self.num_stages - 1) * (codes + x + scales)
+        grids = (2 if self.path == "prefill" else 1) * self.block_n * 4 * (block // group if group else 0)
+        return (self.num_stages - 1) * (codes + x + grids)
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,11 @@ class Gpu:
     shared: int
 
     def resident(self, config: Config, bits: int, group: int) -> int:
-        """Programs of decoding that run at the same time; each takes 1 KB of shared memory for itself."""
-        return self.processors * max(min(self.shared // (config.shared(bits, group) + 1024), 8), 1)
+        """Programs of decoding that run at the same time; each takes 1 KB of shared memory for itself.
+
+        Of 16 warps, at 128 registers a thread, nobody has more.
+        """
+        return self.processors * max(min(self.shared // (config.shared(bits, group) + 1024), 16 // config.num_warps), 1)
 
 
 GPUS = {  # some that there are, for what is worked out without one
@@ -99,7 +105,8 @@ def rule(rows: int, columns: int, channels: int, bits: int, group: int, gpu: Gpu
         return Config("cublas")
     if rows > 64:
         tiles = -(-rows // 64) * -(-columns // 128)
-        return Config("prefill", 64, 128 if tiles >= gpu.processors else 64)
+        config = Config("prefill", 64, 128 if tiles >= gpu.processors else 64)
+        return config if config.shared(bits, group) + 1024 <= gpu.shared else replace(config, num_stages=2)
     return decoding(rows, columns, channels, bits, group, gpu)
 
 
@@ -107,14 +114,16 @@ def decoding(rows: int, columns: int, channels: int, bits: int, group: int, gpu:
     """Decoding with the split of K that ends soonest, none of whose programs reads more than SERIAL channels.
 
     A program is a chain of waits, so what counts is how many blocks it reads and how many rounds of programs there are.
+    With many rows x costs more than W^, so that a program has more columns for it; 64 rows at once would spill.
     """
+    block_n, warps = (64, 2) if rows <= 16 else (128, 4)
     block_m, stages = min(bucket(rows), 32), 4 if gpu.shared > 2**17 else 3
     blocks = -(-channels // (16 * PLANES[bits]))
-    tiles = -(-columns // 64) * -(-rows // block_m)
+    tiles = -(-columns // block_n) * -(-rows // block_m)
     splits = [split for split in SPLITS if split <= blocks]
 
     def config(split: int) -> Config:
-        return Config("decode", block_m, 64, split, num_warps=2, num_stages=stages, pdl=gpu.capability >= 90)
+        return Config("decode", block_m, block_n, split, num_warps=warps, num_stages=stages, pdl=gpu.capability >= 90)
 
     def cost(split: int) -> tuple[bool, float]:
         serial = -(-blocks // split)

@@ -6,8 +6,9 @@ scales the float32 partial sum once a group. What it then has too much or too li
 
     sum_g (offset_g - BASE scale_g) sum_{k in g} x_k        (integer zero points: offset = -zero scale)
 
-comes from the group sums: any zero point, whole or not, costs nothing a weight. x Aᵀ times B joins the same
-accumulator. Only these last steps need the first launch, so on sm_90 the second starts before it has ended (PDL).
+comes from the group sums: any zero point, whole or not, costs nothing a weight. (By that Inf in x makes its row NaN; a
+dense layer gives Inf or -Inf.) x Aᵀ times B joins the same accumulator. Only these last steps need the first launch, so
+on sm_90 the second starts before it has ended (PDL).
 
 Triton copies codes and x to shared memory some blocks ahead, and scales only where the loop says how many (`STAGES`)
 and a thread copies 4 bytes: so scales are float32. Else every group waits for memory.

@@ -82,11 +82,9 @@ def first_launch(
     chunk = max(512, -(-KP // CHUNKS // 256) * 256)
     chunks = -(-KP // chunk)
     parts = 0 if config.split_k == 1 else tiles * config.split_k * config.block_m * config.block_n
-    starts = [0]
-    for need in (parts, chunks * M * R, M * (KP // group), tiles):
-        starts.append(starts[-1] + -(-need // 32) * 32)  # 128 bytes
-    workspace = torch.empty(starts[-1], dtype=torch.float32, device=x.device)
-    partial, xa, sums, counters = (workspace[start:] for start in starts[:-1])
+    needs = [-(-need // 32) * 32 for need in (parts, chunks * M * R, M * (KP // group), tiles)]  # 128 bytes
+    workspace = torch.empty(sum(needs), dtype=torch.float32, device=x.device)
+    partial, xa, sums, counters = workspace.split(needs)
     counters = counters.view(torch.int32)
     programs = 1 + -(-R // config.block_r) * (paths if rows.paths == "rows" else 1)
     down_kernel[(programs, chunks, rows.tiles)](
@@ -152,10 +150,8 @@ def cublas(
             W[out, part] = weight.Bt[path, : rank.stop - rank.start, packed].T
         if bias is not None and weight.bias is not None:
             bias[out] = weight.bias[packed]
-    wide = x.new_zeros(len(x), width)
-    wide[:, :K] = x
     xa = (x @ weight.A.flatten(0, 1).T).view(len(x), paths, R)
     if ids is not None:
         xa = xa * (ids[:, None] == torch.arange(paths, device=x.device))[..., None]
-    wide[:, K : K + paths * R] = xa.flatten(1)
+    wide = torch.cat([x, xa.flatten(1), x.new_zeros(len(x), width - K - paths * R)], 1)
     return torch.nn.functional.linear(wide, W, bias)

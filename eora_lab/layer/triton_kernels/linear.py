@@ -11,7 +11,10 @@ from eora_lab.layer.triton_kernels.repack import TENSORS, FusedWeight, Path
 
 
 class FusedLinear(nn.Module):
-    """y = W^ x + B (A x) + bias from a `FusedWeight`, by Triton on a GPU and by torch elsewhere. No gradients."""
+    """y = W^ x + B (A x) + bias from a `FusedWeight`, by Triton on a GPU and by torch elsewhere.
+
+    Gradients reach x alone, by torch, with W^ dense. Inf in a row of x makes all outputs of that row Inf or NaN.
+    """
 
     def __init__(self, weight: FusedWeight):
         super().__init__()
@@ -45,9 +48,10 @@ class FusedLinear(nn.Module):
 
         Raises EoraLabError when x is not of the dtype that the layer was packed for, or of another width.
         """
-        if x.dtype != self.A.dtype:
-            raise EoraLabError(f"the layer is packed for {self.A.dtype}, and x is {x.dtype}; pack it for that dtype")
-        return fused_linear(x, *(getattr(self, name) for name in TENSORS), ids, **self.numbers)
+        tensors = self._buffers  # attributes of a module are slow to find
+        if x.dtype != (dtype := self.A.dtype):
+            raise EoraLabError(f"the layer is packed for {dtype}, and x is {x.dtype}; pack it for that dtype")
+        return fused_linear(x, ids, *[tensors[name] for name in TENSORS], *self.numbers.values())
 
     def split(self, y: Float[Tensor, "... out"]) -> tuple[Float[Tensor, "... _"], ...]:
         """The outputs of the layers that were merged."""

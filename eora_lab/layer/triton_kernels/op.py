@@ -1,8 +1,11 @@
 """The fused product as one torch operator, so that torch.compile and CUDA graphs see a single node.
 
 On CUDA tensors it launches Triton. On the CPU it unpacks the weight and lets torch multiply: slow, the same function.
-It has no gradient: a layer that is trained multiplies by torch (`eora_lab.layer.backends`).
+x has a gradient, by torch. `torch.library.custom_op` would check every call again, for half of the host's time.
 """
+
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int32, Shaped
@@ -11,57 +14,80 @@ from torch import Tensor
 from eora_lab.errors import EoraLabError
 from eora_lab.layer.triton_kernels.backend import why_not_triton
 from eora_lab.layer.triton_kernels.packing import unpack_planes
-from eora_lab.layer.triton_kernels.repack import FusedWeight
+from eora_lab.layer.triton_kernels.repack import TENSORS, FusedWeight
+
+NAME = "eora_lab::fused_linear"
+torch.library.define(
+    NAME,
+    "(Tensor x, Tensor? ids, Tensor planes, Tensor scales, Tensor offsets, Tensor A, Tensor Bt, Tensor tiles, "
+    "Tensor? bias, Tensor? order, int bits, int group, int[] out_features, int[] ranks) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
 
 
-@torch.library.custom_op("eora_lab::fused_linear", mutates_args=(), device_types="cpu")
-def fused_linear(
-    x: Tensor,
-    planes: Tensor,
-    scales: Tensor,
-    offsets: Tensor,
-    A: Tensor,
-    Bt: Tensor,
-    tiles: Tensor,
-    bias: Tensor | None,
-    order: Tensor | None,
-    ids: Tensor | None,
-    bits: int,
-    group: int,
-    out_features: list[int],
-    ranks: list[int],
-) -> Tensor:
+def weight_of(*fields: Any) -> FusedWeight:
+    """From the operator's last arguments, the fields of a `FusedWeight`; lists are its tuples."""
+    *others, out_features, ranks = fields
+    lists: tuple[Any, ...] = tuple(out_features), tuple(ranks)
+    return FusedWeight(*others, *lists)
+
+
+def on_cpu(x, ids, *fields):
     """x (..., in) -> (..., out). ids (int32): the path of each row of x, -1 for none; None: all have path 0.
 
-    The other arguments are the fields of `FusedWeight`. Raises EoraLabError when x or ids are of another size.
+    Raises EoraLabError when x or ids are of another size.
     """
-    weight = FusedWeight(
-        planes, scales, offsets, A, Bt, tiles, bias, order, bits, group, tuple(out_features), tuple(ranks)
-    )
-    return product(rows(x, weight, ids), weight, ids).view(*x.shape[:-1], sum(out_features))
+    weight = weight_of(*fields)
+    return product(rows(x, weight, ids), weight, ids).view(*x.shape[:-1], sum(weight.out_features))
 
 
-@fused_linear.register_kernel("cuda")
-def on_cuda(x, planes, scales, offsets, A, Bt, tiles, bias, order, ids, bits, group, out_features, ranks):
-    """`fused_linear` on a GPU."""
-    weight = FusedWeight(
-        planes, scales, offsets, A, Bt, tiles, bias, order, bits, group, tuple(out_features), tuple(ranks)
-    )
-    flat = rows(x, weight, ids)
+def on_cuda(x, ids, *fields):
+    """`on_cpu` on a GPU."""
     if why_not_triton(x.device, x.dtype):
-        return product(flat, weight, ids).view(*x.shape[:-1], sum(out_features))
+        return on_cpu(x, ids, *fields)
     from eora_lab.layer.triton_kernels.configs import bucket, choose
     from eora_lab.layer.triton_kernels.launch import launch
 
-    shape = bucket(len(flat)), planes.shape[1], flat.shape[1], bits, group, max(ranks), str(x.dtype)
-    return launch(flat, weight, choose(*shape, x.device.index), ids).view(*x.shape[:-1], sum(out_features))
+    weight = weight_of(*fields)
+    flat, columns = rows(x, weight, ids), weight.planes.shape[1]
+    shape = bucket(len(flat)), columns, flat.shape[1], weight.bits, weight.group, max(weight.ranks), str(x.dtype)
+    return launch(flat, weight, choose(*shape, x.device.index), ids).view(*x.shape[:-1], sum(weight.out_features))
 
 
-@fused_linear.register_fake
-def shape_only(x, planes, scales, offsets, A, Bt, tiles, bias, order, ids, bits, group, out_features, ranks):
+def shape_only(x, ids, *fields):
     """The shape of its output, for torch.compile."""
-    check_width(x, A)
-    return x.new_empty(*x.shape[:-1], sum(out_features))
+    weight = weight_of(*fields)
+    check_width(x, weight.A)
+    return x.new_empty(*x.shape[:-1], sum(weight.out_features))
+
+
+def keep(ctx, inputs, output) -> None:
+    """What the gradient needs."""
+    x, ids, *fields = inputs
+    ctx.shape, ctx.numbers = x.shape, fields[len(TENSORS) :]
+    ctx.save_for_backward(ids, *fields[: len(TENSORS)])
+
+
+def gradient(ctx, above):
+    """Of x. Raises EoraLabError where anything else wants one."""
+    if any(ctx.needs_input_grad[1:]):
+        raise EoraLabError("the fused product has a gradient for x alone; a CompensatedLinear trains its A and B")
+    ids, *tensors = ctx.saved_tensors
+    weight, rows32 = weight_of(*tensors, *ctx.numbers), above.reshape(-1, above.shape[-1]).float()
+    below = rows32 @ dense(weight)
+    for mine, A, Bt in by_path(rows32, weight, ids):
+        for packed, out, rank in weight.segments():
+            below = below + mine[:, out] @ Bt[: rank.stop - rank.start, packed].T @ A[rank]
+    if weight.order is not None:
+        below = below[:, weight.order.argsort()]
+    return below.to(above.dtype).view(ctx.shape), *(len(TENSORS) + len(ctx.numbers) + 1) * [None]
+
+
+torch.library.impl(NAME, "cpu", on_cpu)
+torch.library.impl(NAME, "cuda", on_cuda)
+torch.library.register_fake(NAME, shape_only)
+torch.library.register_autograd(NAME, gradient, setup_context=keep)
+fused_linear = torch.ops.eora_lab.fused_linear.default
 
 
 def check_width(x: Shaped[Tensor, "... _"], A: Shaped[Tensor, "paths rank _"]) -> None:
@@ -97,20 +123,27 @@ def dense(weight: FusedWeight) -> Float[Tensor, "out in"]:
     return torch.cat(parts)
 
 
+def by_path(
+    rows32: Float[Tensor, "rows _"], weight: FusedWeight, ids: Int32[Tensor, " rows"] | None
+) -> Iterator[tuple[Float[Tensor, "rows _"], Float[Tensor, "rank in"], Float[Tensor, "tile_rank N"]]]:
+    """Of each path: the rows that take it, the others zero, and its A and Bᵀ, in float32."""
+    for path, (A, Bt) in enumerate(zip(weight.A.float(), weight.Bt.float(), strict=True)):
+        if ids is None:
+            yield rows32, A, Bt
+            return
+        yield rows32 * (ids == path)[:, None], A, Bt
+
+
 def product(
     x: Float[Tensor, "rows in"], weight: FusedWeight, ids: Int32[Tensor, " rows"] | None = None
 ) -> Float[Tensor, "rows out"]:
     """The definition, in torch: float32 accumulation, one rounding at the end."""
     x32 = x.float()
     y = x32 @ dense(weight).T
-    for path, (A, Bt) in enumerate(zip(weight.A.float(), weight.Bt.float(), strict=True)):
-        xa = x32 @ A.T
-        if ids is not None:
-            xa = xa * (ids == path)[:, None]
+    for mine, A, Bt in by_path(x32, weight, ids):
+        xa = mine @ A.T
         for packed, out, rank in weight.segments():
             y[:, out] += xa[:, rank] @ Bt[: rank.stop - rank.start, packed]
-        if ids is None:
-            break
     for packed, out, _ in weight.segments():
         if weight.bias is not None:
             y[:, out] += weight.bias[packed].float()
