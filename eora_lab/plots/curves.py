@@ -1,5 +1,7 @@
 """A metric against a setting, a line a method: rank curves and all other ablations."""
 
+import math
+
 import numpy as np
 import pandas
 from matplotlib.axes import Axes
@@ -25,6 +27,7 @@ from eora_lab.plots.style import BAND, WIDTH, panels, styled
 from eora_lab.plots.words import read_out, tell
 
 HEIGHT = 3.0  # inches of a panel
+LEGEND = 0.3  # inches of a line of a legend below the panels
 APART = 0.12  # methods on a categorical axis
 
 
@@ -160,6 +163,7 @@ def _name_series(figure: Figure, grid: list[list[Axes]]) -> None:
             label_ends(axes[-1], _ends(axes[-1], *line[-1]), HEIGHT)
         return
     series = {name: handle for line in found for pair in line for handle, name in zip(*pair, strict=True)}
+    figure.set_figheight(figure.get_figheight() + LEGEND * math.ceil(len(series) / 4))
     figure.legend(list(series.values()), list(series), loc="outside lower left", ncols=4)
 
 

@@ -43,6 +43,7 @@ SHORT |= {
 }
 ERRORS = {"output_error": "error on calibration tokens", "held_out_error": "error on held-out tokens"}
 PERCENT = ("acc", "exact_match")
+SIX, THREE = 1.5, 3  # decades of an axis up to which each has so many ticks; above, one
 
 
 def value_name(setting: str, value: object) -> str:
@@ -125,3 +126,6 @@ def spread_metric(axes: Axes, metric: str, values: np.ndarray) -> None:
     values = values[np.isfinite(values)]
     if len(values) and not metric.startswith("tasks.") and values.min() > 0 and values.max() > 3 * values.min():
         plain_log_axis(axes, "y")
+        decades = np.log10(values.max() / values.min())
+        if decades > SIX:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades <= THREE else (1,)))
