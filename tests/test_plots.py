@@ -342,6 +342,26 @@ def test_a_rank_curve_shows_the_cells_and_their_standard_errors(swept):
     assert max(edges) == pytest.approx((cells[PERPLEXITY] * np.exp(cells["loss_stderr.text.txt"])).max())
 
 
+@pytest.mark.parametrize("highest", [20, 90, 3e2, 3e3, 3e4, 3e6])
+def test_what_stands_beside_an_axis_has_room(swept, highest):
+    """Also where models differ by orders of magnitude, and a legend stands below."""
+    one = swept[(swept["status"] == "done") & ~(swept["rank"] > 2)]
+    frame = pandas.concat(
+        [one, *(one[one["method"].notna()].assign(compressor=name) for name in ("wanda", "magnitude"))]
+    )
+    more = [frame[frame["method"] == "svd"].assign(method=method) for method in ("act_s", "qera_approx")]  # two lines
+    frame = pandas.concat([frame, *more]).rename(columns=lambda name: name.replace("text.txt", "pydoc:heldout"))
+    frame = frame.assign(**{"perplexity.pydoc:heldout": np.geomspace(14, highest, len(frame))})
+    figure = plot_setting(frame, "compressor")
+    figure.draw_without_rendering()
+    (axes,), (low, high) = figure.axes, figure.axes[0].get_ylim()
+    ticks = [text for at, text in zip(axes.get_yticks(), axes.get_yticklabels(), strict=True) if low <= at <= high]
+    boxes = [text.get_window_extent() for text in ticks if text.get_text()]
+    assert len(boxes) > 2 and not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    name = axes.yaxis.label.get_window_extent()
+    assert not any(name.overlaps(text.get_window_extent()) for text in figure.texts if text.get_text())
+
+
 def test_the_standard_error_is_that_of_the_window_losses(swept):
     cell = next(cell for cell in ResultStore("store").cells() if cell["config"].get("rank") == 4)
     losses = cell["result"]["window_losses"][0][1]
