@@ -126,7 +126,6 @@ def test_a_kept_pass_holds_one_compressed_block_and_gives_what_one_in_memory_giv
     assert [layer.error_after for layer in kept.layers] == [layer.error_after for layer in report.layers]
 
 
-@LINUX
 def test_a_layer_from_a_file_holds_no_other_packed_tensors():
     model = tiny_model("llama")
     compress(model, tiny_tokens(), **SMALL)
@@ -143,6 +142,7 @@ def test_a_layer_from_a_file_holds_no_other_packed_tensors():
     assert packed() == before and torch.equal(again.dense(), layer.dense())
 
 
+@LINUX
 def test_weights_of_a_pass_lie_in_files(tmp_path):
     model, _ = load_model(save_tiny(tmp_path / "model"))
     linear = "model.layers.0.mlp.up_proj"
