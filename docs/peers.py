@@ -1,5 +1,5 @@
-"""EoRA Lab beside GPTQModel on one machine: `python -m docs.peers PYTHON`, some minutes. It writes
-data/measured/peers.csv.
+"""EoRA Lab beside GPTQModel on one machine: `EORA_LAB_DATA=... python -m docs.peers PYTHON`, a quarter of an hour. It
+writes data/measured/peers.csv.
 
 PYTHON is one of an environment of its own that has gptqmodel. It asks for a newer torch, but runs with this one:
 
