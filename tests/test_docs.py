@@ -120,7 +120,7 @@ def test_what_a_command_printed_is_a_record(tmp_path):
     printed = "35.1 s, peak memory 1.65 GB\nperplexity on wikitext2:test: dense 36.02, compressed 37.72"
     (tmp_path / "gptq-8.txt").write_text(printed)
     (result,) = (one for one in check(texts, tmp_path) if one.claim.record == "gptq-8")
-    assert result.wrong and "gptq-8 gives 37.72 1.047 35.1 1.65" in str(result)
+    assert result.wrong and "gptq-8 gives 37.72 1.047" in str(result)
 
 
 @pytest.mark.parametrize("name", PRINTED)
